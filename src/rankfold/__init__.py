@@ -1,0 +1,113 @@
+"""rankfold: make a trained PyTorch network smaller and faster under one budget, without retraining it.
+
+Names are loaded when they are first used, so that `import rankfold` and `rankfold --help` stay quick and change no
+global state.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from rankfold._version import __version__
+
+if TYPE_CHECKING:
+    from rankfold.apply import apply, apply_
+    from rankfold.checkpoint import load, save
+    from rankfold.curves import measure, needed
+    from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, WhitenedSVD
+    from rankfold.errors import RankfoldError
+    from rankfold.factors import Factors, MatrixFactors, MirroredFactors, SpatialFactors
+    from rankfold.graph.sites import Site, Sites, Skip, find_sites
+    from rankfold.metrics.compare import Comparison, compare
+    from rankfold.pipeline import Compressed, compress
+    from rankfold.plan import Decision, Plan
+    from rankfold.planning import make_plan, plan_cost
+    from rankfold.ranks import Budget, Energy, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
+    from rankfold.registry import register
+    from rankfold.report import Report
+    from rankfold.statistics import Statistic, Statistics
+    from rankfold.statistics.collect import collect
+    from rankfold.surgery import merge
+
+_HOME = {
+    "rankfold.apply": ("apply", "apply_"),
+    "rankfold.checkpoint": ("load", "save"),
+    "rankfold.curves": ("measure", "needed"),
+    "rankfold.decompositions": ("SVD", "Decomposition", "Moments", "SpatialSVD", "WhitenedSVD"),
+    "rankfold.errors": ("RankfoldError",),
+    "rankfold.factors": ("Factors", "MatrixFactors", "MirroredFactors", "SpatialFactors"),
+    "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
+    "rankfold.metrics.compare": ("Comparison", "compare"),
+    "rankfold.pipeline": ("Compressed", "compress"),
+    "rankfold.plan": ("Decision", "Plan"),
+    "rankfold.planning": ("make_plan", "plan_cost"),
+    "rankfold.ranks": ("Budget", "Energy", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
+    "rankfold.registry": ("register",),
+    "rankfold.report": ("Report",),
+    "rankfold.statistics": ("Statistic", "Statistics"),
+    "rankfold.statistics.collect": ("collect",),
+    "rankfold.surgery": ("merge",),
+}
+_WHERE = {name: module for module, exported in _HOME.items() for name in exported}
+
+__all__ = [
+    "SVD",
+    "Budget",
+    "Comparison",
+    "Compressed",
+    "Decision",
+    "Decomposition",
+    "Energy",
+    "Factors",
+    "Lagrangian",
+    "MatrixFactors",
+    "MirroredFactors",
+    "Moments",
+    "Plan",
+    "RankCurve",
+    "RankSelector",
+    "RankfoldError",
+    "Report",
+    "Rounded",
+    "Site",
+    "Sites",
+    "Skip",
+    "SpatialFactors",
+    "SpatialSVD",
+    "Statistic",
+    "Statistics",
+    "Uniform",
+    "WhitenedSVD",
+    "__version__",
+    "apply",
+    "apply_",
+    "collect",
+    "compare",
+    "compress",
+    "find_sites",
+    "load",
+    "make_plan",
+    "measure",
+    "merge",
+    "needed",
+    "plan_cost",
+    "register",
+    "save",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name, or a subpackage, when it is first asked for."""
+    if name in _WHERE:
+        value: object = getattr(importlib.import_module(_WHERE[name]), name)
+        globals()[name] = value
+        return value
+    if name in {"cli", "errors", "linalg", "testing"}:
+        return importlib.import_module(f"rankfold.{name}")
+    raise AttributeError(f"module 'rankfold' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All public names."""
+    return sorted(__all__)

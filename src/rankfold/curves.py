@@ -1,0 +1,120 @@
+"""Statistics + decompositions → rank curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, WhitenedSVD
+from rankfold.errors import DataError, OptionError
+from rankfold.graph.sites import Site, Sites
+from rankfold.layers import adapter_for
+from rankfold.linalg.precision import widen
+from rankfold.linalg.spectrum import weighted_energy
+from rankfold.metrics.cost import site_cost
+from rankfold.progress import Progress, silent
+from rankfold.ranks.curve import Curves, RankCurve
+from rankfold.statistics import Statistics
+
+DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD())
+
+
+def measure(
+    model: nn.Module,
+    stats: Statistics | None = None,
+    *,
+    sites: Sites,
+    families: Sequence[Decomposition] = DEFAULT_FAMILIES,
+    progress: Progress = silent,
+) -> Curves:
+    """For every site and family: what each rank costs and what error it makes.
+
+    The error of a site is the energy of its output error over the energy of its output, `tr(D A Dᵀ)/tr(W A Wᵀ)`,
+    groups weighted by their output energy; so errors of different layers can be summed.
+
+    Args:
+        model: The model the statistics are of.
+        stats: From `collect`; may be None if no family needs any.
+        sites: From `find_sites`.
+        families: Methods to measure; at a site `Uniform` takes the first that has a case there.
+        progress: Told about every site.
+
+    Returns:
+        The curves.
+
+    Raises:
+        DataError: A family needs statistics that were not collected.
+        OptionError: `families` is empty or holds something that is no method.
+    """
+    check_families(families)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    curves: list[RankCurve] = []
+    with progress("curves", len(sites)) as advance:
+        for site in sites:
+            for method in families:
+                if method.refuses(site.geometry.canonical_shape) is None:
+                    curves.append(_curve(site, modules[site.path], method, stats))
+            advance()
+    return Curves(sites, tuple(curves))
+
+
+def check_families(families: Sequence[Decomposition]) -> None:
+    """Refuse an empty list and anything that is no instance of a method.
+
+    Raises:
+        OptionError: As said.
+    """
+    if not families:
+        raise OptionError("families", law="at least one method", got="none", cure="try [rankfold.WhitenedSVD()]")
+    for method in families:
+        if not isinstance(method, Decomposition):
+            raise OptionError(
+                "families", law="instances of methods", got=repr(method), cure=f"try {SVD.__name__}() with parentheses"
+            )
+
+
+def needed(families: Sequence[Decomposition]) -> list[str]:
+    """Names of the statistics that any of the families reads."""
+    return sorted({name for method in families for name in method.needs})
+
+
+def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics | None) -> Moments:
+    """The moments a method reads at one group of a site.
+
+    Raises:
+        DataError: They were not collected.
+    """
+    if stats is None:
+        if method.needs:
+            raise DataError(
+                repr(site.path), law=f"{method} reads {', '.join(method.needs)}", got="no statistics",
+                cure="pass data, or statistics collected with rankfold.collect",
+            )
+        return Moments(bias=site.geometry.bias)
+    missing = [name for name in method.needs if name not in stats.sites.get(site.path, {})]
+    if missing:
+        raise DataError(
+            repr(site.path), law=f"{method} reads {', '.join(method.needs)}", got=f"no {', '.join(missing)}",
+            cure="collect with statistics=rankfold.needed(families)",
+        )
+    return stats.moments(site, group)
+
+
+def _curve(site: Site, module: nn.Module, method: Decomposition, stats: Statistics | None) -> RankCurve:
+    adapter = adapter_for(module)
+    if adapter is None:
+        raise TypeError(f"{site.path} has no adapter")
+    weight = widen(adapter.canonical(module))
+    ranks = method.candidates(site.geometry.canonical_shape)
+    summed, total = weight.new_zeros(len(ranks)), 0.0
+    for group in range(site.geometry.groups):
+        moments = moments_of(site, group, method, stats)
+        flat = weight[group].flatten(1)
+        metric = moments.metric(method).to(flat) if method.needs else None
+        energy = float(flat.square().sum() if metric is None else weighted_energy(flat, metric))
+        summed += method.errors(weight[group], moments).to(summed) * energy
+        total += energy
+    errors = (summed / total if total > 0 else summed).tolist()
+    costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
+    return RankCurve(site, method, tuple(ranks), costs, tuple(errors))

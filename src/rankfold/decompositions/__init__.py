@@ -1,0 +1,8 @@
+"""Methods that factorise a canonical weight. They know nothing of layers."""
+
+from rankfold.decompositions._base import Decomposition, Moments
+from rankfold.decompositions._spatial_svd import SpatialSVD
+from rankfold.decompositions._svd import SVD
+from rankfold.decompositions._whitened_svd import WhitenedSVD
+
+__all__ = ["SVD", "Decomposition", "Moments", "SpatialSVD", "WhitenedSVD"]

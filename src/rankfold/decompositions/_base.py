@@ -1,0 +1,137 @@
+"""The axis on which methods plug in: canonical weight + moments + rank → Factors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import DataError, OptionError
+from rankfold.factors import Factors, Rank
+from rankfold.linalg.precision import widen
+from rankfold.linalg.spectrum import weighted_energy
+from rankfold.registry import name_of
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What calibration inputs say about one group of a site, as plain tensors in the work dtype.
+
+    Attributes:
+        gram: Mean second moment `A = E[x xᵀ]` of the flattened inputs (patches `in·k…`), shape (n, n), or None.
+        mean: Mean input `E[x]`, shape (n,), or None.
+        output_gram: Mean second moment `E[y yᵀ]` of the outputs, shape (out, out), or None.
+        bias: Whether the layer has a bias, which can absorb a change of the mean output.
+    """
+
+    gram: Tensor | None = None
+    mean: Tensor | None = None
+    output_gram: Tensor | None = None
+    bias: bool = False
+
+    def metric(self, method: object) -> Tensor:
+        """The Gram that output errors are measured in: the covariance where a bias can absorb the mean, else `A`.
+
+        Raises:
+            DataError: No input Gram was collected.
+        """
+        if self.gram is None:
+            raise DataError(
+                type(method).__name__, law="the method sees input moments", got="none",
+                cure="pass data, or statistics collected with rankfold.collect",
+            )
+        if self.bias and self.mean is not None:
+            return self.gram - torch.outer(self.mean, self.mean)
+        return self.gram
+
+
+class Decomposition(ABC):
+    """A method: canonical weight + moments + rank → Factors.
+
+    A subclass is a frozen dataclass whose fields are its options, in a file of its own, named by
+    `rankfold.register("its-name")`. It is checked by inheriting `rankfold.testing.DecompositionConformance`.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Names of the statistics the method reads: "input-gram", "input-mean", "output-gram"."""
+
+    @property
+    @abstractmethod
+    def form(self) -> str:
+        """Name of the form of its factors: "matrix", "mirrored", "spatial", …"""
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        """Why a canonical weight of this shape is no case for the method; None where it is one."""
+        return None
+
+    @abstractmethod
+    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+        """Ranks worth looking at for a canonical weight `out × in × kernel…`, ascending, the last one exact."""
+
+    @abstractmethod
+    def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
+        """Factorise.
+
+        Args:
+            weight: Canonical weight of one group, shape (out, in, kernel…), in the work dtype.
+            rank: One of `candidates`.
+            moments: Of the same group.
+
+        Returns:
+            Factors in the weight's dtype, sharing no storage with it.
+        """
+
+    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Relative squared output error at each of `candidates`, by decomposing at each of them.
+
+        `e_r = tr(D A Dᵀ) / tr(W A Wᵀ)`, `D = W − reconstruct`; without moments `A = I`. A method that knows its errors
+        in closed form overrides this.
+
+        Returns:
+            Shape (len(candidates),), in the order of `candidates`, never growing.
+        """
+        ranks = self.candidates(weight.shape)
+        flat = weight.flatten(1)
+        metric = torch.eye(flat.shape[1], dtype=flat.dtype) if moments.gram is None else moments.metric(self)
+        total = weighted_energy(flat, metric.to(flat))
+        rest = [
+            weighted_energy(flat - self.decompose(weight, rank, moments).reconstruct().flatten(1), metric)
+            for rank in ranks
+        ]
+        errors = torch.stack(rest) / total if float(total) > 0 else flat.new_zeros(len(rest))
+        return torch.cummin(errors.clamp(0, 1), 0).values
+
+    def __str__(self) -> str:
+        """The name it bears in JSON with the options that are not at their defaults."""
+        changed = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)  # type: ignore[arg-type]
+            if getattr(self, field.name) != field.default
+        ]
+        return name_of(self) + (f"({', '.join(changed)})" if changed else "")
+
+
+def canonical(weight: Tensor, rank: Rank, ranks: Sequence[Rank], method: Decomposition) -> Tensor:
+    """The weight in the work dtype, after checking that `rank` is one the method can give it.
+
+    Raises:
+        OptionError: The rank is not among `ranks`.
+    """
+    if isinstance(rank, bool) or rank not in ranks:
+        raise OptionError(
+            str(method), law=f"a rank between {ranks[0]} and {ranks[-1]} for a weight {tuple(weight.shape)}",
+            got=repr(rank), cure="choose a rank in that range",
+        )
+    return widen(weight)
+
+
+def check_damping(damping: float, method: str) -> None:
+    """Refuse a relative damping outside [0, 1]."""
+    if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping <= 1:
+        raise OptionError(
+            f"{method}.damping", law="a fraction of the mean eigenvalue, 0 to 1", got=repr(damping), cure="try 1e-6"
+        )

@@ -1,0 +1,88 @@
+"""Truncated singular value decomposition in the metric of the inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rankfold.decompositions._base import Decomposition, Moments, canonical, check_damping
+from rankfold.decompositions._svd import check_flag, max_pair_rank, pair, refuses_mirrored
+from rankfold.factors import MatrixFactors, MirroredFactors, Rank
+from rankfold.linalg.projection import split_basis, split_errors, split_refit
+from rankfold.linalg.spectrum import tail_energy
+from rankfold.linalg.svd import svd
+from rankfold.linalg.whitening import square_root
+from rankfold.registry import register
+
+
+@register("whitened-svd")
+@dataclass(frozen=True)
+class WhitenedSVD(Decomposition):
+    """Best rank-r map on the inputs the layer really sees: least `E‖(W − LR)x‖²`.
+
+    `W A^{1/2} = UΣVᵀ`, `L = U_r`, `R = U_rᵀ W` (equal to `Σ_r V_rᵀ A^{-1/2}` on the range of `A`, without the inverse).
+    `A` is the covariance where the layer has a bias (which absorbs the mean output), else the second moment; for a
+    convolution `x` is the unfolded patch. Rank-deficient `A` is normal. Work is done in float64.
+
+    The mirrored form has no such closed form, since its first stage reads single pixels: its basis comes from the
+    marginal moment of a pixel, and its second stage is then refitted by least squares on the projected patches.
+
+    Attributes:
+        mirrored: `1×1 → r`, then `k×k → out`.
+        damping: Added to `A`, as a fraction of its mean eigenvalue.
+
+    References:
+        SVD-LLM (arXiv 2403.07378) whitens by a Cholesky factor, which throws on rank-deficient moments; BALF whitens
+        convolutions. We differ in the symmetric root through `eigh`, in the covariance where a bias exists, and in
+        `R = U_rᵀW`, which never divides by a small eigenvalue.
+    """
+
+    mirrored: bool = False
+    damping: float = 1e-6
+    needs = ("input-gram", "input-mean")
+
+    def __post_init__(self) -> None:
+        check_flag(self.mirrored, "WhitenedSVD.mirrored")
+        check_damping(self.damping, "WhitenedSVD")
+
+    @property
+    def form(self) -> str:
+        """"mirrored" or "matrix"."""
+        return "mirrored" if self.mirrored else "matrix"
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        """Mirrored needs a kernel."""
+        return refuses_mirrored(shape) if self.mirrored else None
+
+    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+        """1 to the smaller side of the unfolding."""
+        return list(range(1, max_pair_rank(shape, mirrored=self.mirrored) + 1))
+
+    def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> MatrixFactors | MirroredFactors:
+        """See `Decomposition.decompose`."""
+        work = canonical(weight, rank, self.candidates(weight.shape), self)
+        metric = moments.metric(self).to(work)
+        out, inputs, *kernel = work.shape
+        if self.mirrored:
+            split, patches = work.flatten(2), metric.reshape(inputs, -1, inputs, metric.shape[0] // inputs)
+            right = split_basis(split, patches, damping=self.damping)[:rank]
+            left = split_refit(split, patches, right, damping=self.damping)  # out × r × taps
+            left = left.movedim(1, -1).reshape(-1, right.shape[0])
+            return pair(left, right, work.shape, mirrored=True, dtype=weight.dtype)
+        flat = work.flatten(1)
+        root, _ = square_root(metric, damping=self.damping)
+        u, _, _ = svd(flat @ root)
+        return pair(u[:, :rank], u[:, :rank].mT @ flat, work.shape, mirrored=False, dtype=weight.dtype)
+
+    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Relative to the output energy: closed form for the matrix form, one QR for the mirrored one."""
+        metric = moments.metric(self).to(weight)
+        if self.mirrored:
+            inputs = weight.shape[1]
+            split, patches = weight.flatten(2), metric.reshape(inputs, -1, inputs, metric.shape[0] // inputs)
+            basis = split_basis(split, patches, damping=self.damping)
+            return split_errors(split, patches, basis, damping=self.damping)[1:]
+        root, _ = square_root(metric, damping=self.damping)
+        return tail_energy(svd(weight.flatten(1) @ root)[1])[1:]

@@ -1,0 +1,17 @@
+"""The only place that knows torch layer kinds."""
+
+from rankfold.layers.adapters import Adapter, adapter_for, why_no_adapter
+from rankfold.layers.geometry import Geometry
+from rankfold.layers.shells import build_shell, dense_geometry, fill_shell, forms, stages
+
+__all__ = [
+    "Adapter",
+    "Geometry",
+    "adapter_for",
+    "build_shell",
+    "dense_geometry",
+    "fill_shell",
+    "forms",
+    "stages",
+    "why_no_adapter",
+]

@@ -1,0 +1,114 @@
+"""Everything about a layer but its numbers: enough to build it, count it and cut it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+
+Padding = str | tuple[int, ...]
+_CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape and wiring of a linear or convolution layer.
+
+    Attributes:
+        inputs: Input channels or features, over all groups.
+        outputs: Output channels or features, over all groups.
+        kernel: Kernel size an axis; empty for a linear layer.
+        stride: Step an axis.
+        padding: Padding an axis, or "same" / "valid".
+        dilation: Dilation an axis.
+        groups: Groups, each `outputs/groups × inputs/groups`.
+        padding_mode: As torch names it.
+        bias: Whether there is a bias.
+    """
+
+    inputs: int
+    outputs: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: Padding = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+    bias: bool = False
+
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """Shape of one group's canonical weight, `out × in × kernel…`."""
+        return (self.outputs // self.groups, self.inputs // self.groups, *self.kernel)
+
+    @property
+    def features(self) -> int:
+        """Length of a flattened patch of one group, `in·k…`."""
+        return prod(self.canonical_shape[1:])
+
+    @property
+    def n_weights(self) -> int:
+        """Elements of the weight over all groups, without the bias."""
+        return self.groups * prod(self.canonical_shape)
+
+    @property
+    def n_params(self) -> int:
+        """Elements of weight and bias."""
+        return self.n_weights + (self.outputs if self.bias else 0)
+
+    def axis_padding(self, axis: int) -> tuple[int, int]:
+        """Padding before and after along one axis, in samples."""
+        if self.padding == "valid":
+            return 0, 0
+        if self.padding == "same":
+            total = self.dilation[axis] * (self.kernel[axis] - 1)
+            return total // 2, total - total // 2
+        size = self.padding[axis]
+        return int(size), int(size)
+
+    def output_size(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial size after this layer.
+
+        Args:
+            size: Spatial size before it, one int an axis (empty for a linear layer).
+        """
+        return tuple(
+            (n + sum(self.axis_padding(i)) - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i, n in enumerate(size)
+        )
+
+    def macs(self, size: tuple[int, ...]) -> int:
+        """Multiply-accumulates of one sample: weights × output positions; the bias is free.
+
+        Args:
+            size: Spatial size of the input (empty for a linear layer: one position).
+        """
+        return self.n_weights * prod(self.output_size(size))
+
+    def build(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        """The empty `nn.Linear` or `nn.ConvNd` of this geometry, uninitialised, without touching the global generator."""
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if not self.kernel:
+            return nn.utils.skip_init(nn.Linear, self.inputs, self.outputs, bias=self.bias, **factory)
+        return nn.utils.skip_init(
+            _CONVS[len(self.kernel)], self.inputs, self.outputs, self.kernel, stride=self.stride,
+            padding=self.padding, dilation=self.dilation, groups=self.groups, bias=self.bias,
+            padding_mode=self.padding_mode, **factory,
+        )
+
+    def on_axes(self, axes: set[int], *, inputs: int, outputs: int, bias: bool) -> Geometry:
+        """A convolution with other widths that does this one's spatial work on `axes` and none on the others."""
+
+        def keep(values: tuple[int, ...], idle: int) -> tuple[int, ...]:
+            return tuple(value if i in axes else idle for i, value in enumerate(values))
+
+        padding = self.padding if isinstance(self.padding, str) else keep(self.padding, 0)
+        busy = isinstance(padding, str) or any(padding)
+        return replace(
+            self, inputs=inputs, outputs=outputs, kernel=keep(self.kernel, 1), stride=keep(self.stride, 1),
+            padding=padding, dilation=keep(self.dilation, 1), bias=bias,
+            padding_mode=self.padding_mode if busy else "zeros",
+        )

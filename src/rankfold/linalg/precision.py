@@ -1,0 +1,61 @@
+"""Which dtype numerical work is done in, and how tensors get there and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def work_dtype(device: torch.device) -> torch.dtype:
+    """float64 wherever the device has it (CPU, CUDA), float32 where it has not (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """A detached copy-free view of `tensor` in the work dtype (a copy where the dtype differs)."""
+    return tensor.detach().to(work_dtype(tensor.device))
+
+
+def power_of_two_scale(tensor: Tensor) -> Tensor:
+    """The power of two nearest below the largest magnitude, as a scalar tensor; 1 for a zero tensor.
+
+    Dividing by it and multiplying back changes no bit of the mantissa, so products of tensors scaled by 1e±20 neither
+    overflow nor vanish.
+    """
+    largest = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
+    exponent = torch.frexp(largest.to(work_dtype(tensor.device)))[1]
+    usable = torch.isfinite(largest) & (largest > 0)
+    return torch.where(usable, torch.exp2(exponent.to(work_dtype(tensor.device))), 1.0)
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Sum of outer products of rows, `XᵀX`, accumulated in the work dtype from products in the rows' own dtype.
+
+    Args:
+        rows: `X`, shape (…, positions, features); half precision is widened to float32 first.
+
+    Returns:
+        Shape (…, features, features) in the work dtype. Rows scaled by 1e±20 are handled by a power-of-two scaling.
+    """
+    return cross(rows, rows)
+
+
+def cross(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of outer products of paired rows, `LᵀR`, in the work dtype; see `gram`.
+
+    Args:
+        left: `L`, shape (…, positions, m).
+        right: `R`, shape (…, positions, n).
+
+    Returns:
+        Shape (…, m, n).
+    """
+    left = left.float() if left.dtype in (torch.float16, torch.bfloat16) else left
+    scale_left = power_of_two_scale(left)
+    a = left / scale_left.to(left.dtype)
+    if right is left:
+        return (a.mT @ a).to(scale_left.dtype) * scale_left * scale_left
+    right = right.to(left.dtype)
+    scale_right = power_of_two_scale(right)
+    product = a.mT @ (right / scale_right.to(right.dtype))
+    return product.to(scale_left.dtype) * scale_left * scale_right

@@ -1,0 +1,61 @@
+"""From singular values, or an ordered orthonormal basis, to the error of every rank at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankfold.linalg.precision import power_of_two_scale, widen
+
+
+def tail_energy(s: Tensor) -> Tensor:
+    """Relative squared error of keeping the first r singular values, for every r.
+
+    `e_r = Σ_{i>r} s_i² / Σ_i s_i²` (Eckart–Young).
+
+    Args:
+        s: Shape (k,), descending, any scale.
+
+    Returns:
+        Shape (k + 1,): `e_0 = 1`, `e_k = 0`, never growing. A zero spectrum has no error at any rank.
+    """
+    return _tail((s / power_of_two_scale(s)).square())
+
+
+def explained_tail(projected: Tensor, total: Tensor, *, block: int) -> Tensor:
+    """Relative squared error left after projecting onto the first r blocks of an orthonormal basis, for every r.
+
+    Args:
+        projected: `M Q`, shape (m, k·block), `Q` with orthonormal columns in order of the ranks.
+        total: `‖M‖_F²`, a scalar.
+        block: Columns that a rank adds.
+
+    Returns:
+        Shape (k + 1,), from 1 downwards, never growing; zeros where `total` is 0.
+    """
+    energy = projected.square().sum(0).reshape(-1, block).sum(1)
+    explained = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
+    if float(total) <= 0:
+        return torch.zeros_like(explained)
+    return (1 - explained / total).clamp(0, 1)
+
+
+def _tail(energy: Tensor) -> Tensor:
+    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    if float(tail[0]) <= 0:
+        return torch.zeros_like(tail)
+    return tail / tail[0]
+
+
+def weighted_energy(weight: Tensor, gram: Tensor) -> Tensor:
+    """Mean squared output `tr(W A Wᵀ)` of a linear map on inputs with second moment `A`.
+
+    Args:
+        weight: `W`, shape (out, in).
+        gram: `A`, shape (in, in).
+
+    Returns:
+        A scalar in the work dtype, clamped at 0.
+    """
+    work = widen(weight)
+    return ((work @ widen(gram)) * work).sum().clamp_min(0)

@@ -1,0 +1,194 @@
+"""Original against compressed, on data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankfold.errors import DataError, NumericsError
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
+from rankfold.statistics.data import as_batches
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How alike two models are on some data.
+
+    An example is one row of logits: an image, or one position of a sequence.
+
+    Attributes:
+        samples: Samples looked at.
+        examples: Rows of logits looked at.
+        agreement: Fraction of examples with the same arg-max.
+        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` an example, in nats.
+        relative_error: `‖compressed − original‖² / ‖original‖²` over all outputs.
+        max_difference: Largest absolute difference of an output.
+        top1: Fraction of labelled examples whose arg-max is the label, (original, compressed); None without labels.
+        top5: The same for the five largest.
+        perplexity: `exp` of the mean cross-entropy against the labels, (original, compressed), for sequence outputs.
+        changed: Indices of the examples whose arg-max differs, in the order of the data.
+        logits: Whether the output looks like logits (named so, or one row a sample), so that KL means something.
+    """
+
+    samples: int
+    examples: int
+    agreement: float
+    kl: float
+    relative_error: float
+    max_difference: float
+    top1: tuple[float, float] | None
+    top5: tuple[float, float] | None
+    perplexity: tuple[float, float] | None
+    changed: tuple[int, ...]
+    logits: bool
+
+    @property
+    def divergence(self) -> float:
+        """What candidates are ranked by: KL where the output is logits, the relative error otherwise."""
+        return self.kl if self.logits else self.relative_error
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict of JSON values."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+def output_tensor(output: Any) -> tuple[Tensor, bool]:  # noqa: ANN401
+    """The tensor of an output that is compared, and whether it is logits.
+
+    The entry named "logits" of a mapping, else the first floating tensor; a bare output of two axes counts as logits.
+
+    Raises:
+        DataError: The output holds no floating tensor.
+    """
+    if isinstance(output, Tensor) and output.is_floating_point():
+        return output, output.ndim == 2
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"], True
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    for value in values:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value, value.ndim == 2
+    raise DataError(
+        "output", law="the model returns a floating tensor, or a tuple or mapping that holds one",
+        got=type(output).__name__, cure="wrap the model so that it returns its logits",
+    )
+
+
+def labels_of(batch: Any) -> Tensor | None:  # noqa: ANN401
+    """Integer labels of a batch: the second item of a tuple, or the entry "labels" of a dict."""
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        label = batch[1]
+    elif isinstance(batch, Mapping):
+        label = batch.get("labels")
+    else:
+        return None
+    integer = isinstance(label, Tensor) and not label.is_floating_point() and label.dtype != torch.bool
+    return label if integer else None
+
+
+def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Comparison:  # noqa: ANN401
+    """Run both models over data and compare their outputs.
+
+    Both run in eval mode and are left as they were. Memory is one batch of outputs. Comparison is in float64.
+
+    Args:
+        original: The original model.
+        compressed: Another with outputs of the same shape.
+        data: A re-iterable of batches, as for `compress`; labels, where there are any, give top-1 and top-5.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        DataError: No data, or outputs of different shapes.
+        NumericsError: An output of the compressed model is not finite where the original's is.
+    """
+    tally = _Tally()
+    with evaluating(original), evaluating(compressed):
+        for batch in as_batches(data):
+            first, logits = output_tensor(run(original, to_device(batch, device_of(original))))
+            second, _ = output_tensor(run(compressed, to_device(batch, device_of(compressed))))
+            tally.add(batch, first, second.to(first.device), logits)
+    return tally.result()
+
+
+class _Tally:
+    """Running sums of a comparison."""
+
+    def __init__(self) -> None:
+        self.samples = self.examples = self.agree = self.labelled = 0
+        self.kl = self.error = self.energy = self.largest = 0.0
+        self.hits = [[0, 0], [0, 0]]  # top-1, top-5 of original, compressed
+        self.cross_entropy = [0.0, 0.0]
+        self.changed: list[int] = []
+        self.logits, self.sequence, self.wide = True, False, True
+
+    def add(self, batch: Batch, first: Tensor, second: Tensor, logits: bool) -> None:
+        """Add one batch of outputs."""
+        if first.shape != second.shape:
+            raise DataError(
+                "output", law="both models give outputs of one shape",
+                got=f"{tuple(first.shape)} and {tuple(second.shape)}", cure="compare a model with its own compression",
+            )
+        if bool(torch.isfinite(first).all()) and not bool(torch.isfinite(second).all()):
+            raise NumericsError(
+                "compressed output", law="finite where the original's is", got="NaN or infinity",
+                cure="look at the site errors in the report",
+            )
+        a, b = (x.double().reshape(-1, x.shape[-1] if x.ndim > 1 else 1) for x in (first, second))
+        self.logits &= logits
+        self.samples += batch_size(batch)
+        same = a.argmax(1) == b.argmax(1)
+        self.changed += (torch.nonzero(~same).flatten() + self.examples).tolist()
+        self.examples += len(a)
+        self.agree += int(same.sum())
+        log_a, log_b = F.log_softmax(a, 1), F.log_softmax(b, 1)
+        self.kl += float((log_a.exp() * (log_a - log_b)).sum())
+        self.error += float((a - b).square().sum())
+        self.energy += float(a.square().sum())
+        self.largest = max(self.largest, float((a - b).abs().max()))
+        labels = labels_of(batch)
+        if labels is None or labels.shape != first.shape[:-1]:
+            return
+        if first.ndim > 2:  # a causal language model: position t predicts label t + 1
+            self.sequence = True
+            rows = torch.arange(len(a)).reshape(first.shape[:-1])[:, :-1].flatten()
+            labels = labels[:, 1:]
+        else:
+            rows = torch.arange(len(a))
+        self._add_labels(labels.flatten().to(a.device), rows.to(a.device), (log_a, log_b))
+
+    def _add_labels(self, labels: Tensor, rows: Tensor, logs: tuple[Tensor, Tensor]) -> None:
+        usable = labels >= 0  # -100 marks padding
+        labels, rows = labels[usable], rows[usable]
+        self.labelled += len(labels)
+        for which, log in enumerate(logs):
+            chosen = log[rows]
+            top = chosen.topk(min(5, chosen.shape[1]), dim=1).indices == labels[:, None]
+            self.wide &= chosen.shape[1] > 5
+            self.hits[0][which] += int(top[:, 0].sum())
+            self.hits[1][which] += int(top.any(1).sum())
+            self.cross_entropy[which] -= float(chosen.gather(1, labels[:, None]).sum())
+
+    def result(self) -> Comparison:
+        """The comparison over all that was added."""
+        if not self.examples:
+            raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
+        n = self.labelled
+
+        def share(hits: list[int]) -> tuple[float, float] | None:
+            return (hits[0] / n, hits[1] / n) if n else None
+
+        first, second = (math.exp(total / n) if n else 0.0 for total in self.cross_entropy)
+        return Comparison(
+            self.samples, self.examples, self.agree / self.examples, max(self.kl / self.examples, 0.0),
+            self.error / self.energy if self.energy > 0 else float(self.error > 0), self.largest,
+            share(self.hits[0]), share(self.hits[1]) if self.wide else None,
+            (first, second) if n and self.sequence else None, tuple(self.changed), self.logits,
+        )

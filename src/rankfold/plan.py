@@ -1,0 +1,192 @@
+"""The plan: one decision or skip for every layer, as versioned JSON that a person can edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rankfold.decompositions import Decomposition
+from rankfold.errors import PlanError, near_matches
+from rankfold.factors import Rank
+from rankfold.graph.sites import Skip
+from rankfold.registry import from_json, to_json
+from rankfold.serialization import canonical_json, parse_json, read_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a site.
+
+    Attributes:
+        site: Its path.
+        method: The decomposition; None leaves the site dense.
+        rank: The rank; None where dense.
+        why: Why: the selector's reason, in words.
+    """
+
+    site: str
+    method: Decomposition | None = None
+    rank: Rank | None = None
+    why: str = ""
+
+    @property
+    def form(self) -> str:
+        """Form of the factors, or "dense"."""
+        return "dense" if self.method is None else self.method.form
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict."""
+        rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
+        method = None if self.method is None else to_json(self.method)
+        return {"site": self.site, "method": method, "rank": rank, "why": self.why}
+
+    @classmethod
+    def from_json(cls, value: Any, place: str) -> Decision:  # noqa: ANN401
+        """Read what `to_json` wrote; raises `PlanError` naming the key."""
+        keys = _object(value, place, required={"site", "method", "rank"}, optional={"why"})
+        site, rank, why = keys["site"], keys["rank"], keys.get("why", "")
+        if not isinstance(site, str) or not isinstance(why, str):
+            raise PlanError(place, law="site and why are strings", got=f"{site!r}, {why!r}", cure="correct them")
+        method = None if keys["method"] is None else from_json(keys["method"], Decomposition, place=f"{place}.method")
+        rank = tuple(rank) if isinstance(rank, list) else rank
+        parts = rank if isinstance(rank, tuple) else (rank,)
+        whole = all(isinstance(part, int) and not isinstance(part, bool) and part > 0 for part in parts)
+        if (method is None) != (rank is None) or (rank is not None and not (parts and whole)):
+            raise PlanError(
+                f"{place} ({site})", law="a method with a rank of at least 1, or both null (dense)", got=repr(rank),
+                cure="correct the rank, or set both to null",
+            )
+        return cls(site, method, rank, why)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Enough to rebuild the compressed structure from the original's.
+
+    Attributes:
+        decisions: One a site, in the order of the sites.
+        skips: Layers left alone, with the reason.
+        fingerprint: Of the original model's structure.
+        model: Name of the original's class, for the reader.
+        budget: The bounds that were asked for.
+        selector: The selector, as its JSON; None for a plan written by hand.
+        seed: Seed of everything that was drawn.
+        calibration: Manifest of the data.
+    """
+
+    decisions: tuple[Decision, ...]
+    skips: tuple[Skip, ...]
+    fingerprint: str
+    model: str = ""
+    budget: Mapping[str, float | int] = field(default_factory=dict)
+    selector: Mapping[str, Any] | None = None
+    seed: int = 0
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Canonical JSON text: equal plans give equal bytes."""
+        return canonical_json(
+            {
+                "version": VERSION,
+                "decisions": [decision.to_json() for decision in self.decisions],
+                "skips": [{"path": skip.path, "reason": skip.reason} for skip in self.skips],
+                "fingerprint": self.fingerprint,
+                "model": self.model,
+                "budget": dict(self.budget),
+                "selector": self.selector,
+                "seed": self.seed,
+                "calibration": dict(self.calibration),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str, *, place: str = "plan") -> Plan:
+        """Read JSON text.
+
+        Raises:
+            PlanError: Malformed, of another version, or with a key that is not known; the place is named.
+        """
+        return cls._read(parse_json(text, place=place, error=PlanError), place)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a file; see `from_json`."""
+        return cls._read(read_json(Path(path), error=PlanError), str(path))
+
+    @classmethod
+    def _read(cls, value: Any, place: str) -> Plan:  # noqa: ANN401
+        if isinstance(value, dict) and value.get("version") != VERSION:
+            raise PlanError(
+                place, law=f"a plan of version {VERSION}", got=f"version {value.get('version')!r}",
+                cure="write it again with this release, or read it with the release that wrote it",
+            )
+        optional = {"model", "budget", "selector", "seed", "calibration", "skips"}
+        keys = _object(value, place, required={"version", "decisions", "fingerprint"}, optional=optional)
+        kinds = {"decisions": list, "skips": list, "fingerprint": str, "model": str, "budget": dict, "seed": int,
+                 "calibration": dict}
+        for key, kind in kinds.items():
+            if key in keys and (not isinstance(keys[key], kind) or isinstance(keys[key], bool)):
+                raise PlanError(
+                    f"{place}.{key}", law=f"a JSON {kind.__name__}", got=repr(keys[key])[:60], cure="correct it"
+                )
+        decisions = tuple(
+            Decision.from_json(item, f"{place}.decisions[{i}]") for i, item in enumerate(keys["decisions"])
+        )
+        skips = []
+        for i, item in enumerate(keys.get("skips", [])):
+            own = _object(item, f"{place}.skips[{i}]", required={"path", "reason"})
+            skips.append(Skip(str(own["path"]), str(own["reason"])))
+        paths = [decision.site for decision in decisions]
+        double = next((path for path in paths if paths.count(path) > 1), None)
+        if double is not None:
+            raise PlanError(place, law="one decision a site", got=f"two for {double!r}", cure="remove one")
+        return cls(
+            decisions, tuple(skips), keys["fingerprint"], keys.get("model", ""), keys.get("budget", {}),
+            keys.get("selector"), keys.get("seed", 0), keys.get("calibration", {}),
+        )
+
+    def at(self, site: str) -> Decision:
+        """The decision of a site.
+
+        Raises:
+            PlanError: There is none; near matches are named.
+        """
+        for decision in self.decisions:
+            if decision.site == site:
+                return decision
+        raise PlanError(
+            repr(site), law="the plan decides on the site", got="no decision",
+            cure=near_matches(site, [decision.site for decision in self.decisions]),
+        )
+
+    def with_decision(self, decision: Decision) -> Plan:
+        """This plan with one decision replaced."""
+        self.at(decision.site)
+        changed = tuple(decision if old.site == decision.site else old for old in self.decisions)
+        return replace(self, decisions=changed)
+
+    @property
+    def changes(self) -> tuple[Decision, ...]:
+        """The decisions that are not dense."""
+        return tuple(decision for decision in self.decisions if decision.method is not None)
+
+
+def _object(
+    value: Any, place: str, *, required: set[str], optional: frozenset[str] | set[str] = frozenset()  # noqa: ANN401
+) -> dict[str, Any]:
+    """A JSON object with all required keys and no unknown one."""
+    if not isinstance(value, dict):
+        raise PlanError(place, law="a JSON object", got=repr(value)[:60], cure="see docs/file-format.md")
+    for key in value:
+        if key not in required | optional:
+            raise PlanError(
+                place, law="only known keys", got=repr(key), cure=near_matches(str(key), required | optional)
+            )
+    for key in sorted(required):
+        if key not in value:
+            raise PlanError(place, law=f"the key {key!r}", got=f"keys {sorted(value)}", cure="add it")
+    return value

@@ -1,0 +1,88 @@
+"""Curves + budget → plan, and what a plan will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rankfold.errors import OptionError, PlanError
+from rankfold.graph.sites import Site, Sites
+from rankfold.metrics.cost import Cost, dense_cost, site_cost
+from rankfold.plan import Decision, Plan
+from rankfold.ranks import Budget, Curves, Lagrangian, RankSelector
+from rankfold.registry import to_json
+
+
+def make_plan(
+    curves: Curves,
+    *,
+    budget: Budget,
+    selector: RankSelector | None = None,
+    seed: int = 0,
+    calibration: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Decide for every site, under one budget for the whole model.
+
+    Args:
+        curves: From `measure`.
+        budget: Upper bounds; all hold for the result.
+        selector: How ranks are chosen; `Lagrangian()` if None.
+        seed: Noted in the plan.
+        calibration: Manifest of the data, noted in the plan.
+
+    Returns:
+        The plan. Its predicted cost (`plan_cost`) is within the budget.
+
+    Raises:
+        BudgetError: The budget cannot be met; the smallest reachable value is named.
+        OptionError: The budget or selector is of another kind.
+    """
+    selector = Lagrangian() if selector is None else selector
+    for value, kind, place in ((budget, Budget, "budget"), (selector, RankSelector, "selector")):
+        if not isinstance(value, kind):
+            raise OptionError(
+                place, law=f"an instance of {kind.__name__}", got=repr(value), cure=f"import {kind.__name__} from rankfold"
+            )
+    problem = curves.problem(budget)
+    chosen = selector.select(problem)
+    decisions = []
+    for site, option in zip(curves.sites, chosen, strict=True):
+        if option.method is None:
+            decisions.append(Decision(site.path, why="dense: nothing smaller was worth its error"))
+        else:
+            why = f"relative squared output error {option.error:.3g}"
+            decisions.append(Decision(site.path, option.method, option.rank, why))
+    sites = curves.sites
+    plan = Plan(
+        tuple(decisions), sites.skips, sites.fingerprint, sites.model, budget.to_json(), to_json(selector), seed,
+        dict(calibration or {}),
+    )
+    cost = plan_cost(sites, plan).amounts()
+    for name, bound in budget.bounds(sites.cost).items():
+        if cost[name] > bound:
+            raise PlanError(
+                type(selector).__name__, law=f"a selector keeps to the budget of {bound} {name}", got=str(cost[name]),
+                cure="this is a defect of the selector; please report it",
+            )
+    return plan
+
+
+def decision_cost(site: Site, decision: Decision) -> Cost:
+    """Predicted cost of one site."""
+    if decision.method is None or decision.rank is None:
+        return dense_cost(site)
+    return site_cost(site, decision.method.form, decision.rank)
+
+
+def plan_cost(sites: Sites, plan: Plan) -> Cost:
+    """Predicted cost of the whole compressed model: equal to what `count` finds on the live one.
+
+    Args:
+        sites: Of the original model.
+        plan: Any plan of that model.
+    """
+    total = sites.cost
+    for decision in plan.decisions:
+        site = sites.at(decision.site)
+        total = total - dense_cost(site) + decision_cost(site, decision)
+    return total

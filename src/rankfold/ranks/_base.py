@@ -1,0 +1,145 @@
+"""The axis on which selectors plug in, and the arithmetic they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankfold.ranks.curve import Option, Problem
+
+
+class RankSelector(ABC):
+    """Curves + budget → one option a site. A subclass is a frozen, registered dataclass in a file of its own."""
+
+    @abstractmethod
+    def select(self, problem: Problem) -> tuple[Option, ...]:
+        """Choose one option a site so that every bound holds.
+
+        Args:
+            problem: Options and bounds; known to have a solution for each bound alone.
+
+        Returns:
+            One of `problem.options[i]` for every site i.
+
+        Raises:
+            BudgetError: Several bounds that can be met one by one, but not together.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A problem as arrays.
+
+    Attributes:
+        errors: One array a site, shape (options,).
+        loads: One array a site, shape (options, resources): cost as a share of the bound on the sites (0/0 is 0).
+        bounds: Shape (resources,): 1 for each resource; the sum of the loads of a choice must not exceed it.
+    """
+
+    errors: list[NDArray[np.float64]]
+    loads: list[NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, problem: Problem) -> Table:
+        """Read a problem."""
+        names = list(problem.bounds)
+        scale = np.array([max(problem.bounds[name], 1) for name in names], dtype=np.float64)
+        errors = [np.array([option.error for option in each], dtype=np.float64) for each in problem.options]
+        loads = [
+            np.array([[option.cost.amounts()[name] for name in names] for option in each], dtype=np.float64) / scale
+            for each in problem.options
+        ]
+        return cls(errors, loads)
+
+    def choose(self, score: Callable[[int], NDArray[np.float64]]) -> list[int]:
+        """For every site the option of least score (the first on ties)."""
+        return [int(np.argmin(score(i))) for i in range(len(self.errors))]
+
+    def load(self, chosen: Sequence[int]) -> NDArray[np.float64]:
+        """Summed loads of a choice, shape (resources,)."""
+        if not chosen:
+            return np.zeros(1)
+        return np.sum([loads[k] for loads, k in zip(self.loads, chosen, strict=True)], axis=0)
+
+    def error(self, chosen: Sequence[int]) -> float:
+        """Summed errors of a choice."""
+        return float(sum(errors[k] for errors, k in zip(self.errors, chosen, strict=True)))
+
+
+SLACK = 1e-12  # rounding of a sum of shares; bounds are checked again in whole numbers
+
+
+def top_up(problem: Problem, table: Table, chosen: list[int]) -> list[int]:
+    """Spend what is left of the budget: repeat the step with most error removed per share of the budget that fits.
+
+    Args:
+        problem: The problem.
+        table: Its arrays.
+        chosen: A choice within the bounds.
+
+    Returns:
+        A choice within the bounds, of no larger error.
+    """
+    chosen = list(chosen)
+    left = 1 - table.load(chosen)
+    while True:
+        best, step = 0.0, None
+        for i, k in enumerate(chosen):
+            gain = table.errors[i][k] - table.errors[i]
+            more = table.loads[i] - table.loads[i][k]
+            fits = (more <= left + SLACK).all(1) & (gain > 0)
+            if not fits.any():
+                continue
+            worth = np.where(fits, gain / np.maximum(more.max(1), 1e-9), 0.0)
+            j = int(np.argmax(worth))
+            if worth[j] > best:
+                best, step = float(worth[j]), (i, j)
+        if step is None:
+            break
+        trial = list(chosen)
+        trial[step[0]] = step[1]
+        if not problem.fits(problem.total(pick(problem, trial))):
+            break
+        chosen, left = trial, 1 - table.load(trial)
+    return chosen
+
+
+def pick(problem: Problem, chosen: Sequence[int]) -> tuple[Option, ...]:
+    """The options at the chosen positions."""
+    return tuple(options[k] for options, k in zip(problem.options, chosen, strict=True))
+
+
+def largest_fitting(
+    problem: Problem, choose: Callable[[float], list[int]], *, steps: int = 60
+) -> list[int] | None:
+    """The choice at the largest t in [0, 1] that is within the bounds, by bisection.
+
+    Args:
+        problem: The problem.
+        choose: A choice that costs more as t grows.
+        steps: Halvings.
+
+    Returns:
+        The choice, or None where not even t = 0 fits.
+    """
+
+    def fits(chosen: list[int]) -> bool:
+        return problem.fits(problem.total(pick(problem, chosen)))
+
+    if fits(top := choose(1.0)):
+        return top
+    if not fits(found := choose(0.0)):
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        trial = choose(middle)
+        if fits(trial):
+            low, found = middle, trial
+        else:
+            high = middle
+    return found

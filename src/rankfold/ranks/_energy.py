@@ -1,0 +1,35 @@
+"""The same error at every site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rankfold.ranks._base import RankSelector, Table, largest_fitting, pick, top_up
+from rankfold.ranks._lagrangian import cheapest
+from rankfold.ranks.curve import Option, Problem
+from rankfold.registry import register
+
+
+@register("energy")
+@dataclass(frozen=True)
+class Energy(RankSelector):
+    """Every site keeps the same share of its output energy: the cheapest option with error ≤ ε, ε as small as fits.
+
+    The threshold rule of most SVD pruners, with the threshold found from the budget instead of guessed.
+    """
+
+    def select(self, problem: Problem) -> tuple[Option, ...]:
+        """See `RankSelector.select`."""
+        table = Table.of(problem)
+        smallest = cheapest(problem, table)
+
+        def choose(t: float) -> list[int]:
+            bound = (1 - t) ** 4  # most of the interesting thresholds lie near 0
+            if bound >= 1:
+                return smallest
+            return table.choose(lambda i: np.where(table.errors[i] <= bound, table.loads[i].max(1), np.inf))
+
+        found = largest_fitting(problem, choose)
+        return pick(problem, top_up(problem, table, smallest if found is None else found))

@@ -1,0 +1,162 @@
+"""One site, one family: candidate ranks with their cost and error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rankfold.decompositions import Decomposition
+from rankfold.errors import BudgetError
+from rankfold.factors import Rank
+from rankfold.graph.sites import Site, Sites
+from rankfold.metrics.cost import Cost, dense_cost
+from rankfold.ranks.budget import Budget
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """What a method offers at a site.
+
+    Attributes:
+        site: The site.
+        method: The method.
+        ranks: Candidates, cheapest first.
+        costs: Of the site at each rank.
+        errors: Relative squared output error at each rank, 0 to 1; comparable across sites, since each is relative to
+            the site's own output energy.
+    """
+
+    site: Site
+    method: Decomposition
+    ranks: tuple[Rank, ...]
+    costs: tuple[Cost, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to have a site: dense (`method` None) or a method at a rank."""
+
+    method: Decomposition | None
+    rank: Rank | None
+    cost: Cost
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """The curves of all sites and families, with what a selector needs of the model.
+
+    Attributes:
+        sites: The sites measured.
+        curves: One a site and family that has a case there, in the order of the sites, then of the families.
+    """
+
+    sites: Sites
+    curves: tuple[RankCurve, ...]
+
+    def __iter__(self) -> Iterator[RankCurve]:
+        """The curves."""
+        return iter(self.curves)
+
+    def __len__(self) -> int:
+        """Number of curves."""
+        return len(self.curves)
+
+    def of(self, site: Site) -> list[RankCurve]:
+        """All curves of a site."""
+        return [curve for curve in self.curves if curve.site.path == site.path]
+
+    def fixed_cost(self) -> Cost:
+        """Cost of all that no decision changes: the model without its sites."""
+        total = self.sites.cost
+        for site in self.sites:
+            total = total - dense_cost(site)
+        return total
+
+    def problem(self, budget: Budget) -> Problem:
+        """The choice to be made under a budget; see `Problem`."""
+        return Problem.of(self, budget)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """For each site its options, and the bounds that hold for the sum of their costs.
+
+    Attributes:
+        sites: The sites.
+        options: One list a site; each begins with the dense option, the rest cost less in a bounded resource.
+        bounds: Absolute bounds on the sites' summed cost, by resource: the model's bound less the fixed cost.
+        fixed: Cost of all that no decision changes.
+        original: Cost of the whole original model.
+    """
+
+    sites: tuple[Site, ...]
+    options: tuple[tuple[Option, ...], ...]
+    bounds: dict[str, int]
+    fixed: Cost
+    original: Cost
+
+    @classmethod
+    def of(cls, curves: Curves, budget: Budget) -> Problem:
+        """Build it and check that the budget can be met.
+
+        Raises:
+            BudgetError: The cheapest options together are over a bound; the smallest reachable values are named.
+        """
+        whole = budget.bounds(curves.sites.cost)
+        fixed = curves.fixed_cost()
+        bounds = {name: bound - fixed.amounts()[name] for name, bound in whole.items()}
+        options = []
+        for site in curves.sites:
+            dense = Option(None, None, dense_cost(site), 0.0)
+            smaller = [
+                Option(curve.method, rank, cost, error)
+                for curve in curves.of(site)
+                for rank, cost, error in zip(curve.ranks, curve.costs, curve.errors, strict=True)
+                if any(cost.amounts()[name] < dense.cost.amounts()[name] for name in bounds)
+            ]
+            options.append((dense, *smaller))
+        return cls(curves.sites.sites, tuple(options), bounds, fixed, curves.sites.cost).checked()
+
+    def checked(self) -> Problem:
+        """This problem, if the cheapest options together are within every bound.
+
+        Raises:
+            BudgetError: They are not; the smallest reachable value of each resource is named.
+        """
+        fixed, original = self.fixed.amounts(), self.original.amounts()
+        smallest = {
+            name: fixed[name] + sum(min(o.cost.amounts()[name] for o in each) for each in self.options)
+            for name in self.bounds
+        }
+        broken = [name for name, bound in self.bounds.items() if smallest[name] > bound + fixed[name]]
+        if broken:
+            raise BudgetError(
+                f"Budget.{broken[0]}", law="the smallest reachable model is within every bound",
+                got=", ".join(
+                    f"{name} at most {self.bounds[name] + fixed[name]} where the smallest is {smallest[name]}"
+                    f" ({smallest[name] / max(original[name], 1):.4f} of {original[name]})"
+                    for name in broken
+                ),
+                cure="raise the bound, or allow more families or layers", smallest=smallest,
+            )
+        return self
+
+    def restricted(self, keep: Callable[[Option], bool]) -> Problem:
+        """This problem with only the options that `keep` lets through; the dense one always stays.
+
+        Raises:
+            BudgetError: What is left cannot meet a bound.
+        """
+        options = tuple((each[0], *(option for option in each[1:] if keep(option))) for each in self.options)
+        return replace(self, options=options).checked()
+
+    def total(self, choice: Sequence[Option]) -> Cost:
+        """Summed cost of the sites under a choice."""
+        return sum((option.cost for option in choice), Cost())
+
+    def fits(self, cost: Cost) -> bool:
+        """Whether a summed cost is within every bound."""
+        amounts = cost.amounts()
+        return all(amounts[name] <= bound for name, bound in self.bounds.items())

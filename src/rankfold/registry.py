@@ -1,0 +1,124 @@
+"""Names for methods: they exist in JSON and on the command line only; users pass instances."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rankfold.errors import OptionError, PlanError, RegistryError, near_matches
+
+T = TypeVar("T", bound=type)
+_BY_NAME: dict[str, type] = {}
+_NAMES: dict[type, str] = {}
+ENTRY_POINTS = "rankfold.methods"
+
+
+def register(name: str) -> Callable[[T], T]:
+    """Class decorator that gives a method the name it bears in JSON and on the command line.
+
+    Args:
+        name: Lower-case words joined by hyphens, e.g. ``"whitened-svd"``.
+
+    Raises:
+        RegistryError: Another class bears the name, or the class is no frozen dataclass.
+    """
+
+    def decorate(cls: T) -> T:
+        other = _BY_NAME.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise RegistryError(
+                name, law="a name belongs to one class", got=f"{cls.__qualname__} beside {other.__qualname__}",
+                cure="choose another name",
+            )
+        _BY_NAME[name] = cls
+        _NAMES[cls] = name
+        return cls
+
+    return decorate
+
+
+def name_of(method: object) -> str:
+    """The registered name of a method's class.
+
+    Raises:
+        RegistryError: The class was never registered.
+    """
+    try:
+        return _NAMES[type(method)]
+    except KeyError:
+        raise RegistryError(
+            type(method).__qualname__, law="a method is registered before it is written to JSON",
+            got="an unregistered class", cure='decorate it with @rankfold.register("its-name")',
+        ) from None
+
+
+def names(base: type) -> list[str]:
+    """All registered names whose class derives from `base`, sorted."""
+    _load_entry_points()
+    return sorted(name for name, cls in _BY_NAME.items() if issubclass(cls, base))
+
+
+def lookup(name: str, base: type) -> type:
+    """The class registered under `name`, which must derive from `base`.
+
+    Entry points of the group ``rankfold.methods`` are loaded when the name is not known yet.
+    """
+    if name not in _BY_NAME:
+        _load_entry_points()
+    cls = _BY_NAME.get(name)
+    if cls is None or not issubclass(cls, base):
+        raise RegistryError(
+            repr(name), law=f"the name of a registered {base.__name__}", got=repr(name),
+            cure=near_matches(name, names(base)),
+        )
+    return cls
+
+
+def _load_entry_points() -> None:
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        entry.load()
+
+
+def to_json(method: Any) -> dict[str, Any]:  # noqa: ANN401
+    """A method as ``{"name": …, option: value, …}``; options that are methods nest."""
+    result: dict[str, Any] = {"name": name_of(method)}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        result[field.name] = to_json(value) if nested else value
+    return result
+
+
+def from_json(value: Any, base: type, *, place: str) -> Any:  # noqa: ANN401
+    """The instance that `to_json` wrote.
+
+    Args:
+        value: A dict with the key ``"name"`` and one key an option; missing options take their defaults.
+        base: What the class must derive from.
+        place: Named in the message.
+
+    Raises:
+        PlanError: Not such a dict, an unknown option, or an option the class refuses.
+    """
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise PlanError(
+            place, law='a method is {"name": …, option: value, …}', got=repr(value)[:80], cure="see docs/file-format.md"
+        )
+    cls = lookup(value["name"], base)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    options: dict[str, Any] = {}
+    for key, option in value.items():
+        if key == "name":
+            continue
+        if key not in fields:
+            raise PlanError(
+                place, law=f"an option of {value['name']}", got=repr(key), cure=near_matches(key, fields) if fields
+                else "it takes none",
+            )
+        options[key] = from_json(option, object, place=f"{place}.{key}") if isinstance(option, dict) else option
+    try:
+        return cls(**options)
+    except (OptionError, TypeError) as cause:
+        raise PlanError(place, law="options within their ranges", got=str(cause), cure="correct the option") from cause

@@ -1,0 +1,5 @@
+"""What was done, before and after: data, text and JSON."""
+
+from rankfold.report.data import Candidate, Report, Row
+
+__all__ = ["Candidate", "Report", "Row"]

@@ -1,0 +1,145 @@
+"""The report as data."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy
+import scipy
+import torch
+
+from rankfold._version import __version__
+from rankfold.graph.sites import Sites
+from rankfold.metrics.compare import Comparison
+from rankfold.metrics.cost import Cost, dense_cost
+from rankfold.plan import Plan
+from rankfold.planning import decision_cost, plan_cost
+from rankfold.serialization import canonical_json
+
+VERSION = 1
+SLOWER = "the compressed model is SLOWER than the original here: {ratio:.2f} × its time"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer before and after.
+
+    Attributes:
+        path: Site path.
+        kind: Layer kind.
+        shape: Of the weight.
+        form: Form of the factors, or "dense", or "skipped".
+        method: The method, or "".
+        rank: The rank, or None.
+        before: Cost before; None for a skipped layer.
+        after: Cost after; None for a skipped layer.
+        why: Of the decision, or the reason of the skip.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    form: str
+    method: str
+    rank: int | tuple[int, ...] | None
+    before: Cost | None
+    after: Cost | None
+    why: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One selector's plan, as judged on held-out inputs."""
+
+    selector: str
+    divergence: float
+    agreement: float
+    taken: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a reader asks of a compression.
+
+    Attributes:
+        model: Class of the model.
+        rows: Every site, then every skip.
+        before: Cost of the original.
+        after: Cost of the compressed model, counted on the live module.
+        budget: What was asked for.
+        latency: Measured kept fraction of the latency (above 1 is slower), or None.
+        comparison: On held-out calibration inputs, or None.
+        candidates: Plans that were tried.
+        seconds: Wall-clock seconds a stage.
+        notes: What the reader should know: the road taken, what could not be done.
+        seed: The seed.
+        environment: Versions and machine.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    before: Cost
+    after: Cost
+    budget: Mapping[str, float | int]
+    latency: float | None = None
+    comparison: Comparison | None = None
+    candidates: tuple[Candidate, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    seed: int = 0
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Lines a reader must not miss."""
+        slower = self.latency is not None and self.latency > 1.0
+        return (SLOWER.format(ratio=self.latency),) if slower else ()
+
+    def to_json(self) -> str:
+        """Canonical JSON text."""
+        value: dict[str, Any] = asdict(self)
+        value["version"] = VERSION
+        value["warnings"] = list(self.warnings)
+        return canonical_json(value)
+
+    def text(self, *, width: int = 110) -> str:
+        """The report as plain text."""
+        from rankfold.report.text import render
+
+        return render(self, width=width)
+
+    def __str__(self) -> str:
+        """As `text`."""
+        return self.text()
+
+
+def rows(sites: Sites, plan: Plan) -> tuple[Row, ...]:
+    """Rows of every site and skip under a plan."""
+    result = []
+    for site in sites:
+        decision = plan.at(site.path)
+        result.append(
+            Row(
+                site.path, site.kind, site.weight_shape, decision.form,
+                "" if decision.method is None else str(decision.method), decision.rank, dense_cost(site),
+                decision_cost(site, decision), decision.why,
+            )
+        )
+    skipped = [Row(skip.path, "", (), "skipped", "", None, None, None, skip.reason) for skip in sites.skips]
+    return (*result, *skipped)
+
+
+def predicted(sites: Sites, plan: Plan) -> Cost:
+    """Cost of the compressed model by formula."""
+    return plan_cost(sites, plan)
+
+
+def environment() -> dict[str, str]:
+    """Versions that numbers depend on."""
+    return {
+        "rankfold": __version__, "torch": torch.__version__, "numpy": numpy.__version__, "scipy": scipy.__version__,
+        "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,206 @@
+"""Bytes on disk: canonical JSON that is safe to read, and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rankfold.errors import CheckpointError, RankfoldError, WriteError
+
+MAX_JSON_BYTES = 64 * 2**20
+MAX_JSON_DEPTH = 64
+
+
+def canonical_json(value: object) -> str:
+    """JSON text that is a function of the value alone: sorted keys, fixed layout, one final newline.
+
+    Args:
+        value: Nested dicts, lists, strings, ints, finite floats, booleans and None.
+
+    Returns:
+        The text. Equal values give equal bytes, on every machine.
+
+    Raises:
+        ValueError: A float is NaN or infinite, which JSON cannot hold.
+    """
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def parse_json(text: str, *, place: str, error: type[RankfoldError] = CheckpointError) -> Any:  # noqa: ANN401
+    """Parse JSON of untrusted origin: bounded depth, no duplicate keys, no NaN.
+
+    Args:
+        text: The JSON text, already bounded in size.
+        place: Named in the message.
+        error: The class to raise.
+
+    Returns:
+        The parsed value.
+    """
+
+    def refuse(law: str, got: str) -> NoReturn:
+        raise error(place, law=law, got=got, cure="write the file again with rankfold, or restore it from a copy")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            refuse("a JSON object names each key once", f"{next(n for n in names if names.count(n) > 1)!r} twice")
+        return result
+
+    depth = _depth(text)
+    if depth > MAX_JSON_DEPTH:
+        refuse(f"JSON is nested at most {MAX_JSON_DEPTH} deep", f"depth {depth}")
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=unique,
+            parse_constant=lambda name: refuse("every number is finite", name),
+        )
+    except (json.JSONDecodeError, RecursionError) as cause:
+        raise error(
+            place, law="the file holds valid JSON", got=str(cause), cure="restore the file from a copy"
+        ) from cause
+
+
+def _depth(text: str) -> int:
+    """Deepest nesting of brackets outside strings, found without recursion."""
+    depth = deepest = 0
+    in_string = escaped = False
+    for character in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif character == "\\":
+                escaped = True
+            elif character == '"':
+                in_string = False
+        elif character == '"':
+            in_string = True
+        elif character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+            if deepest > MAX_JSON_DEPTH:
+                return deepest
+        elif character in "]}":
+            depth -= 1
+    return deepest
+
+
+def read_json(path: Path, *, error: type[RankfoldError] = CheckpointError) -> Any:  # noqa: ANN401
+    """Read a JSON file of at most 64 MiB; its size is looked at before a byte is read."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise error(
+                str(path),
+                law=f"a JSON file holds at most {MAX_JSON_BYTES} bytes",
+                got=f"{size} bytes",
+                cure="this is no file that rankfold wrote; restore it from a copy",
+            )
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as cause:
+        raise error(str(path), law="the file exists", got="no such file", cure="check the path") from cause
+    except (UnicodeDecodeError, IsADirectoryError) as cause:
+        raise error(
+            str(path), law="the file holds UTF-8 text", got=str(cause), cure="restore it from a copy"
+        ) from cause
+    return parse_json(text, place=str(path), error=error)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_directory(
+    path: Path, writers: Mapping[str, Callable[[Path], None]], *, overwrite: bool = False
+) -> None:
+    """Write a directory so that it appears whole or not at all.
+
+    The files are written into a hidden sibling, flushed to disk, and the sibling is renamed into place. A process
+    killed on the way leaves at most the hidden sibling (`.NAME.…`), never a half-written `path`.
+
+    Args:
+        path: The directory to create. It must not exist, or be empty, unless `overwrite`.
+        writers: File name to a function that writes the file it is given.
+        overwrite: Replace an existing directory (moved aside first, removed last).
+
+    Raises:
+        WriteError: The directory is taken, or cannot be written (read-only, full disk).
+    """
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if taken and not overwrite:
+        raise WriteError(
+            str(path), law="the output is a new or empty directory", got="one with files in it",
+            cure="choose another path, or pass overwrite=True",
+        )
+    scratch: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        for name, write in writers.items():
+            write(scratch / name)
+            _flush(scratch / name)
+        _flush(scratch)
+        scratch.chmod(0o777 & ~_umask())
+        _swap(scratch, path)
+        _flush(path.parent)
+    except OSError as cause:
+        raise WriteError(
+            str(path), law="the output directory can be written", got=str(cause),
+            cure="check the permissions and the free space; nothing was left behind",
+        ) from cause
+    finally:
+        if scratch is not None and scratch.exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(scratch: Path, path: Path) -> None:
+    """Rename `scratch` to `path`, moving what is there aside first and removing it last."""
+    if not path.exists():
+        scratch.rename(path)
+        return
+    if path.is_dir() and not any(path.iterdir()):
+        scratch.replace(path)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
+    path.rename(aside)
+    try:
+        scratch.rename(path)
+    except OSError:
+        aside.rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or directory on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(text: str) -> Callable[[Path], None]:
+    """A writer of UTF-8 text for `write_directory`."""
+
+    def write(path: Path) -> None:
+        path.write_text(text, encoding="utf-8")
+
+    return write

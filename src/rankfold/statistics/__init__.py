@@ -1,0 +1,7 @@
+"""Streaming, mergeable summaries of what a site sees."""
+
+from rankfold.statistics._base import Statistic
+from rankfold.statistics._moments import InputGram, InputMean, OutputGram
+from rankfold.statistics.store import Statistics
+
+__all__ = ["InputGram", "InputMean", "OutputGram", "Statistic", "Statistics"]

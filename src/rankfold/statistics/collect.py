@@ -1,0 +1,175 @@
+"""One forward pass over the data, with every site's statistics fed on the way."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import DataError, NumericsError, OptionError, TraceError
+from rankfold.graph.sites import Site, Sites
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
+from rankfold.layers import Adapter, adapter_for
+from rankfold.progress import Progress, silent
+from rankfold.registry import lookup
+from rankfold.statistics._base import Statistic
+from rankfold.statistics.data import as_batches, digest
+from rankfold.statistics.store import Statistics
+
+CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
+
+
+def collect(
+    model: nn.Module,
+    data: Any,  # noqa: ANN401
+    *,
+    sites: Sites,
+    statistics: Sequence[str] = ("input-gram", "input-mean"),
+    positions: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Statistics:
+    """Run the model once over the data and sum up what each site sees.
+
+    Patches of a convolution exist only in chunks of at most 64 MiB. The model runs in eval mode and is left as it was.
+
+    Args:
+        model: The model.
+        data: A re-iterable of batches.
+        sites: From `find_sites`.
+        statistics: Registered names of the statistics to keep.
+        positions: Look only at this many positions of each sample (pixels of a feature map, tokens of a sequence),
+            drawn anew for each batch; None looks at all.
+        seed: Seed of that draw.
+        progress: Told about every batch.
+
+    Returns:
+        The statistics, with a manifest of the data.
+
+    Raises:
+        DataError: No data, or a batch the model cannot take.
+        NumericsError: Activations at a site that are not finite; the site and batch are named.
+    """
+    if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
+        raise OptionError("positions", law="an int of at least 1, or None", got=repr(positions), cure="try 64")
+    batches = as_batches(data)
+    kinds = [cast(type[Statistic], lookup(name, Statistic)) for name in statistics]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    collected = {site.path: {kind.name: kind() for kind in kinds} for site in sites}
+    feeders = [
+        _Feeder(site, modules[site.path], list(collected[site.path].values()), positions, seed + index)
+        for index, site in enumerate(sites)
+    ]
+    handles = [feeder.module.register_forward_hook(feeder) for feeder in feeders] if kinds else []
+    device, samples, number, sha = device_of(model), 0, 0, hashlib.sha256()
+    try:
+        with evaluating(model), progress("statistics", _length(batches)) as advance:
+            for number, batch in enumerate(batches, start=1):
+                samples += batch_size(batch)
+                sha.update(digest(batch))
+                _forward(model, to_device(batch, device), number)
+                for feeder in feeders:
+                    feeder.check(number)
+                advance()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if samples == 0:
+        raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
+    unseen = [feeder.site.path for feeder in feeders if kinds and feeder.statistics[0].count == 0]
+    if unseen:
+        raise DataError(
+            repr(unseen[0]), law="every site is called on the calibration data", got="no call in any batch",
+            cure="add data that reaches the layer, or exclude it",
+        )
+    manifest = {
+        "samples": samples, "batches": number, "sha256": sha.hexdigest(), "positions": positions, "seed": seed,
+    }
+    return Statistics(collected, manifest, sites.fingerprint)
+
+
+def _forward(model: nn.Module, batch: Batch, number: int) -> None:
+    try:
+        run(model, batch)
+    except NumericsError:
+        raise
+    except Exception as cause:
+        raise TraceError(
+            f"batch {number}", law="the model runs on every batch of the data", got=str(cause),
+            cure="give all batches the shape of the first",
+        ) from cause
+
+
+class _Feeder:
+    """Forward hook of one site: cuts its input into chunks of positions and feeds the statistics."""
+
+    def __init__(
+        self, site: Site, module: nn.Module, statistics: list[Statistic], positions: int | None, seed: int
+    ) -> None:
+        adapter = adapter_for(module)
+        if adapter is None:
+            raise TypeError(f"{site.path} has no adapter")
+        self.site, self.module, self.statistics = site, module, statistics
+        self._adapter: Adapter = adapter
+        self._positions = positions
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs: Tensor = args[0]
+        chosen = self._draw(inputs)
+        reads = any(statistic.reads_outputs for statistic in self.statistics)
+        for part, out in _chunks(self._adapter, layer, inputs, output if reads else None, chosen):
+            for statistic in self.statistics:
+                statistic.update(part, out)
+
+    def _draw(self, inputs: Tensor) -> Tensor | None:
+        if self._positions is None:
+            return None
+        size, _ = self._adapter.sample_size(self.module, inputs)
+        geometry = self._adapter.geometry(self.module)
+        available = prod(geometry.output_size(size)) if size else inputs[:1].shape[1:-1].numel()
+        if available <= self._positions:
+            return None
+        return torch.randperm(available, generator=self._generator)[: self._positions].sort().values
+
+    def check(self, number: int) -> None:
+        """Refuse sums that are not finite."""
+        for statistic in self.statistics:
+            if statistic.total is not None and not bool(torch.isfinite(statistic.total).all()):
+                raise NumericsError(
+                    repr(self.site.path), law="every activation is finite",
+                    got=f"NaN or infinity in the {statistic.name} of batch {number}",
+                    cure="look at that batch, or at the layers before this one",
+                )
+
+
+def _chunks(
+    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor | None]]:
+    """Patches and outputs of a few samples at a time, so that no chunk is larger than `CHUNK_BYTES`."""
+    geometry = adapter.geometry(layer)
+    size, _ = adapter.sample_size(layer, inputs)
+    if inputs.ndim in (1, len(size) + 1) and size:
+        inputs, outputs = inputs[None], None if outputs is None else outputs[None]
+    if inputs.ndim == 1:
+        inputs, outputs = inputs[None], None if outputs is None else outputs[None]
+    a_sample = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
+    rows = a_sample if positions is None else len(positions)
+    step = max(1, CHUNK_BYTES // max(1, rows * geometry.features * geometry.groups * inputs.element_size()))
+    for start in range(0, inputs.shape[0], step):
+        part = slice(start, start + step)
+        yield (
+            adapter.patches(layer, inputs[part], positions),
+            None if outputs is None else adapter.outputs(layer, outputs[part], positions),
+        )
+
+
+def _length(batches: Iterable[Batch]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -1,0 +1,75 @@
+"""Calibration data: looked at before use, split into fitted and held-out samples, and identified."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import DataError
+from rankfold.graph.trace import Batch, batch_size, split_batch, take
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Every `every`-th sample of some data, or all the others: a re-iterable view, nothing is copied.
+
+    Attributes:
+        data: The data.
+        every: One sample in this many is held out.
+        held_out: Which of the two parts this is.
+    """
+
+    data: Iterable[Batch]
+    every: int
+    held_out: bool
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of this part; empty ones are left out."""
+        start = 0
+        for batch in self.data:
+            size = batch_size(batch)
+            index = torch.arange(size)
+            chosen = ((index + start) % self.every == self.every - 1) == self.held_out
+            start += size
+            if bool(chosen.any()):
+                yield take(batch, index[chosen])
+
+
+def as_batches(data: Any) -> Iterable[Batch]:  # noqa: ANN401
+    """Data as a re-iterable of batches; a bare tensor or dict of tensors is one batch.
+
+    Raises:
+        DataError: Not iterable, exhausted after one pass (a generator), or empty.
+    """
+    if isinstance(data, (Tensor, dict)):
+        return [data]
+    if isinstance(data, Iterator) or not hasattr(data, "__iter__"):
+        raise DataError(
+            "data", law="a re-iterable of batches", got=f"a {type(data).__name__}, which gives its batches only once"
+            if isinstance(data, Iterator) else type(data).__name__,
+            cure="pass a list of batches or a DataLoader",
+        )
+    first = next(iter(data), None)
+    if first is None:
+        raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
+    batch_size(first)
+    result: Iterable[Batch] = data
+    return result
+
+
+def digest(batch: Batch) -> bytes:
+    """SHA-256 over the bytes, shapes and names of a batch's tensors."""
+    sha = hashlib.sha256()
+    args, kwargs = split_batch(batch)
+    for name, value in [*((str(i), v) for i, v in enumerate(args)), *sorted(kwargs.items())]:
+        if isinstance(value, Tensor):
+            sha.update(f"{name} {tuple(value.shape)} {value.dtype};".encode())
+            sha.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            sha.update(f"{name} {value!r};".encode())
+    return sha.digest()

@@ -1,0 +1,196 @@
+"""Plan + model → model with shells in place, filled or still empty; and back to dense."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.curves import moments_of
+from rankfold.errors import DataError, ModelError, OptionError, PlanError, near_matches
+from rankfold.factors import Factors
+from rankfold.graph.sites import Site, check_model, fingerprint
+from rankfold.layers import Geometry, adapter_for, build_shell, dense_geometry, fill_shell, stages
+from rankfold.linalg.precision import widen
+from rankfold.plan import Decision, Plan
+from rankfold.statistics import Statistics
+
+Fill: TypeAlias = Callable[[Decision, nn.Module, nn.Sequential], None]
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Check a plan against a model before anything is changed.
+
+    Raises:
+        PlanError: The plan is of another model, names a module that is not there or no layer of a known kind, or asks
+            for a rank the layer cannot have.
+    """
+    if plan.fingerprint != fingerprint(model):
+        raise PlanError(
+            plan.model or "plan", law="the plan is of a model with the same parameter names, shapes and dtypes",
+            got=f"fingerprint {plan.fingerprint[:12]} against {fingerprint(model)[:12]} of this {type(model).__name__}",
+            cure="make a plan for this model",
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for decision in plan.decisions:
+        if decision.site not in modules:
+            raise PlanError(
+                repr(decision.site), law="the path of a module", got="no such module",
+                cure=near_matches(decision.site, modules),
+            )
+        module = modules[decision.site]
+        adapter = adapter_for(module)
+        if adapter is None:
+            raise PlanError(
+                repr(decision.site), law="a layer of a known kind", got=type(module).__name__,
+                cure="take the decision out of the plan",
+            )
+        if decision.method is None:
+            continue
+        shape = adapter.geometry(module).canonical_shape
+        why = decision.method.refuses(shape)
+        if why is None and decision.rank not in decision.method.candidates(shape):
+            ranks = decision.method.candidates(shape)
+            why = f"a rank between {ranks[0]} and {ranks[-1]}"
+        if why is not None:
+            raise PlanError(
+                repr(decision.site), law=why, got=f"{decision.method} at rank {decision.rank}", cure="correct the plan"
+            )
+
+
+def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn.Module:
+    """Replace every decided layer of a model by its shell, under all paths of the module.
+
+    Args:
+        model: Changed in place.
+        plan: Checked against the model with `check_plan` before.
+        fill: Called with (decision, old layer, shell) before the shell goes in; None leaves it uninitialised.
+
+    Returns:
+        The root, which is a new module where the model itself is the layer.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced: dict[int, nn.Module] = {}
+    for decision in plan.changes:
+        layer = modules[decision.site]
+        adapter = adapter_for(layer)
+        if adapter is None or decision.method is None or decision.rank is None:
+            raise TypeError(f"{decision.site} was not checked")
+        weight = adapter.canonical(layer)
+        shell = build_shell(
+            adapter.geometry(layer), decision.method.form, decision.rank, device=weight.device, dtype=weight.dtype
+        )
+        if fill is not None:
+            fill(decision, layer, shell)
+        for parameter in shell.parameters():
+            parameter.requires_grad_(weight.requires_grad)
+        replaced[id(layer)] = shell.train(layer.training)
+    return swap(model, replaced)
+
+
+def swap(model: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
+    """Put new modules in the place of old ones, found by identity, under every name they have."""
+    if id(model) in replaced:
+        return replaced[id(model)]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])
+    return model
+
+
+def filler(stats: Statistics | None) -> Fill:
+    """The closed-form fill without repair: decompose each group; a bias absorbs the change of the mean output.
+
+    With `D = W − LR` and mean input `x̄`, the bias becomes `b + D x̄`, so the mean output is the original's.
+    """
+
+    def fill(decision: Decision, layer: nn.Module, shell: nn.Sequential) -> None:
+        adapter = adapter_for(layer)
+        if adapter is None or decision.method is None or decision.rank is None:
+            raise TypeError(f"{decision.site} was not checked")
+        geometry = adapter.geometry(layer)
+        site = Site(decision.site, (), adapter.kind, geometry, (), 1)
+        weight, bias = adapter.canonical(layer), adapter.bias(layer)
+        factors: list[Factors] = []
+        shifts: list[Tensor] = []
+        for group in range(geometry.groups):
+            moments = moments_of(site, group, decision.method, stats)
+            own = widen(weight[group])
+            factors.append(decision.method.decompose(own, decision.rank, moments))
+            if bias is not None and decision.method.needs and moments.mean is not None:
+                shifts.append((own - factors[-1].reconstruct()).flatten(1) @ moments.mean.to(own))
+        if bias is not None and shifts:
+            bias = (widen(bias) + torch.cat(shifts)).to(bias.dtype)
+        fill_shell(shell, factors, None if bias is None else bias.detach())
+
+    return fill
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ModelError: The model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as cause:
+        raise ModelError(
+            type(model).__name__, law="the model can be copied, since the original is left untouched", got=str(cause),
+            cure="use rankfold.apply_, which changes the model in place",
+        ) from cause
+
+
+def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Multiply every shell back into one dense layer: the inverse of `apply`, up to the rank lost.
+
+    Args:
+        model: A compressed model.
+        plan: The plan it was made by.
+        inplace: Change the model itself.
+
+    Returns:
+        A model of the original's structure (transformers' `Conv1D` comes back as `nn.Linear`).
+
+    Raises:
+        PlanError: The model is not what the plan makes.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for decision in plan.changes:
+        shell = modules.get(decision.site)
+        if not isinstance(shell, nn.Sequential) or any(adapter_for(layer) is None for layer in shell):
+            raise PlanError(
+                repr(decision.site), law="a shell that the plan made", got=type(shell).__name__,
+                cure="pass the compressed model with its own plan",
+            )
+    model = model if inplace else copied(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced: dict[int, nn.Module] = {}
+    for decision in plan.changes:
+        shell = modules[decision.site]
+        parts = [adapter for layer in shell.children() if (adapter := adapter_for(layer)) is not None]
+        geometries = [part.geometry(layer) for part, layer in zip(parts, shell.children(), strict=True)]
+        replaced[id(shell)] = _dense(list(shell.children()), geometries)
+    return swap(model, replaced)
+
+
+def _dense(layers: list[nn.Module], geometries: list[Geometry]) -> nn.Module:
+    geometry = dense_geometry(geometries)
+    weights = [widen(layer.weight).unflatten(0, (geometry.groups, -1)) for layer in layers]  # type: ignore[arg-type]
+    product = weights[0]
+    for weight in weights[1:]:
+        product = torch.einsum("gor...,gri...->goi...", weight, product)
+    first: Tensor = layers[0].weight  # type: ignore[assignment]
+    dense = geometry.build(device=first.device, dtype=first.dtype)
+    with torch.no_grad():
+        dense.weight.copy_(product.flatten(0, 1))  # type: ignore[union-attr, operator]
+        if geometry.bias:
+            dense.bias.copy_(layers[-1].bias)  # type: ignore[union-attr, operator]
+    for parameter in dense.parameters():
+        parameter.requires_grad_(first.requires_grad)
+    return dense.train(layers[0].training)
