@@ -19,7 +19,7 @@ from rankfold.surgery import check_plan, copied, filler, install_shells
 def apply(
     model: nn.Module,
     plan: Plan,
-    data: Any = None,  # noqa: ANN401
+    data: Any = None,
     *,
     stats: Statistics | None = None,
 ) -> nn.Module:
@@ -46,7 +46,7 @@ def apply(
 def apply_(
     model: nn.Module,
     plan: Plan,
-    data: Any = None,  # noqa: ANN401
+    data: Any = None,
     *,
     stats: Statistics | None = None,
 ) -> nn.Module:
@@ -59,7 +59,7 @@ def apply_(
     return install_shells(model, plan, filler(stats))
 
 
-def _ready(model: nn.Module, plan: Plan, data: Any, stats: Statistics | None) -> Statistics | None:  # noqa: ANN401
+def _ready(model: nn.Module, plan: Plan, data: Any, stats: Statistics | None) -> Statistics | None:
     """Check the plan, and collect what its methods read where that was not done before."""
     check_model(model)
     check_plan(model, plan)
@@ -69,7 +69,9 @@ def _ready(model: nn.Module, plan: Plan, data: Any, stats: Statistics | None) ->
         return stats
     if data is None:
         raise DataError(
-            "data", law=f"the plan's methods read {', '.join(names)}", got="neither data nor stats",
+            "data",
+            law=f"the plan's methods read {', '.join(names)}",
+            got="neither data nor stats",
             cure="pass the calibration data",
         )
     batches = as_batches(data)

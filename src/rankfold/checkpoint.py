@@ -86,7 +86,9 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
     model = factory()
     if not isinstance(model, nn.Module):
         raise CheckpointError(
-            str(folder), law="the factory returns an nn.Module", got=type(model).__name__,
+            str(folder),
+            law="the factory returns an nn.Module",
+            got=type(model).__name__,
             cure="pass a function that builds the original architecture",
         )
     check_plan(model, plan)
@@ -95,7 +97,9 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
         load_model(model, str(folder / "model.safetensors"), strict=True)
     except (RuntimeError, SafetensorError) as cause:
         raise CheckpointError(
-            str(folder / "model.safetensors"), law="the weights fit the structure of the plan", got=str(cause)[:300],
+            str(folder / "model.safetensors"),
+            law="the weights fit the structure of the plan",
+            got=str(cause)[:300],
             cure="load with the factory and the release that the checkpoint was written with",
         ) from cause
     return model.eval()
@@ -113,25 +117,33 @@ def verify(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(
-            str(folder), law="a checkpoint is a directory", got="a file" if folder.exists() else "nothing there",
+            str(folder),
+            law="a checkpoint is a directory",
+            got="a file" if folder.exists() else "nothing there",
             cure="pass the directory that rankfold.save wrote",
         )
     for name in (*FILES, CHECKSUMS):
         if not (folder / name).is_file():
             raise CheckpointError(
-                str(folder / name), law=f"a checkpoint holds {', '.join((*FILES, CHECKSUMS))}", got="no such file",
+                str(folder / name),
+                law=f"a checkpoint holds {', '.join((*FILES, CHECKSUMS))}",
+                got="no such file",
                 cure="copy the whole directory again",
             )
     head: Any = read_json(folder / CHECKSUMS)
     if not isinstance(head, dict) or head.get("version") != VERSION or not isinstance(head.get("sha256"), dict):
         raise CheckpointError(
-            str(folder / CHECKSUMS), law=f"checksums of version {VERSION}", got=repr(head)[:60],
+            str(folder / CHECKSUMS),
+            law=f"checksums of version {VERSION}",
+            got=repr(head)[:60],
             cure="load it with the release that wrote it",
         )
     for name in FILES:
         if sha256_file(folder / name) != head["sha256"].get(name):
             raise CheckpointError(
-                str(folder / name), law="the file has the checksum noted when it was saved",
-                got="other bytes: truncated or altered", cure="copy the whole directory again",
+                str(folder / name),
+                law="the file has the checksum noted when it was saved",
+                got="other bytes: truncated or altered",
+                cure="copy the whole directory again",
             )
     return folder

@@ -88,14 +88,18 @@ def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics 
     if stats is None:
         if method.needs:
             raise DataError(
-                repr(site.path), law=f"{method} reads {', '.join(method.needs)}", got="no statistics",
+                repr(site.path),
+                law=f"{method} reads {', '.join(method.needs)}",
+                got="no statistics",
                 cure="pass data, or statistics collected with rankfold.collect",
             )
         return Moments(bias=site.geometry.bias)
     missing = [name for name in method.needs if name not in stats.sites.get(site.path, {})]
     if missing:
         raise DataError(
-            repr(site.path), law=f"{method} reads {', '.join(method.needs)}", got=f"no {', '.join(missing)}",
+            repr(site.path),
+            law=f"{method} reads {', '.join(method.needs)}",
+            got=f"no {', '.join(missing)}",
             cure="collect with statistics=rankfold.needed(families)",
         )
     return stats.moments(site, group)

@@ -50,9 +50,7 @@ class BudgetError(RankfoldError, ValueError):
         smallest: For each budgeted resource, the smallest whole-model value that can be reached.
     """
 
-    def __init__(
-        self, place: str, *, law: str, got: str, cure: str, smallest: dict[str, int] | None = None
-    ) -> None:
+    def __init__(self, place: str, *, law: str, got: str, cure: str, smallest: dict[str, int] | None = None) -> None:
         super().__init__(place, law=law, got=got, cure=cure)
         self.smallest = smallest or {}
 

@@ -53,12 +53,12 @@ class _PairFactors(Factors):
 
     def __post_init__(self) -> None:
         agree = self.left.ndim == self.right.ndim >= 2 and self.left.shape[1] == self.right.shape[0]
-        if not agree or any(
-            a != 1 and b != 1 for a, b in zip(self.left.shape[2:], self.right.shape[2:], strict=True)
-        ):
+        if not agree or any(a != 1 and b != 1 for a, b in zip(self.left.shape[2:], self.right.shape[2:], strict=True)):
             raise OptionError(
-                type(self).__name__, law="left is out × r × k, right r × in × k, a kernel axis in one of the two",
-                got=f"{tuple(self.left.shape)} and {tuple(self.right.shape)}", cure="check the shapes",
+                type(self).__name__,
+                law="left is out × r × k, right r × in × k, a kernel axis in one of the two",
+                got=f"{tuple(self.left.shape)} and {tuple(self.right.shape)}",
+                cure="check the shapes",
             )
 
     @property

@@ -45,7 +45,7 @@ class Decision:
         return {"site": self.site, "method": method, "rank": rank, "why": self.why}
 
     @classmethod
-    def from_json(cls, value: Any, place: str) -> Decision:  # noqa: ANN401
+    def from_json(cls, value: Any, place: str) -> Decision:
         """Read what `to_json` wrote; raises `PlanError` naming the key."""
         keys = _object(value, place, required={"site", "method", "rank"}, optional={"why"})
         site, rank, why = keys["site"], keys["rank"], keys.get("why", "")
@@ -57,7 +57,9 @@ class Decision:
         whole = all(isinstance(part, int) and not isinstance(part, bool) and part > 0 for part in parts)
         if (method is None) != (rank is None) or (rank is not None and not (parts and whole)):
             raise PlanError(
-                f"{place} ({site})", law="a method with a rank of at least 1, or both null (dense)", got=repr(rank),
+                f"{place} ({site})",
+                law="a method with a rank of at least 1, or both null (dense)",
+                got=repr(rank),
                 cure="correct the rank, or set both to null",
             )
         return cls(site, method, rank, why)
@@ -118,16 +120,25 @@ class Plan:
         return cls._read(read_json(Path(path), error=PlanError), str(path))
 
     @classmethod
-    def _read(cls, value: Any, place: str) -> Plan:  # noqa: ANN401
+    def _read(cls, value: Any, place: str) -> Plan:
         if isinstance(value, dict) and value.get("version") != VERSION:
             raise PlanError(
-                place, law=f"a plan of version {VERSION}", got=f"version {value.get('version')!r}",
+                place,
+                law=f"a plan of version {VERSION}",
+                got=f"version {value.get('version')!r}",
                 cure="write it again with this release, or read it with the release that wrote it",
             )
         optional = {"model", "budget", "selector", "seed", "calibration", "skips"}
         keys = _object(value, place, required={"version", "decisions", "fingerprint"}, optional=optional)
-        kinds = {"decisions": list, "skips": list, "fingerprint": str, "model": str, "budget": dict, "seed": int,
-                 "calibration": dict}
+        kinds = {
+            "decisions": list,
+            "skips": list,
+            "fingerprint": str,
+            "model": str,
+            "budget": dict,
+            "seed": int,
+            "calibration": dict,
+        }
         for key, kind in kinds.items():
             if key in keys and (not isinstance(keys[key], kind) or isinstance(keys[key], bool)):
                 raise PlanError(
@@ -145,8 +156,14 @@ class Plan:
         if double is not None:
             raise PlanError(place, law="one decision a site", got=f"two for {double!r}", cure="remove one")
         return cls(
-            decisions, tuple(skips), keys["fingerprint"], keys.get("model", ""), keys.get("budget", {}),
-            keys.get("selector"), keys.get("seed", 0), keys.get("calibration", {}),
+            decisions,
+            tuple(skips),
+            keys["fingerprint"],
+            keys.get("model", ""),
+            keys.get("budget", {}),
+            keys.get("selector"),
+            keys.get("seed", 0),
+            keys.get("calibration", {}),
         )
 
     def at(self, site: str) -> Decision:
@@ -159,7 +176,9 @@ class Plan:
             if decision.site == site:
                 return decision
         raise PlanError(
-            repr(site), law="the plan decides on the site", got="no decision",
+            repr(site),
+            law="the plan decides on the site",
+            got="no decision",
             cure=near_matches(site, [decision.site for decision in self.decisions]),
         )
 
@@ -176,7 +195,11 @@ class Plan:
 
 
 def _object(
-    value: Any, place: str, *, required: set[str], optional: frozenset[str] | set[str] = frozenset()  # noqa: ANN401
+    value: Any,
+    place: str,
+    *,
+    required: set[str],
+    optional: frozenset[str] | set[str] = frozenset(),
 ) -> dict[str, Any]:
     """A JSON object with all required keys and no unknown one."""
     if not isinstance(value, dict):

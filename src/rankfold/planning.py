@@ -41,7 +41,10 @@ def make_plan(
     for value, kind, place in ((budget, Budget, "budget"), (selector, RankSelector, "selector")):
         if not isinstance(value, kind):
             raise OptionError(
-                place, law=f"an instance of {kind.__name__}", got=repr(value), cure=f"import {kind.__name__} from rankfold"
+                place,
+                law=f"an instance of {kind.__name__}",
+                got=repr(value),
+                cure=f"import {kind.__name__} from rankfold",
             )
     problem = curves.problem(budget)
     chosen = selector.select(problem)
@@ -54,14 +57,22 @@ def make_plan(
             decisions.append(Decision(site.path, option.method, option.rank, why))
     sites = curves.sites
     plan = Plan(
-        tuple(decisions), sites.skips, sites.fingerprint, sites.model, budget.to_json(), to_json(selector), seed,
+        tuple(decisions),
+        sites.skips,
+        sites.fingerprint,
+        sites.model,
+        budget.to_json(),
+        to_json(selector),
+        seed,
         dict(calibration or {}),
     )
     cost = plan_cost(sites, plan).amounts()
     for name, bound in budget.bounds(sites.cost).items():
         if cost[name] > bound:
             raise PlanError(
-                type(selector).__name__, law=f"a selector keeps to the budget of {bound} {name}", got=str(cost[name]),
+                type(selector).__name__,
+                law=f"a selector keeps to the budget of {bound} {name}",
+                got=str(cost[name]),
                 cure="this is a defect of the selector; please report it",
             )
     return plan

@@ -29,7 +29,9 @@ def register(name: str) -> Callable[[T], T]:
         other = _BY_NAME.get(name)
         if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
             raise RegistryError(
-                name, law="a name belongs to one class", got=f"{cls.__qualname__} beside {other.__qualname__}",
+                name,
+                law="a name belongs to one class",
+                got=f"{cls.__qualname__} beside {other.__qualname__}",
                 cure="choose another name",
             )
         _BY_NAME[name] = cls
@@ -49,8 +51,10 @@ def name_of(method: object) -> str:
         return _NAMES[type(method)]
     except KeyError:
         raise RegistryError(
-            type(method).__qualname__, law="a method is registered before it is written to JSON",
-            got="an unregistered class", cure='decorate it with @rankfold.register("its-name")',
+            type(method).__qualname__,
+            law="a method is registered before it is written to JSON",
+            got="an unregistered class",
+            cure='decorate it with @rankfold.register("its-name")',
         ) from None
 
 
@@ -70,7 +74,9 @@ def lookup(name: str, base: type) -> type:
     cls = _BY_NAME.get(name)
     if cls is None or not issubclass(cls, base):
         raise RegistryError(
-            repr(name), law=f"the name of a registered {base.__name__}", got=repr(name),
+            repr(name),
+            law=f"the name of a registered {base.__name__}",
+            got=repr(name),
             cure=near_matches(name, names(base)),
         )
     return cls
@@ -81,7 +87,7 @@ def _load_entry_points() -> None:
         entry.load()
 
 
-def to_json(method: Any) -> dict[str, Any]:  # noqa: ANN401
+def to_json(method: Any) -> dict[str, Any]:
     """A method as ``{"name": …, option: value, …}``; options that are methods nest."""
     result: dict[str, Any] = {"name": name_of(method)}
     for field in dataclasses.fields(method):
@@ -91,7 +97,7 @@ def to_json(method: Any) -> dict[str, Any]:  # noqa: ANN401
     return result
 
 
-def from_json(value: Any, base: type, *, place: str) -> Any:  # noqa: ANN401
+def from_json(value: Any, base: type, *, place: str) -> Any:
     """The instance that `to_json` wrote.
 
     Args:
@@ -114,8 +120,10 @@ def from_json(value: Any, base: type, *, place: str) -> Any:  # noqa: ANN401
             continue
         if key not in fields:
             raise PlanError(
-                place, law=f"an option of {value['name']}", got=repr(key), cure=near_matches(key, fields) if fields
-                else "it takes none",
+                place,
+                law=f"an option of {value['name']}",
+                got=repr(key),
+                cure=near_matches(key, fields) if fields else "it takes none",
             )
         options[key] = from_json(option, object, place=f"{place}.{key}") if isinstance(option, dict) else option
     try:

@@ -32,7 +32,7 @@ def canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def parse_json(text: str, *, place: str, error: type[RankfoldError] = CheckpointError) -> Any:  # noqa: ANN401
+def parse_json(text: str, *, place: str, error: type[RankfoldError] = CheckpointError) -> Any:
     """Parse JSON of untrusted origin: bounded depth, no duplicate keys, no NaN.
 
     Args:
@@ -93,7 +93,7 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def read_json(path: Path, *, error: type[RankfoldError] = CheckpointError) -> Any:  # noqa: ANN401
+def read_json(path: Path, *, error: type[RankfoldError] = CheckpointError) -> Any:
     """Read a JSON file of at most 64 MiB; its size is looked at before a byte is read."""
     try:
         size = path.stat().st_size
@@ -120,9 +120,7 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_directory(
-    path: Path, writers: Mapping[str, Callable[[Path], None]], *, overwrite: bool = False
-) -> None:
+def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *, overwrite: bool = False) -> None:
     """Write a directory so that it appears whole or not at all.
 
     The files are written into a hidden sibling, flushed to disk, and the sibling is renamed into place. A process
@@ -139,7 +137,9 @@ def write_directory(
     taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if taken and not overwrite:
         raise WriteError(
-            str(path), law="the output is a new or empty directory", got="one with files in it",
+            str(path),
+            law="the output is a new or empty directory",
+            got="one with files in it",
             cure="choose another path, or pass overwrite=True",
         )
     scratch: Path | None = None
@@ -155,7 +155,9 @@ def write_directory(
         _flush(path.parent)
     except OSError as cause:
         raise WriteError(
-            str(path), law="the output directory can be written", got=str(cause),
+            str(path),
+            law="the output directory can be written",
+            got=str(cause),
             cure="check the permissions and the free space; nothing was left behind",
         ) from cause
     finally:

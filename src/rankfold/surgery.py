@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.curves import moments_of
-from rankfold.errors import DataError, ModelError, OptionError, PlanError, near_matches
+from rankfold.errors import ModelError, PlanError, near_matches
 from rankfold.factors import Factors
-from rankfold.graph.sites import Site, check_model, fingerprint
-from rankfold.layers import Geometry, adapter_for, build_shell, dense_geometry, fill_shell, stages
+from rankfold.graph.sites import Site, fingerprint
+from rankfold.layers import Geometry, adapter_for, build_shell, dense_geometry, fill_shell, tensor
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.statistics import Statistics
@@ -31,7 +30,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """
     if plan.fingerprint != fingerprint(model):
         raise PlanError(
-            plan.model or "plan", law="the plan is of a model with the same parameter names, shapes and dtypes",
+            plan.model or "plan",
+            law="the plan is of a model with the same parameter names, shapes and dtypes",
             got=f"fingerprint {plan.fingerprint[:12]} against {fingerprint(model)[:12]} of this {type(model).__name__}",
             cure="make a plan for this model",
         )
@@ -39,14 +39,18 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     for decision in plan.decisions:
         if decision.site not in modules:
             raise PlanError(
-                repr(decision.site), law="the path of a module", got="no such module",
+                repr(decision.site),
+                law="the path of a module",
+                got="no such module",
                 cure=near_matches(decision.site, modules),
             )
         module = modules[decision.site]
         adapter = adapter_for(module)
         if adapter is None:
             raise PlanError(
-                repr(decision.site), law="a layer of a known kind", got=type(module).__name__,
+                repr(decision.site),
+                law="a layer of a known kind",
+                got=type(module).__name__,
                 cure="take the decision out of the plan",
             )
         if decision.method is None:
@@ -141,7 +145,9 @@ def copied(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as cause:
         raise ModelError(
-            type(model).__name__, law="the model can be copied, since the original is left untouched", got=str(cause),
+            type(model).__name__,
+            law="the model can be copied, since the original is left untouched",
+            got=str(cause),
             cure="use rankfold.apply_, which changes the model in place",
         ) from cause
 
@@ -165,7 +171,9 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         shell = modules.get(decision.site)
         if not isinstance(shell, nn.Sequential) or any(adapter_for(layer) is None for layer in shell):
             raise PlanError(
-                repr(decision.site), law="a shell that the plan made", got=type(shell).__name__,
+                repr(decision.site),
+                law="a shell that the plan made",
+                got=type(shell).__name__,
                 cure="pass the compressed model with its own plan",
             )
     model = model if inplace else copied(model)
@@ -181,16 +189,16 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 
 def _dense(layers: list[nn.Module], geometries: list[Geometry]) -> nn.Module:
     geometry = dense_geometry(geometries)
-    weights = [widen(layer.weight).unflatten(0, (geometry.groups, -1)) for layer in layers]  # type: ignore[arg-type]
+    weights = [torch.unflatten(widen(tensor(layer, "weight")), 0, (geometry.groups, -1)) for layer in layers]
     product = weights[0]
     for weight in weights[1:]:
         product = torch.einsum("gor...,gri...->goi...", weight, product)
-    first: Tensor = layers[0].weight  # type: ignore[assignment]
+    first = tensor(layers[0], "weight")
     dense = geometry.build(device=first.device, dtype=first.dtype)
     with torch.no_grad():
-        dense.weight.copy_(product.flatten(0, 1))  # type: ignore[union-attr, operator]
+        tensor(dense, "weight").copy_(product.flatten(0, 1))
         if geometry.bias:
-            dense.bias.copy_(layers[-1].bias)  # type: ignore[union-attr, operator]
+            tensor(dense, "bias").copy_(tensor(layers[-1], "bias"))
     for parameter in dense.parameters():
         parameter.requires_grad_(first.requires_grad)
     return dense.train(layers[0].training)

@@ -41,7 +41,9 @@ class Moments:
         """
         if self.gram is None:
             raise DataError(
-                type(method).__name__, law="the method sees input moments", got="none",
+                type(method).__name__,
+                law="the method sees input moments",
+                got="none",
                 cure="pass data, or statistics collected with rankfold.collect",
             )
         if self.bias and self.mean is not None:
@@ -123,8 +125,10 @@ def canonical(weight: Tensor, rank: Rank, ranks: Sequence[Rank], method: Decompo
     """
     if isinstance(rank, bool) or rank not in ranks:
         raise OptionError(
-            str(method), law=f"a rank between {ranks[0]} and {ranks[-1]} for a weight {tuple(weight.shape)}",
-            got=repr(rank), cure="choose a rank in that range",
+            str(method),
+            law=f"a rank between {ranks[0]} and {ranks[-1]} for a weight {tuple(weight.shape)}",
+            got=repr(rank),
+            cure="choose a rank in that range",
         )
     return widen(weight)
 

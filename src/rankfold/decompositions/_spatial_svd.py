@@ -49,7 +49,7 @@ class SpatialSVD(Decomposition):
 
     @property
     def form(self) -> str:
-        """"spatial"."""
+        """ "spatial"."""
         return "spatial"
 
     def refuses(self, shape: Sequence[int]) -> str | None:

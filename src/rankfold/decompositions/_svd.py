@@ -39,7 +39,7 @@ class SVD(Decomposition):
 
     @property
     def form(self) -> str:
-        """"mirrored" or "matrix"."""
+        """ "mirrored" or "matrix"."""
         return "mirrored" if self.mirrored else "matrix"
 
     def refuses(self, shape: Sequence[int]) -> str | None:

@@ -49,7 +49,7 @@ class WhitenedSVD(Decomposition):
 
     @property
     def form(self) -> str:
-        """"mirrored" or "matrix"."""
+        """ "mirrored" or "matrix"."""
         return "mirrored" if self.mirrored else "matrix"
 
     def refuses(self, shape: Sequence[int]) -> str | None:
@@ -64,7 +64,7 @@ class WhitenedSVD(Decomposition):
         """See `Decomposition.decompose`."""
         work = canonical(weight, rank, self.candidates(weight.shape), self)
         metric = moments.metric(self).to(work)
-        out, inputs, *kernel = work.shape
+        _out, inputs, *_kernel = work.shape
         if self.mirrored:
             split, patches = work.flatten(2), metric.reshape(inputs, -1, inputs, metric.shape[0] // inputs)
             right = split_basis(split, patches, damping=self.damping)[:rank]

@@ -117,7 +117,9 @@ class Sites(Sequence[Site]):
                 return site
         reason = next((skip.reason for skip in self.skips if skip.path == path), None)
         raise SiteError(
-            repr(path), law="the path of a site", got=f"a skipped layer ({reason})" if reason else "an unknown path",
+            repr(path),
+            law="the path of a site",
+            got=f"a skipped layer ({reason})" if reason else "an unknown path",
             cure=near_matches(path, [p for site in self.sites for p in site.paths]),
         )
 
@@ -162,7 +164,11 @@ def find_sites(
             else:
                 skips.append(Skip(path, "no room: no factorisation of rank 1 is smaller than the layer"))
     found = Sites(
-        tuple(sites), tuple(skips), graph, Cost(count_params(model), macs, count_bytes(model)), fingerprint(model),
+        tuple(sites),
+        tuple(skips),
+        graph,
+        Cost(count_params(model), macs, count_bytes(model)),
+        fingerprint(model),
         type(model).__name__,
     )
     return select(found, only=only, exclude=exclude)
@@ -178,7 +184,9 @@ def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] =
     for pattern in [*(only or ()), *exclude]:
         if not any(fnmatchcase(path, pattern) for path in [*known, *(skip.path for skip in found.skips)]):
             raise SiteError(
-                repr(pattern), law="a selection names layers of the model", got="no match",
+                repr(pattern),
+                law="a selection names layers of the model",
+                got="no match",
                 cure=near_matches(pattern, known),
             )
 
@@ -207,7 +215,9 @@ def check_model(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(
-                name, law="every tensor is on a real device", got="a tensor on meta",
+                name,
+                law="every tensor is on a real device",
+                got="a tensor on meta",
                 cure="load the weights on a device first (model.to_empty holds no weights)",
             )
     for name, tensor in model.named_parameters():
@@ -215,7 +225,9 @@ def check_model(model: nn.Module) -> None:
         if not lazy and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
             raise ModelError(
-                name, law="every weight is finite", got=f"{bad} of {tensor.numel()} NaN or infinite",
+                name,
+                law="every weight is finite",
+                got=f"{bad} of {tensor.numel()} NaN or infinite",
                 cure="look at how the model was trained or loaded",
             )
 
@@ -230,9 +242,7 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _record_calls(
-    model: nn.Module, example: Batch
-) -> tuple[dict[int, list[tuple[tuple[int, ...], int]]], int]:
+def _record_calls(model: nn.Module, example: Batch) -> tuple[dict[int, list[tuple[tuple[int, ...], int]]], int]:
     """For every called module with an adapter its calls per sample, and the whole model's MACs per sample."""
     seen: dict[int, list[tuple[tuple[int, ...], int]]] = {}
     handles = []
@@ -241,7 +251,7 @@ def _record_calls(
         if adapter is None or not isinstance(getattr(module, "weight", None), Tensor):
             continue
 
-        def record(layer: nn.Module, inputs: Any, adapter: Any = adapter) -> None:  # noqa: ANN401
+        def record(layer: nn.Module, inputs: Any, adapter: Any = adapter) -> None:
             if inputs and isinstance(inputs[0], Tensor):
                 seen.setdefault(id(layer), []).append(adapter.sample_size(layer, inputs[0]))
 
@@ -254,15 +264,15 @@ def _record_calls(
         values = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         shapes = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in values.items()}
         raise TraceError(
-            type(model).__name__, law="the model runs on a batch of the data", got=f"{cause} for inputs {shapes}",
+            type(model).__name__,
+            law="the model runs on a batch of the data",
+            got=f"{cause} for inputs {shapes}",
             cure="check the shape, dtype and argument names of the data",
         ) from cause
     finally:
         for handle in handles:
             handle.remove()
-    calls = {
-        key: [(size, max(1, round(count / samples))) for size, count in sizes] for key, sizes in seen.items()
-    }
+    calls = {key: [(size, max(1, round(count / samples))) for size, count in sizes] for key, sizes in seen.items()}
     return calls, counter.get_total_flops() // (2 * samples)
 
 

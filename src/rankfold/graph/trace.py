@@ -48,13 +48,17 @@ def split_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping) and batch and all(isinstance(key, str) for key in batch):
         if not any(isinstance(value, Tensor) for value in batch.values()):
             raise DataError(
-                "data", law="a dict batch holds at least one tensor", got=f"keys {sorted(batch)}",
+                "data",
+                law="a dict batch holds at least one tensor",
+                got=f"keys {sorted(batch)}",
                 cure="yield dicts of the model's keyword arguments",
             )
         return (), dict(batch)
     raise DataError(
-        "data", law="a batch is a tensor, a tuple whose first item is the input, or a dict of keyword arguments",
-        got=type(batch).__name__, cure="yield one of these from the data",
+        "data",
+        law="a batch is a tensor, a tuple whose first item is the input, or a dict of keyword arguments",
+        got=type(batch).__name__,
+        cure="yield one of these from the data",
     )
 
 
@@ -64,7 +68,9 @@ def batch_size(batch: Batch) -> int:
     first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
     if first.ndim == 0 or first.shape[0] == 0:
         raise DataError(
-            "data", law="a batch holds at least one sample along its first axis", got=f"shape {tuple(first.shape)}",
+            "data",
+            law="a batch holds at least one sample along its first axis",
+            got=f"shape {tuple(first.shape)}",
             cure="yield tensors whose first axis is the batch",
         )
     return int(first.shape[0])
@@ -74,7 +80,7 @@ def take(batch: Batch, index: Tensor) -> Batch:
     """The samples `index` of a batch; tensors whose first axis is not the batch go through whole."""
     size = batch_size(batch)
 
-    def pick(value: Any) -> Any:  # noqa: ANN401
+    def pick(value: Any) -> Any:
         per_sample = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
         return value[index.to(value.device)] if per_sample else value
 
@@ -86,13 +92,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The model's inputs of a batch, on a device."""
     args, kwargs = split_batch(batch)
 
-    def move(value: Any) -> Any:  # noqa: ANN401
+    def move(value: Any) -> Any:
         return value.to(device) if isinstance(value, Tensor) else value
 
     return move(args[0]) if args else {name: move(value) for name, value in kwargs.items()}
 
 
-def run(model: nn.Module, batch: Batch) -> Any:  # noqa: ANN401
+def run(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch."""
     args, kwargs = split_batch(batch)
     return model(*args, **kwargs)
@@ -148,10 +154,10 @@ def trace(model: nn.Module, example: Batch) -> Graph:
     return Graph(None, reason=f"torch.export failed ({failures[-1][:300]})")
 
 
-def _free_batch(values: tuple[Any, ...] | dict[str, Any]) -> Any:  # noqa: ANN401
+def _free_batch(values: tuple[Any, ...] | dict[str, Any]) -> Any:
     """Dynamic-shape spec that frees the first axis of every tensor of the batch's size."""
 
-    def free(value: Any) -> Any:  # noqa: ANN401
+    def free(value: Any) -> Any:
         per_sample = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == 2
         return {0: Dim.DYNAMIC} if per_sample else None
 

@@ -1,7 +1,7 @@
 """The only place that knows torch layer kinds."""
 
 from rankfold.layers.adapters import Adapter, adapter_for, why_no_adapter
-from rankfold.layers.geometry import Geometry
+from rankfold.layers.geometry import Geometry, tensor
 from rankfold.layers.shells import build_shell, dense_geometry, fill_shell, forms, stages
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "fill_shell",
     "forms",
     "stages",
+    "tensor",
     "why_no_adapter",
 ]

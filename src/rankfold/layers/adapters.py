@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankfold.layers.geometry import Geometry
+from rankfold.layers.geometry import Geometry, tensor
 
 
 class Adapter(ABC):
@@ -64,8 +64,7 @@ class LinearAdapter(Adapter):
 
     def canonical(self, layer: nn.Module) -> Tensor:
         """(1, out, in)."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return weight.unsqueeze(0)
+        return tensor(layer, "weight").unsqueeze(0)
 
     def sample_size(self, layer: nn.Module, inputs: Tensor) -> tuple[tuple[int, ...], int]:
         """A linear layer has no spatial axes; its positions are all axes but the last."""
@@ -85,8 +84,7 @@ class TransposedLinearAdapter(LinearAdapter):
 
     def canonical(self, layer: nn.Module) -> Tensor:
         """(1, out, in), a transposed view."""
-        weight: Tensor = layer.weight  # type: ignore[assignment]
-        return weight.mT.unsqueeze(0)
+        return tensor(layer, "weight").mT.unsqueeze(0)
 
 
 class ConvAdapter(Adapter):
@@ -99,14 +97,21 @@ class ConvAdapter(Adapter):
         conv = _conv(layer)
         padding = conv.padding if isinstance(conv.padding, str) else tuple(int(size) for size in conv.padding)
         return Geometry(
-            conv.in_channels, conv.out_channels, tuple(conv.kernel_size), tuple(conv.stride), padding,
-            tuple(conv.dilation), conv.groups, conv.padding_mode, conv.bias is not None,
+            conv.in_channels,
+            conv.out_channels,
+            tuple(conv.kernel_size),
+            tuple(conv.stride),
+            padding,
+            tuple(conv.dilation),
+            conv.groups,
+            conv.padding_mode,
+            conv.bias is not None,
         )
 
     def canonical(self, layer: nn.Module) -> Tensor:
         """(groups, out/groups, in/groups, kernel…)."""
         conv = _conv(layer)
-        return conv.weight.unflatten(0, (conv.groups, -1))
+        return torch.unflatten(conv.weight, 0, (conv.groups, -1))
 
     def sample_size(self, layer: nn.Module, inputs: Tensor) -> tuple[tuple[int, ...], int]:
         """Spatial size, and the number of samples."""
@@ -128,9 +133,9 @@ class ConvAdapter(Adapter):
             reach = geometry.dilation[i] * (geometry.kernel[i] - 1) + 1
             view = view.unfold(2 + i, reach, geometry.stride[i])[..., :: geometry.dilation[i]]
         samples, out_size = view.shape[0], view.shape[2 : 2 + axes]
-        view = view.unflatten(1, (geometry.groups, -1))  # samples × groups × in × size… × kernel…
+        view = torch.unflatten(view, 1, (geometry.groups, -1))  # samples × groups × in × size… × kernel…
         if positions is not None:
-            index = torch.unravel_index(positions.to(view.device), out_size)
+            index: tuple[Tensor, ...] = torch.unravel_index(positions.to(view.device), out_size)
             view = view[(slice(None), slice(None), slice(None), *index)]  # samples × groups × in × chosen × kernel…
             view = view.movedim(3, 2)
         else:
@@ -143,7 +148,7 @@ class ConvAdapter(Adapter):
         axes = len(conv.kernel_size)
         if outputs.ndim == axes + 1:
             outputs = outputs[None]
-        flat = outputs.flatten(2).unflatten(1, (conv.groups, -1))  # samples × groups × out × positions
+        flat = torch.unflatten(outputs.flatten(2), 1, (conv.groups, -1))  # samples × groups × out × positions
         if positions is not None:
             flat = flat[..., positions.to(flat.device)]
         return flat.permute(1, 0, 3, 2).flatten(1, 2)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Padding = str | tuple[int, ...]
+
+
+def tensor(layer: nn.Module, name: str) -> Tensor:
+    """A parameter of a layer by name, known to be there."""
+    value = getattr(layer, name)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{type(layer).__name__}.{name} is no tensor")
+    return value
+
+
 _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
@@ -89,14 +100,23 @@ class Geometry:
         return self.n_weights * prod(self.output_size(size))
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The empty `nn.Linear` or `nn.ConvNd` of this geometry, uninitialised, without touching the global generator."""
+        """The empty `nn.Linear` or `nn.ConvNd` of this geometry, uninitialised; draws nothing."""
+        skip_init: Callable[..., nn.Module] = nn.utils.skip_init  # untyped in torch
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if not self.kernel:
-            return nn.utils.skip_init(nn.Linear, self.inputs, self.outputs, bias=self.bias, **factory)
-        return nn.utils.skip_init(
-            _CONVS[len(self.kernel)], self.inputs, self.outputs, self.kernel, stride=self.stride,
-            padding=self.padding, dilation=self.dilation, groups=self.groups, bias=self.bias,
-            padding_mode=self.padding_mode, **factory,
+            return skip_init(nn.Linear, self.inputs, self.outputs, bias=self.bias, **factory)
+        return skip_init(
+            _CONVS[len(self.kernel)],
+            self.inputs,
+            self.outputs,
+            self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            bias=self.bias,
+            padding_mode=self.padding_mode,
+            **factory,
         )
 
     def on_axes(self, axes: set[int], *, inputs: int, outputs: int, bias: bool) -> Geometry:
@@ -108,7 +128,13 @@ class Geometry:
         padding = self.padding if isinstance(self.padding, str) else keep(self.padding, 0)
         busy = isinstance(padding, str) or any(padding)
         return replace(
-            self, inputs=inputs, outputs=outputs, kernel=keep(self.kernel, 1), stride=keep(self.stride, 1),
-            padding=padding, dilation=keep(self.dilation, 1), bias=bias,
+            self,
+            inputs=inputs,
+            outputs=outputs,
+            kernel=keep(self.kernel, 1),
+            stride=keep(self.stride, 1),
+            padding=padding,
+            dilation=keep(self.dilation, 1),
+            bias=bias,
             padding_mode=self.padding_mode if busy else "zeros",
         )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import PlanError, near_matches
 from rankfold.factors import Factors, Rank
-from rankfold.layers.geometry import Geometry
+from rankfold.layers.geometry import Geometry, tensor
 
 Stages: TypeAlias = tuple[Geometry, ...]
 _FORMS: dict[str, Callable[[Geometry, Rank], Stages]] = {}
@@ -92,10 +92,10 @@ def fill_shell(shell: nn.Sequential, groups: Sequence[Factors], bias: Tensor | N
     """
     with torch.no_grad():
         for index, layer in enumerate(shell):
-            weight: Tensor = layer.weight  # type: ignore[assignment]
+            weight = tensor(layer, "weight")
             weight.copy_(torch.cat([factors.stages()[index] for factors in groups]).reshape(weight.shape))
         if bias is not None:
-            shell[-1].bias.copy_(bias)  # type: ignore[union-attr, operator]
+            tensor(shell[-1], "bias").copy_(bias)
 
 
 def dense_geometry(parts: Sequence[Geometry]) -> Geometry:
@@ -111,6 +111,13 @@ def dense_geometry(parts: Sequence[Geometry]) -> Geometry:
     padding = first.padding if isinstance(first.padding, str) else axis("padding", 0)
     modes = [part.padding_mode for part in parts if part.padding_mode != "zeros"]
     return Geometry(
-        first.inputs, last.outputs, axis("kernel", 1), axis("stride", 1), padding, axis("dilation", 1),
-        first.groups, modes[0] if modes else "zeros", last.bias,
+        first.inputs,
+        last.outputs,
+        axis("kernel", 1),
+        axis("stride", 1),
+        padding,
+        axis("dilation", 1),
+        first.groups,
+        modes[0] if modes else "zeros",
+        last.bias,
     )

@@ -1,4 +1,4 @@
-"""Two-stage maps whose first stage reads only part of a patch: a nested basis, and the closed-form refit of the rest."""
+"""Two-stage maps whose first stage reads part of a patch: a nested basis, and the refit of the rest."""
 
 from __future__ import annotations
 
@@ -78,10 +78,11 @@ def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) 
     root, _ = square_root(gram.reshape(a * b, a * b), damping=damping)
     lifted = _lift(basis, b) @ root  # (r·b) × (a·b)
     scale = power_of_two_scale(root)
-    solution = torch.linalg.pinv(lifted.mT / scale, rtol=1e-10) @ (weight.reshape(out, a * b) @ root / scale).mT
+    solution: Tensor = torch.linalg.pinv(lifted.mT / scale, rtol=1e-10) @ (weight.reshape(out, a * b) @ root / scale).mT
     return solution.mT.reshape(out, len(basis), b)
 
 
 def _lift(basis: Tensor, b: int) -> Tensor:
     """The first stage as a map on whole patches: `P[(r, b'), (a, b)] = V[r, a] δ_{b'b}`."""
-    return torch.kron(basis, torch.eye(b, dtype=basis.dtype, device=basis.device))
+    lifted: Tensor = torch.kron(basis, torch.eye(b, dtype=basis.dtype, device=basis.device))
+    return lifted

@@ -35,7 +35,7 @@ def exact_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = power_of_two_scale(work)
     try:
         u, s, vh = torch.linalg.svd(work / scale, full_matrices=False)
-    except torch.linalg.LinAlgError:
+    except RuntimeError:  # torch.linalg.LinAlgError, which torch's stubs leave out
         arrays = scipy.linalg.svd((work / scale).cpu().numpy(), full_matrices=False, lapack_driver="gesvd")
         u, s, vh = (torch.from_numpy(array).to(work) for array in arrays)
     return u, s * scale, vh

@@ -58,7 +58,7 @@ class Comparison:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
-def output_tensor(output: Any) -> tuple[Tensor, bool]:  # noqa: ANN401
+def output_tensor(output: Any) -> tuple[Tensor, bool]:
     """The tensor of an output that is compared, and whether it is logits.
 
     The entry named "logits" of a mapping, else the first floating tensor; a bare output of two axes counts as logits.
@@ -75,12 +75,14 @@ def output_tensor(output: Any) -> tuple[Tensor, bool]:  # noqa: ANN401
         if isinstance(value, Tensor) and value.is_floating_point():
             return value, value.ndim == 2
     raise DataError(
-        "output", law="the model returns a floating tensor, or a tuple or mapping that holds one",
-        got=type(output).__name__, cure="wrap the model so that it returns its logits",
+        "output",
+        law="the model returns a floating tensor, or a tuple or mapping that holds one",
+        got=type(output).__name__,
+        cure="wrap the model so that it returns its logits",
     )
 
 
-def labels_of(batch: Any) -> Tensor | None:  # noqa: ANN401
+def labels_of(batch: Any) -> Tensor | None:
     """Integer labels of a batch: the second item of a tuple, or the entry "labels" of a dict."""
     if isinstance(batch, (tuple, list)) and len(batch) > 1:
         label = batch[1]
@@ -92,7 +94,7 @@ def labels_of(batch: Any) -> Tensor | None:  # noqa: ANN401
     return label if integer else None
 
 
-def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Comparison:  # noqa: ANN401
+def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Comparison:
     """Run both models over data and compare their outputs.
 
     Both run in eval mode and are left as they were. Memory is one batch of outputs. Comparison is in float64.
@@ -133,12 +135,16 @@ class _Tally:
         """Add one batch of outputs."""
         if first.shape != second.shape:
             raise DataError(
-                "output", law="both models give outputs of one shape",
-                got=f"{tuple(first.shape)} and {tuple(second.shape)}", cure="compare a model with its own compression",
+                "output",
+                law="both models give outputs of one shape",
+                got=f"{tuple(first.shape)} and {tuple(second.shape)}",
+                cure="compare a model with its own compression",
             )
         if bool(torch.isfinite(first).all()) and not bool(torch.isfinite(second).all()):
             raise NumericsError(
-                "compressed output", law="finite where the original's is", got="NaN or infinity",
+                "compressed output",
+                law="finite where the original's is",
+                got="NaN or infinity",
                 cure="look at the site errors in the report",
             )
         a, b = (x.double().reshape(-1, x.shape[-1] if x.ndim > 1 else 1) for x in (first, second))
@@ -187,8 +193,15 @@ class _Tally:
 
         first, second = (math.exp(total / n) if n else 0.0 for total in self.cross_entropy)
         return Comparison(
-            self.samples, self.examples, self.agree / self.examples, max(self.kl / self.examples, 0.0),
-            self.error / self.energy if self.energy > 0 else float(self.error > 0), self.largest,
-            share(self.hits[0]), share(self.hits[1]) if self.wide else None,
-            (first, second) if n and self.sequence else None, tuple(self.changed), self.logits,
+            self.samples,
+            self.examples,
+            self.agree / self.examples,
+            max(self.kl / self.examples, 0.0),
+            self.error / self.energy if self.energy > 0 else float(self.error > 0),
+            self.largest,
+            share(self.hits[0]),
+            share(self.hits[1]) if self.wide else None,
+            (first, second) if n and self.sequence else None,
+            tuple(self.changed),
+            self.logits,
         )

@@ -63,7 +63,7 @@ class Table:
         """Summed loads of a choice, shape (resources,)."""
         if not chosen:
             return np.zeros(1)
-        return np.sum([loads[k] for loads, k in zip(self.loads, chosen, strict=True)], axis=0)
+        return np.stack([loads[k] for loads, k in zip(self.loads, chosen, strict=True)]).sum(0)
 
     def error(self, chosen: Sequence[int]) -> float:
         """Summed errors of a choice."""
@@ -113,9 +113,7 @@ def pick(problem: Problem, chosen: Sequence[int]) -> tuple[Option, ...]:
     return tuple(options[k] for options, k in zip(problem.options, chosen, strict=True))
 
 
-def largest_fitting(
-    problem: Problem, choose: Callable[[float], list[int]], *, steps: int = 60
-) -> list[int] | None:
+def largest_fitting(problem: Problem, choose: Callable[[float], list[int]], *, steps: int = 60) -> list[int] | None:
     """The choice at the largest t in [0, 1] that is within the bounds, by bisection.
 
     Args:

@@ -75,6 +75,9 @@ def cheapest(problem: Problem, table: Table) -> list[int]:
     total = (problem.total(pick(problem, chosen)) + problem.fixed).amounts()
     whole = {name: bound + problem.fixed.amounts()[name] for name, bound in problem.bounds.items()}
     raise BudgetError(
-        "Budget", law="all bounds can be met together", got=f"bounds {whole}, nearest choice {total}",
-        cure="raise one of the bounds", smallest={name: total[name] for name in whole},
+        "Budget",
+        law="all bounds can be met together",
+        got=f"bounds {whole}, nearest choice {total}",
+        cure="raise one of the bounds",
+        smallest={name: total[name] for name in whole},
     )

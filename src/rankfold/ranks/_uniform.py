@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,7 +40,7 @@ class Uniform(RankSelector):
         return pick(problem, top_up(problem, table, smallest if found is None else found))
 
 
-def _first_family(problem: Problem):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _first_family(problem: Problem) -> Callable[[Option], bool]:
     """A predicate that lets through, at every site, the options of the first family seen there."""
     firsts = {id(option): options[1].method == option.method for options in problem.options for option in options[1:]}
     return lambda option: firsts[id(option)]

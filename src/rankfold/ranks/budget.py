@@ -40,8 +40,10 @@ class Budget:
             number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
             if not number or not (0 < bound <= 1 if isinstance(bound, float) else bound > 0):
                 raise BudgetError(
-                    f"Budget.{name}", law="a kept fraction in (0, 1] (float) or an absolute bound of at least 1 (int)",
-                    got=repr(bound), cure=f"for half of the original: Budget({name}=0.5)",
+                    f"Budget.{name}",
+                    law="a kept fraction in (0, 1] (float) or an absolute bound of at least 1 (int)",
+                    got=repr(bound),
+                    cure=f"for half of the original: Budget({name}=0.5)",
                 )
 
     def bounds(self, original: Cost) -> dict[str, int]:
@@ -59,4 +61,6 @@ class Budget:
 
     def to_json(self) -> dict[str, float | int]:
         """The bounds that are set."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None}
+        return {
+            field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
+        }

@@ -133,13 +133,15 @@ class Problem:
         broken = [name for name, bound in self.bounds.items() if smallest[name] > bound + fixed[name]]
         if broken:
             raise BudgetError(
-                f"Budget.{broken[0]}", law="the smallest reachable model is within every bound",
+                f"Budget.{broken[0]}",
+                law="the smallest reachable model is within every bound",
                 got=", ".join(
                     f"{name} at most {self.bounds[name] + fixed[name]} where the smallest is {smallest[name]}"
                     f" ({smallest[name] / max(original[name], 1):.4f} of {original[name]})"
                     for name in broken
                 ),
-                cure="raise the bound, or allow more families or layers", smallest=smallest,
+                cure="raise the bound, or allow more families or layers",
+                smallest=smallest,
             )
         return self
 

@@ -123,9 +123,15 @@ def rows(sites: Sites, plan: Plan) -> tuple[Row, ...]:
         decision = plan.at(site.path)
         result.append(
             Row(
-                site.path, site.kind, site.weight_shape, decision.form,
-                "" if decision.method is None else str(decision.method), decision.rank, dense_cost(site),
-                decision_cost(site, decision), decision.why,
+                site.path,
+                site.kind,
+                site.weight_shape,
+                decision.form,
+                "" if decision.method is None else str(decision.method),
+                decision.rank,
+                dense_cost(site),
+                decision_cost(site, decision),
+                decision.why,
             )
         )
     skipped = [Row(skip.path, "", (), "skipped", "", None, None, None, skip.reason) for skip in sites.skips]
@@ -140,6 +146,11 @@ def predicted(sites: Sites, plan: Plan) -> Cost:
 def environment() -> dict[str, str]:
     """Versions that numbers depend on."""
     return {
-        "rankfold": __version__, "torch": torch.__version__, "numpy": numpy.__version__, "scipy": scipy.__version__,
-        "python": platform.python_version(), "machine": platform.machine(), "threads": str(torch.get_num_threads()),
+        "rankfold": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": str(torch.get_num_threads()),
     }

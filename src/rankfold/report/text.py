@@ -21,7 +21,15 @@ def render(report: Report, *, width: int = 110) -> str:
         width: Columns.
     """
     table = Table(title=f"{report.model}: every layer before and after", title_justify="left", box=None, pad_edge=False)
-    for name, right in (("layer", 0), ("shape", 0), ("becomes", 0), ("rank", 1), ("params", 1), ("MACs", 1), ("error", 1)):
+    for name, right in (
+        ("layer", 0),
+        ("shape", 0),
+        ("becomes", 0),
+        ("rank", 1),
+        ("params", 1),
+        ("MACs", 1),
+        ("error", 1),
+    ):
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in report.rows:
         if row.before is None or row.after is None:
@@ -29,8 +37,13 @@ def render(report: Report, *, width: int = 110) -> str:
         rank = "" if row.rank is None else str(row.rank)
         error = row.why.rpartition(" ")[2] if row.rank is not None else ""
         table.add_row(
-            row.path or "(the model)", "×".join(map(str, row.shape)), row.form, rank,
-            _change(row.before.params, row.after.params), _change(row.before.macs, row.after.macs), error,
+            row.path or "(the model)",
+            "×".join(map(str, row.shape)),
+            row.form,
+            rank,
+            _change(row.before.params, row.after.params),
+            _change(row.before.macs, row.after.macs),
+            error,
         )
     lines = [_print(table, width)]
     skipped = [row for row in report.rows if row.before is None]
@@ -85,8 +98,12 @@ def render_sites(sites: Sites, *, width: int = 110) -> str:
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for site in sites:
         table.add_row(
-            site.path or "(the model)", site.kind, "×".join(map(str, site.weight_shape)), f"{site.geometry.n_params:,}",
-            f"{site.macs:,}", ", ".join(site.aliases),
+            site.path or "(the model)",
+            site.kind,
+            "×".join(map(str, site.weight_shape)),
+            f"{site.geometry.n_params:,}",
+            f"{site.macs:,}",
+            ", ".join(site.aliases),
         )
     cost = sites.cost
     lines = [_print(table, width)]

@@ -25,7 +25,7 @@ CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
 
 def collect(
     model: nn.Module,
-    data: Any,  # noqa: ANN401
+    data: Any,
     *,
     sites: Sites,
     statistics: Sequence[str] = ("input-gram", "input-mean"),
@@ -83,11 +83,17 @@ def collect(
     unseen = [feeder.site.path for feeder in feeders if kinds and feeder.statistics[0].count == 0]
     if unseen:
         raise DataError(
-            repr(unseen[0]), law="every site is called on the calibration data", got="no call in any batch",
+            repr(unseen[0]),
+            law="every site is called on the calibration data",
+            got="no call in any batch",
             cure="add data that reaches the layer, or exclude it",
         )
     manifest = {
-        "samples": samples, "batches": number, "sha256": sha.hexdigest(), "positions": positions, "seed": seed,
+        "samples": samples,
+        "batches": number,
+        "sha256": sha.hexdigest(),
+        "positions": positions,
+        "seed": seed,
     }
     return Statistics(collected, manifest, sites.fingerprint)
 
@@ -99,7 +105,9 @@ def _forward(model: nn.Module, batch: Batch, number: int) -> None:
         raise
     except Exception as cause:
         raise TraceError(
-            f"batch {number}", law="the model runs on every batch of the data", got=str(cause),
+            f"batch {number}",
+            law="the model runs on every batch of the data",
+            got=str(cause),
             cure="give all batches the shape of the first",
         ) from cause
 
@@ -141,7 +149,8 @@ class _Feeder:
         for statistic in self.statistics:
             if statistic.total is not None and not bool(torch.isfinite(statistic.total).all()):
                 raise NumericsError(
-                    repr(self.site.path), law="every activation is finite",
+                    repr(self.site.path),
+                    law="every activation is finite",
                     got=f"NaN or infinity in the {statistic.name} of batch {number}",
                     cure="look at that batch, or at the layers before this one",
                 )

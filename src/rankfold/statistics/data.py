@@ -40,7 +40,7 @@ class Split:
                 yield take(batch, index[chosen])
 
 
-def as_batches(data: Any) -> Iterable[Batch]:  # noqa: ANN401
+def as_batches(data: Any) -> Iterable[Batch]:
     """Data as a re-iterable of batches; a bare tensor or dict of tensors is one batch.
 
     Raises:
@@ -50,8 +50,11 @@ def as_batches(data: Any) -> Iterable[Batch]:  # noqa: ANN401
         return [data]
     if isinstance(data, Iterator) or not hasattr(data, "__iter__"):
         raise DataError(
-            "data", law="a re-iterable of batches", got=f"a {type(data).__name__}, which gives its batches only once"
-            if isinstance(data, Iterator) else type(data).__name__,
+            "data",
+            law="a re-iterable of batches",
+            got=f"a {type(data).__name__}, which gives its batches only once"
+            if isinstance(data, Iterator)
+            else type(data).__name__,
             cure="pass a list of batches or a DataLoader",
         )
     first = next(iter(data), None)

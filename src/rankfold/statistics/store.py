@@ -41,9 +41,7 @@ class Statistics:
         def average(name: str) -> torch.Tensor | None:
             return own[name].mean()[group] if name in own else None
 
-        return Moments(
-            average("input-gram"), average("input-mean"), average("output-gram"), bias=site.geometry.bias
-        )
+        return Moments(average("input-gram"), average("input-mean"), average("output-gram"), bias=site.geometry.bias)
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over the data of both.
@@ -55,7 +53,8 @@ class Statistics:
         theirs = {path: set(own) for path, own in other.sites.items()}
         if self.fingerprint != other.fingerprint or mine != theirs:
             raise DataError(
-                "statistics", law="both are of one model, with the same sites and statistics",
+                "statistics",
+                law="both are of one model, with the same sites and statistics",
                 got=f"{len(mine)} and {len(theirs)} sites of models {self.fingerprint[:8]} and {other.fingerprint[:8]}",
                 cure="collect both with the same model and options",
             )
@@ -78,7 +77,10 @@ class Statistics:
         }
         counts = {site: {name: statistic.count for name, statistic in own.items()} for site, own in self.sites.items()}
         head: dict[str, Any] = {
-            "version": VERSION, "fingerprint": self.fingerprint, "manifest": self.manifest, "counts": counts,
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "manifest": self.manifest,
+            "counts": counts,
         }
 
         def write_tensors(file: Path) -> None:
@@ -110,7 +112,9 @@ class Statistics:
             )
         if not file.exists() or sha256_file(file) != head.get("sha256"):
             raise CheckpointError(
-                str(file), law="the file has the checksum noted beside it", got="a missing, truncated or altered file",
+                str(file),
+                law="the file has the checksum noted beside it",
+                got="a missing, truncated or altered file",
                 cure="collect the statistics again",
             )
         tensors = load_file(file)
@@ -124,5 +128,5 @@ class Statistics:
         return cls(sites, head["manifest"], head["fingerprint"])
 
 
-def _listed(value: Any) -> list[Any]:  # noqa: ANN401
+def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
