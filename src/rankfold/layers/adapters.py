@@ -136,7 +136,8 @@ class ConvAdapter(Adapter):
         view = torch.unflatten(view, 1, (geometry.groups, -1))  # samples × groups × in × size… × kernel…
         if positions is not None:
             index: tuple[Tensor, ...] = torch.unravel_index(positions.to(view.device), out_size)
-            view = view[(slice(None), slice(None), slice(None), *index)]  # samples × groups × in × chosen × kernel…
+            every = slice(None)
+            view = view[(every, every, every, *index)]  # samples × groups × in × chosen × kernel…
             view = view.movedim(3, 2)
         else:
             view = view.movedim(2, 2 + axes).flatten(2, 1 + axes)  # samples × groups × positions × in × kernel…
@@ -186,7 +187,7 @@ def why_no_adapter(layer: nn.Module) -> str | None:
             continue
         if kind.forward is not base.forward:
             return f"{kind.__name__} overrides the forward of nn.{base.__name__}"
-        if base is not nn.Linear and kind._conv_forward is not base._conv_forward:  # type: ignore[attr-defined]
+        if getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None):
             return f"{kind.__name__} overrides the convolution of nn.{base.__name__}"
         return None
     if _is_transformers_conv1d(layer):

@@ -63,7 +63,8 @@ class Table:
         """Summed loads of a choice, shape (resources,)."""
         if not chosen:
             return np.zeros(1)
-        return np.stack([loads[k] for loads, k in zip(self.loads, chosen, strict=True)]).sum(0)
+        total: NDArray[np.float64] = np.stack([loads[k] for loads, k in zip(self.loads, chosen, strict=True)]).sum(0)
+        return total
 
     def error(self, chosen: Sequence[int]) -> float:
         """Summed errors of a choice."""
