@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +137,8 @@ class ConvAdapter(Adapter):
         if positions is not None:
             index: tuple[Tensor, ...] = torch.unravel_index(positions.to(view.device), out_size)
             every = slice(None)
-            view = view[(every, every, every, *index)]  # samples × groups × in × chosen × kernel…
+            chosen: Any = (every, every, every, *index)
+            view = view[chosen]  # samples × groups × in × chosen × kernel…
             view = view.movedim(3, 2)
         else:
             view = view.movedim(2, 2 + axes).flatten(2, 1 + axes)  # samples × groups × positions × in × kernel…
