@@ -1,0 +1,97 @@
+"""Real trained networks and real data for the benchmarks, from ../shared/data or $RANKFOLD_DATA."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """A trained network with its data.
+
+    Attributes:
+        name: For the table.
+        model: In eval mode.
+        train: Images and labels to draw calibration inputs from.
+        test: Batches of images and labels.
+        forward_batch: Batch size of the forward pass that times are measured in.
+    """
+
+    name: str
+    model: nn.Module
+    train: tuple[Tensor, Tensor]
+    test: Batches
+    forward_batch: int = 128
+
+    def calibration(self, samples: int, seed: int) -> list[Tensor]:
+        """Unlabelled images, drawn by a seed, in batches."""
+        images = self.train[0]
+        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
+        return list(images[chosen].split(self.forward_batch))
+
+
+def data_folder() -> Path:
+    """Where the real data lies.
+
+    Raises:
+        FileNotFoundError: It does not.
+    """
+    folder = Path(os.environ.get("RANKFOLD_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    if not (folder / "models.py").is_file():
+        raise FileNotFoundError(f"{folder} · holds models.py and the real networks · got nothing · set RANKFOLD_DATA")
+    return folder
+
+
+def definitions() -> Any:  # noqa: ANN401
+    """The module that defines and loads the real networks."""
+    folder = str(data_folder())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module("models")
+
+
+def cifar(name: str) -> Network:
+    """ResNet-20 or ResNet-56 with CIFAR-10."""
+    models = definitions()
+    images, labels = models.cifar10("test")
+    test = list(zip(images.split(500), labels.split(500), strict=True))
+    return Network(name, getattr(models, name)(), models.cifar10("train"), test)
+
+
+def mobilenet() -> Network:
+    """MobileNetV1 0.75 with 500 photographs: the even ones to calibrate, the odd ones to test."""
+    models = definitions()
+    images, labels = models.imagenet_samples()
+    test = list(zip(images[1::2].split(50), labels[1::2].split(50), strict=True))
+    return Network("mobilenet_v1", models.mobilenet_v1(), (images[0::2], labels[0::2]), test, forward_batch=25)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "resnet20": lambda: cifar("resnet20"),
+    "resnet56": lambda: cifar("resnet56"),
+    "mobilenet_v1": mobilenet,
+}
+
+
+@torch.inference_mode()
+def forward_seconds(model: nn.Module, batches: list[Tensor], *, repeats: int = 3) -> float:
+    """Median seconds of one forward pass over all batches: the unit every cost is stated in."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for batch in batches:
+            model(batch)
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]
