@@ -54,7 +54,7 @@ def data_folder() -> Path:
     return folder
 
 
-def definitions() -> Any:  # noqa: ANN401
+def definitions() -> Any:
     """The module that defines and loads the real networks."""
     folder = str(data_folder())
     if folder not in sys.path:
