@@ -75,6 +75,10 @@ class RegistryError(RankfoldError, LookupError):
     """A name that no registered method bears."""
 
 
+class DependencyError(RankfoldError, ImportError):
+    """An optional package that is not installed; the message names the extra that brings it."""
+
+
 def near_matches(word: str, possible: Iterable[str], *, limit: int = 3) -> str:
     """Words of `possible` most like `word`, for the cure of a message.
 
