@@ -148,6 +148,7 @@ def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         for name, write in writers.items():
             write(scratch / name)
+            (scratch / name).chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
             _flush(scratch / name)
         _flush(scratch)
         scratch.chmod(0o777 & ~_umask())
