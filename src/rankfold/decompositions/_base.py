@@ -90,16 +90,19 @@ class Decomposition(ABC):
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """Relative squared output error at each of `candidates`, by decomposing at each of them.
 
-        `e_r = tr(D A Dᵀ) / tr(W A Wᵀ)`, `D = W − reconstruct`; without moments `A = I`. A method that knows its errors
-        in closed form overrides this.
+        `e_r = tr(D A Dᵀ) / tr(W A Wᵀ)`, `D = W − reconstruct`; `A = I` for a method that does not read "input-gram".
+        A method that knows its errors in closed form overrides this; one that damps its moments may measure in the
+        damped metric.
 
         Returns:
             Shape (len(candidates),), in the order of `candidates`, never growing.
         """
         ranks = self.candidates(weight.shape)
+        weight = widen(weight)
         flat = weight.flatten(1)
-        metric = torch.eye(flat.shape[1], dtype=flat.dtype) if moments.gram is None else moments.metric(self)
-        total = weighted_energy(flat, metric.to(flat))
+        reads = "input-gram" in self.needs
+        metric = moments.metric(self).to(flat) if reads else torch.eye(flat.shape[1]).to(flat)
+        total = weighted_energy(flat, metric)
         rest = [
             weighted_energy(flat - self.decompose(weight, rank, moments).reconstruct().flatten(1), metric)
             for rank in ranks

@@ -11,6 +11,7 @@ from torch import Tensor
 from rankfold.decompositions._base import Decomposition, Moments, canonical, check_damping
 from rankfold.decompositions._svd import check_flag
 from rankfold.factors import Rank, SpatialFactors
+from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import split_basis, split_errors, split_refit
 from rankfold.linalg.spectrum import tail_energy
 from rankfold.linalg.svd import svd
@@ -70,8 +71,8 @@ class SpatialSVD(Decomposition):
         split = work.reshape(out, inputs * height, width)
         if self.whitened:
             patches = self._patches(moments, split)
-            right = split_basis(split, patches, damping=self.damping)[:rank]
-            left = split_refit(split, patches, right, damping=self.damping)
+            basis = split_basis(split, patches, damping=self.damping)[:rank]
+            left, right = split_refit(split, patches, basis, damping=self.damping)
         else:
             u, s, vh = svd(_columns(split))
             root = s[:rank].sqrt()
@@ -84,9 +85,9 @@ class SpatialSVD(Decomposition):
         )
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Closed form (plain) or one QR (whitened)."""
+        """Closed form (plain), or one QR in the damped metric (whitened)."""
         out, inputs, height, width = weight.shape
-        split = weight.reshape(out, inputs * height, width)
+        split = widen(weight).reshape(out, inputs * height, width)
         if not self.whitened:
             return tail_energy(svd(_columns(split))[1])[1:]
         patches = self._patches(moments, split)

@@ -10,6 +10,7 @@ from torch import Tensor
 from rankfold.decompositions._base import Decomposition, Moments, canonical, check_damping
 from rankfold.decompositions._svd import check_flag, max_pair_rank, pair, refuses_mirrored
 from rankfold.factors import MatrixFactors, MirroredFactors, Rank
+from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import split_basis, split_errors, split_refit
 from rankfold.linalg.spectrum import tail_energy
 from rankfold.linalg.svd import svd
@@ -67,8 +68,8 @@ class WhitenedSVD(Decomposition):
         _out, inputs, *_kernel = work.shape
         if self.mirrored:
             split, patches = work.flatten(2), metric.reshape(inputs, -1, inputs, metric.shape[0] // inputs)
-            right = split_basis(split, patches, damping=self.damping)[:rank]
-            left = split_refit(split, patches, right, damping=self.damping)  # out × r × taps
+            basis = split_basis(split, patches, damping=self.damping)[:rank]
+            left, right = split_refit(split, patches, basis, damping=self.damping)  # out × r × taps, r × in
             left = left.movedim(1, -1).reshape(-1, right.shape[0])
             return pair(left, right, work.shape, mirrored=True, dtype=weight.dtype)
         flat = work.flatten(1)
@@ -77,7 +78,8 @@ class WhitenedSVD(Decomposition):
         return pair(u[:, :rank], u[:, :rank].mT @ flat, work.shape, mirrored=False, dtype=weight.dtype)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Relative to the output energy: closed form for the matrix form, one QR for the mirrored one."""
+        """In the damped metric: closed form for the matrix form, one QR for the mirrored one."""
+        weight = widen(weight)
         metric = moments.metric(self).to(weight)
         if self.mirrored:
             inputs = weight.shape[1]

@@ -23,7 +23,7 @@ def power_of_two_scale(tensor: Tensor) -> Tensor:
     overflow nor vanish.
     """
     largest = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
-    exponent = torch.frexp(largest.to(work_dtype(tensor.device)))[1]
+    exponent = torch.frexp(largest.to(work_dtype(tensor.device)))[1] - 1  # frexp's mantissa is in [1/2, 1)
     usable = torch.isfinite(largest) & (largest > 0)
     return torch.where(usable, torch.exp2(exponent.to(work_dtype(tensor.device))), 1.0)
 
@@ -45,17 +45,19 @@ def cross(left: Tensor, right: Tensor) -> Tensor:
 
     Args:
         left: `L`, shape (…, positions, m).
-        right: `R`, shape (…, positions, n).
+        right: `R`, shape (…, positions, n); where the two dtypes differ, products are taken in the wider one.
 
     Returns:
         Shape (…, m, n).
     """
-    left = left.float() if left.dtype in (torch.float16, torch.bfloat16) else left
-    scale_left = power_of_two_scale(left)
-    a = left / scale_left.to(left.dtype)
-    if right is left:
-        return (a.mT @ a).to(scale_left.dtype) * scale_left * scale_left
-    right = right.to(left.dtype)
-    scale_right = power_of_two_scale(right)
-    product = a.mT @ (right / scale_right.to(right.dtype))
-    return product.to(scale_left.dtype) * scale_left * scale_right
+    shared = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    a, scale_left = _scaled(left, shared)
+    b, scale_right = (a, scale_left) if right is left else _scaled(right, shared)
+    return (a.mT @ b).to(scale_left.dtype) * scale_left * scale_right
+
+
+def _scaled(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A tensor divided by its power of two, and that power."""
+    wide = tensor.to(dtype)
+    scale = power_of_two_scale(wide)
+    return wide / scale.to(dtype), scale

@@ -10,6 +10,10 @@ from rankfold.linalg.spectrum import explained_tail
 from rankfold.linalg.svd import svd
 from rankfold.linalg.whitening import square_root
 
+# Directions that no patch has still need an order: without any damping the columns that a rank adds can depend on
+# earlier ones, and QR then fills in arbitrary directions that would count as explained.
+LEAST_DAMPING = 1e-12
+
 
 def split_basis(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
     """Ordered basis for the part of a patch that the first stage reads.
@@ -43,13 +47,13 @@ def split_errors(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float)
         weight: Shape (out, a, b).
         gram: Shape (a, b, a, b).
         basis: Shape (k, a), as `split_basis` gives it.
-        damping: Relative damping of the whole Gram.
+        damping: Relative damping of the whole Gram; at least 1e-12 is used.
 
     Returns:
         Shape (k + 1,), never growing.
     """
     out, a, b = weight.shape
-    root, _ = square_root(gram.reshape(a * b, a * b), damping=damping)
+    root, _ = square_root(gram.reshape(a * b, a * b), damping=max(damping, LEAST_DAMPING))
     target = weight.reshape(out, a * b) @ root
     target = target / power_of_two_scale(target)
     lifted = _lift(basis, b) @ root
@@ -62,8 +66,11 @@ def split_errors(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float)
     return explained_tail(projected, target.square().sum(), block=b)
 
 
-def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> Tensor:
-    """The second stage that is best in the patch metric, given the first: `L = W A Pᵀ (P A Pᵀ)⁺`.
+def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
+    """Both stages, the second the best in the patch metric given the first: `L = W A Pᵀ (P A Pᵀ)⁺`.
+
+    The basis has the scale of the inputs' inverse, the refit that of the outputs; inner channels are rescaled by powers
+    of two so that both stages have norms alike, and inputs of scale 1e±20 or half-precision layers do not overflow.
 
     Args:
         weight: Shape (out, a, b).
@@ -72,14 +79,31 @@ def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) 
         damping: Relative damping of the whole Gram, as in `split_errors`.
 
     Returns:
-        Shape (out, r, b).
+        Second stage, shape (out, r, b), and first stage, shape (r, a).
     """
     out, a, b = weight.shape
-    root, _ = square_root(gram.reshape(a * b, a * b), damping=damping)
+    root, _ = square_root(gram.reshape(a * b, a * b), damping=max(damping, LEAST_DAMPING))
     lifted = _lift(basis, b) @ root  # (r·b) × (a·b)
     scale = power_of_two_scale(root)
     solution: Tensor = torch.linalg.pinv(lifted.mT / scale, rtol=1e-10) @ (weight.reshape(out, a * b) @ root / scale).mT
-    return solution.mT.reshape(out, len(basis), b)
+    return balanced(solution.mT.reshape(out, len(basis), b), basis)
+
+
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rescale every inner channel by a power of two so that its norms in both stages differ by a factor of 2 at most.
+
+    Args:
+        left: Shape (out, r, b).
+        right: Shape (r, a).
+
+    Returns:
+        `left` and `right` of the same product. A channel that is zero in one stage gets a norm of about 1 in the other.
+    """
+    before, after = torch.linalg.vector_norm(right, dim=1), torch.linalg.vector_norm(left, dim=(0, 2))
+    before_log, after_log = (torch.where(norm > 0, norm, 1.0).log2() for norm in (before, after))
+    both = (before > 0) & (after > 0)
+    shift = torch.where(both, (after_log - before_log) / 2, after_log - before_log).round()
+    return left * torch.exp2(-shift)[:, None], right * torch.exp2(shift)[:, None]
 
 
 def _lift(basis: Tensor, b: int) -> Tensor:

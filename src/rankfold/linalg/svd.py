@@ -6,6 +6,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from rankfold.errors import NumericsError
 from rankfold.linalg.precision import power_of_two_scale, widen
 
 FLAT = 16  # sides further apart than this factor go through the Gram of the short side
@@ -19,7 +20,10 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         `u` (m, k), `s` (k,) descending, `vh` (k, n) with `k = min(m, n)`. Zero matrices give zero `s` and orthonormal
-        vectors. Not finite input gives `LinAlgError` from torch: check before.
+        vectors.
+
+    Raises:
+        NumericsError: An element is NaN or infinite.
 
     Cost is `O(m n k)`. For sides further apart than a factor of 16 the short side's Gram is used (`gram_svd`).
     """
@@ -31,7 +35,7 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def exact_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`svd` by LAPACK's divide and conquer; where that does not converge, by QR iteration (SciPy's gesvd)."""
-    work = widen(matrix)
+    work = _finite(matrix)
     scale = power_of_two_scale(work)
     try:
         u, s, vh = torch.linalg.svd(work / scale, full_matrices=False)
@@ -54,7 +58,7 @@ def gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         As `svd`.
     """
-    work = widen(matrix)
+    work = _finite(matrix)
     if work.shape[0] > work.shape[1]:
         u, s, vh = gram_svd(work.mT)
         return vh.mT, s, u.mT
@@ -63,7 +67,7 @@ def gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _, rotation = torch.linalg.eigh(work @ work.mT)
     rotated = rotation.flip(-1).mT @ work
     basis, triangle = torch.linalg.qr(rotated.mT)
-    inner_u, s, inner_vh = torch.linalg.svd(triangle.mT)
+    inner_u, s, inner_vh = exact_svd(triangle.mT)
     return rotation.flip(-1) @ inner_u, s * scale, inner_vh @ basis.mT
 
 
@@ -90,7 +94,7 @@ def randomized_svd(
         Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53, 2011, algorithms 4.4 and 5.1.
         We differ in iterating until the residual is small instead of a fixed number of times, and in falling back.
     """
-    work = widen(matrix)
+    work = _finite(matrix)
     width = rank + oversample
     if width < min(work.shape) // 2:
         scale = power_of_two_scale(work)
@@ -109,3 +113,16 @@ def randomized_svd(
         work = work * scale
     u, s, vh = svd(work)
     return u[:, :rank], s[:rank], vh[:rank]
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """The matrix in the work dtype, after checking that every element is finite."""
+    work = widen(matrix)
+    if not bool(torch.isfinite(work).all()):
+        raise NumericsError(
+            f"matrix of shape {tuple(matrix.shape)}",
+            law="every element is finite",
+            got=f"{int((~torch.isfinite(work)).sum())} NaN or infinite",
+            cure="look at the weight and the moments it was made from",
+        )
+    return work
