@@ -72,7 +72,9 @@ class LinearAdapter(Adapter):
 
     def patches(self, layer: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rows of the input."""
-        return _select(inputs.flatten(1, -2) if inputs.ndim > 2 else inputs[:, None], positions).flatten(0, 1)[None]
+        if inputs.ndim < 3:  # one row, or one row a sample
+            inputs = inputs.reshape(-1, 1, inputs.shape[-1])
+        return _select(inputs.flatten(1, -2), positions).flatten(0, 1)[None]
 
     def outputs(self, layer: nn.Module, outputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rows of the output."""
