@@ -36,24 +36,27 @@ class Table:
 
     Attributes:
         errors: One array a site, shape (options,).
-        loads: One array a site, shape (options, resources): cost as a share of the bound on the sites (0/0 is 0).
-        bounds: Shape (resources,): 1 for each resource; the sum of the loads of a choice must not exceed it.
+        costs: One array a site, shape (options, resources), in whole numbers.
+        bounds: Shape (resources,); the sum of the costs of a choice must not exceed it.
+        loads: The costs as shares of the bounds, for scores that weigh resources against each other.
     """
 
     errors: list[NDArray[np.float64]]
+    costs: list[NDArray[np.int64]]
+    bounds: NDArray[np.int64]
     loads: list[NDArray[np.float64]]
 
     @classmethod
     def of(cls, problem: Problem) -> Table:
         """Read a problem."""
         names = list(problem.bounds)
-        scale = np.array([max(problem.bounds[name], 1) for name in names], dtype=np.float64)
+        bounds = np.array([min(problem.bounds[name], 2**62) for name in names], dtype=np.int64)  # fits in 64 bits
         errors = [np.array([option.error for option in each], dtype=np.float64) for each in problem.options]
-        loads = [
-            np.array([[option.cost.amounts()[name] for name in names] for option in each], dtype=np.float64) / scale
+        costs = [
+            np.array([[option.cost.amounts()[name] for name in names] for option in each], dtype=np.int64)
             for each in problem.options
         ]
-        return cls(errors, loads)
+        return cls(errors, costs, bounds, [each / np.maximum(bounds, 1) for each in costs])
 
     def choose(self, score: Callable[[int], NDArray[np.float64]]) -> list[int]:
         """For every site the option of least score (the first on ties)."""
@@ -61,52 +64,46 @@ class Table:
 
     def load(self, chosen: Sequence[int]) -> NDArray[np.float64]:
         """Summed loads of a choice, shape (resources,)."""
-        if not chosen:
-            return np.zeros(1)
-        total: NDArray[np.float64] = np.stack([loads[k] for loads, k in zip(self.loads, chosen, strict=True)]).sum(0)
-        return total
+        total = self.cost(chosen) / np.maximum(self.bounds, 1)
+        return np.asarray(total, dtype=np.float64)
+
+    def cost(self, chosen: Sequence[int]) -> NDArray[np.int64]:
+        """Summed costs of a choice, shape (resources,)."""
+        picked = [costs[k] for costs, k in zip(self.costs, chosen, strict=True)]
+        return np.sum(picked, axis=0, dtype=np.int64) if picked else np.zeros_like(self.bounds)
 
     def error(self, chosen: Sequence[int]) -> float:
         """Summed errors of a choice."""
         return float(sum(errors[k] for errors, k in zip(self.errors, chosen, strict=True)))
 
 
-SLACK = 1e-12  # rounding of a sum of shares; bounds are checked again in whole numbers
-
-
-def top_up(problem: Problem, table: Table, chosen: list[int]) -> list[int]:
+def top_up(table: Table, chosen: Sequence[int]) -> list[int]:
     """Spend what is left of the budget: repeat the step with most error removed per share of the budget that fits.
 
     Args:
-        problem: The problem.
-        table: Its arrays.
+        table: The problem as arrays.
         chosen: A choice within the bounds.
 
     Returns:
-        A choice within the bounds, of no larger error.
+        A choice within the bounds, of no larger error, from which no single step that fits removes error.
     """
     chosen = list(chosen)
-    left = 1 - table.load(chosen)
     while True:
+        left = table.bounds - table.cost(chosen)
         best, step = 0.0, None
         for i, k in enumerate(chosen):
             gain = table.errors[i][k] - table.errors[i]
-            more = table.loads[i] - table.loads[i][k]
-            fits = (more <= left + SLACK).all(1) & (gain > 0)
+            fits = (table.costs[i] - table.costs[i][k] <= left).all(1) & (gain > 0)
             if not fits.any():
                 continue
-            worth = np.where(fits, gain / np.maximum(more.max(1), 1e-9), 0.0)
+            more = (table.loads[i] - table.loads[i][k]).max(1)
+            worth = np.where(fits, gain / np.maximum(more, 1e-9), 0.0)
             j = int(np.argmax(worth))
             if worth[j] > best:
                 best, step = float(worth[j]), (i, j)
         if step is None:
-            break
-        trial = list(chosen)
-        trial[step[0]] = step[1]
-        if not problem.fits(problem.total(pick(problem, trial))):
-            break
-        chosen, left = trial, 1 - table.load(trial)
-    return chosen
+            return chosen
+        chosen[step[0]] = step[1]
 
 
 def pick(problem: Problem, chosen: Sequence[int]) -> tuple[Option, ...]:

@@ -32,4 +32,4 @@ class Energy(RankSelector):
             return table.choose(lambda i: np.where(table.errors[i] <= bound, table.loads[i].max(1), np.inf))
 
         found = largest_fitting(problem, choose)
-        return pick(problem, top_up(problem, table, smallest if found is None else found))
+        return pick(problem, top_up(table, smallest if found is None else found))

@@ -44,7 +44,7 @@ class Lagrangian(RankSelector):
             weights = weights / weights.sum()
         if best is None:
             best = cheapest(problem, table)
-        return pick(problem, top_up(problem, table, best))
+        return pick(problem, top_up(table, best))
 
 
 def _at(table: Table, weights: NDArray[np.float64], t: float) -> list[int]:

@@ -37,7 +37,7 @@ class Uniform(RankSelector):
             return chosen
 
         found = largest_fitting(problem, choose)
-        return pick(problem, top_up(problem, table, smallest if found is None else found))
+        return pick(problem, top_up(table, smallest if found is None else found))
 
 
 def _first_family(problem: Problem) -> Callable[[Option], bool]:
