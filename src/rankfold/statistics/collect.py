@@ -159,7 +159,7 @@ class _Feeder:
 def _chunks(
     adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
-    """Patches and outputs of a few samples at a time, so that no chunk is larger than `CHUNK_BYTES`."""
+    """Patches and outputs of a few samples, or of some positions of one, so that no chunk is over `CHUNK_BYTES`."""
     geometry = adapter.geometry(layer)
     size, _ = adapter.sample_size(layer, inputs)
     if inputs.ndim in (1, len(size) + 1) and size:
@@ -168,13 +168,18 @@ def _chunks(
         inputs, outputs = inputs[None], None if outputs is None else outputs[None]
     a_sample = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
     rows = a_sample if positions is None else len(positions)
-    step = max(1, CHUNK_BYTES // max(1, rows * geometry.features * geometry.groups * inputs.element_size()))
+    a_row = geometry.features * geometry.groups * max(inputs.element_size(), 4)  # half precision is widened to float32
+    room = max(1, CHUNK_BYTES // a_row)
+    step, pieces = max(1, room // max(1, rows)), [positions]
+    if rows > room:
+        pieces = list(torch.split(torch.arange(rows) if positions is None else positions, room))
     for start in range(0, inputs.shape[0], step):
         part = slice(start, start + step)
-        yield (
-            adapter.patches(layer, inputs[part], positions),
-            None if outputs is None else adapter.outputs(layer, outputs[part], positions),
-        )
+        for piece in pieces:
+            yield (
+                adapter.patches(layer, inputs[part], piece),
+                None if outputs is None else adapter.outputs(layer, outputs[part], piece),
+            )
 
 
 def _length(batches: Iterable[Batch]) -> int | None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rankfold.decompositions import Moments
-from rankfold.errors import CheckpointError, DataError
+from rankfold.errors import CheckpointError, DataError, RegistryError
 from rankfold.graph.sites import Site
 from rankfold.registry import lookup
 from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
@@ -118,14 +118,22 @@ class Statistics:
                 cure="collect the statistics again",
             )
         tensors = load_file(file)
-        sites = {
-            site: {
-                name: cast(type[Statistic], lookup(name, Statistic))(count, tensors.get(f"{site}\t{name}"))
-                for name, count in own.items()
+        try:
+            sites = {
+                site: {
+                    name: cast(type[Statistic], lookup(name, Statistic))(int(count), tensors.get(f"{site}\t{name}"))
+                    for name, count in own.items()
+                }
+                for site, own in head["counts"].items()
             }
-            for site, own in head["counts"].items()
-        }
-        return cls(sites, head["manifest"], head["fingerprint"])
+            return cls(sites, dict(head["manifest"]), str(head["fingerprint"]))
+        except (KeyError, TypeError, ValueError, AttributeError, RegistryError) as cause:
+            raise CheckpointError(
+                str(folder / "statistics.json"),
+                law="counts by site and registered statistic, a manifest and a fingerprint",
+                got=f"{type(cause).__name__}: {cause}",
+                cure="collect the statistics again",
+            ) from cause
 
 
 def _listed(value: Any) -> list[Any]:
