@@ -1,0 +1,218 @@
+"""Where a site's layer stands in the graph, and what becomes of its output before it meets a residual `add`."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from rankfold.graph.sites import Sites
+
+aten = torch.ops.aten
+BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+_LAYER_OPS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.addmm.default)
+_SAME_VALUE = (aten.clone.default, aten.dropout.default, aten.contiguous.default, aten.alias.default)
+_ADDS = (aten.add.Tensor, operator.add)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a site's layer.
+
+    Attributes:
+        path: Path of the site.
+        entry: Node whose value is the layer's input.
+        exit: Node whose value is the layer's output.
+        inside: Nodes of the layer's own code, `exit` included.
+        norm: Name of the running mean of a batch norm that alone reads the output and can absorb a bias; None if none.
+        skip: The other operand of the residual `add` that the output reaches through per-channel affine steps alone.
+        scale_nodes: Those steps, in order.
+    """
+
+    path: str
+    entry: Node
+    exit: Node
+    inside: frozenset[Node]
+    norm: str | None
+    skip: Node | None
+    scale_nodes: tuple[Node, ...]
+
+
+def find_calls(program: ExportedProgram, sites: Sites) -> list[Call]:
+    """Every call of every site's layer, in the order of the graph.
+
+    Args:
+        program: The functional program.
+        sites: The sites; calls of other layers are left out.
+    """
+    signature = program.graph_signature
+    known = {path: site.path for site in sites for path in site.paths}
+    parameters = {**signature.inputs_to_parameters}
+    buffers = {**signature.inputs_to_buffers}
+    calls = []
+    for node in program.graph.nodes:
+        if node.op != "call_function" or node.target not in _LAYER_OPS:
+            continue
+        path = _module_path(node)
+        if path not in known:
+            continue
+        data, weight = (1, 2) if node.target is aten.addmm.default else (0, 1)
+        if not isinstance(node.args[weight], Node) or node.args[weight].name not in parameters:
+            continue
+        calls.append(_call(node, known[path], path, data, buffers))
+    return calls
+
+
+def _call(node: Node, site: str, path: str, data: int, buffers: dict[str, str]) -> Call:
+    inside = {node}
+    entry = node.args[data]
+    while isinstance(entry, Node) and entry.op == "call_function" and _module_path(entry) == path:
+        if entry.target in _LAYER_OPS or len(entry.users) > 1:
+            break
+        inside.add(entry)
+        entry = next(arg for arg in entry.args if isinstance(arg, Node))
+    exit_node = node
+    while len(exit_node.users) == 1:
+        (user,) = exit_node.users
+        if _module_path(user) != path or user.target in _LAYER_OPS or user.op != "call_function":
+            break
+        exit_node = user
+        inside.add(user)
+    if not isinstance(entry, Node):
+        raise TypeError(f"{site} has no input node")
+    norm = None
+    if len(exit_node.users) == 1:
+        (user,) = exit_node.users
+        if user.target is BATCH_NORM and user.args[0] is exit_node:
+            norm = buffers.get(_name(user.args[3]))
+    skip, steps = _residual(exit_node)
+    return Call(site, entry, exit_node, frozenset(inside), norm, skip, steps)
+
+
+def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
+    """Follow per-channel affine steps from a node to an `add`; the other operand, and the steps."""
+    steps: list[Node] = []
+    here = start
+    while len(here.users) == 1:
+        (user,) = here.users
+        if user.target in _ADDS and len(user.args) == 2 and not user.kwargs:
+            others = [arg for arg in user.args if arg is not here]
+            if len(others) == 1 and isinstance(others[0], Node) and _same_shape(others[0], start):
+                return others[0], tuple(steps)
+            return None, ()
+        norm = user.target is BATCH_NORM and user.args[0] is here
+        scaled = user.target in (aten.mul.Tensor, operator.mul) and _is_channel_scale(user, here)
+        through = user.target in _SAME_VALUE or (user.target is operator.getitem and user.args[1] == 0)
+        if not (norm or scaled or through):
+            return None, ()
+        if norm or scaled:
+            steps.append(user)
+        here = user
+    return None, ()
+
+
+def _is_channel_scale(node: Node, here: Node) -> bool:
+    """Whether a product's other operand is a parameter (layer scale) that broadcasts over samples and positions."""
+    others = [arg for arg in node.args if arg is not here]
+    if len(others) != 1 or not isinstance(others[0], Node) or others[0].op != "placeholder":
+        return False
+    value = others[0].meta.get("val")
+    return isinstance(value, Tensor) and value.ndim <= 3 and others[0].name.startswith(("p_", "b_", "c_"))
+
+
+def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]) -> Tensor | None:
+    """The factor `a` by which the steps between a layer and its residual `add` scale each channel.
+
+    Args:
+        call: With `scale_nodes`.
+        shape: Of the layer's output.
+        value_of: Gives the tensor of a parameter or buffer node.
+
+    Returns:
+        A tensor that broadcasts against the output, or None for a factor of 1.
+    """
+    scale: Tensor | None = None
+    for node in call.scale_nodes:
+        if node.target is BATCH_NORM:
+            _, weight, _, _, variance, _, eps = node.args
+            step = (value_of(variance).double() + eps).rsqrt()  # type: ignore[arg-type, operator]
+            if weight is not None:
+                step = step * value_of(weight).double()  # type: ignore[arg-type]
+            step = step.reshape(-1, *[1] * (len(shape) - 2))
+        else:
+            other = next(arg for arg in node.args if isinstance(arg, Node) and arg.op == "placeholder")
+            step = value_of(other).double()
+        scale = step if scale is None else scale * step
+    return scale
+
+
+def _same_shape(first: Node, second: Node) -> bool:
+    a, b = first.meta.get("val"), second.meta.get("val")
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and len(a.shape) == len(b.shape) and (
+        all(str(x) == str(y) for x, y in zip(a.shape[1:], b.shape[1:], strict=True))
+    )
+
+
+def _module_path(node: Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
+
+
+def _name(argument: Any) -> str:
+    return argument.name if isinstance(argument, Node) else ""
+
+
+def schedule(program: ExportedProgram, calls: list[Call]) -> list[Node]:
+    """The nodes in an order in which a layer's skip branch is computed before the layer wherever that is possible.
+
+    Each skip operand that does not itself depend on the layer's output is moved, with what it needs, before the
+    layer's entry; everything else keeps the order of the graph.
+    """
+    nodes = list(program.graph.nodes)
+    index = {node: i for i, node in enumerate(nodes)}
+    before: dict[Node, Node] = {}
+    for call in calls:
+        if call.skip is None or index[call.skip] < index[call.exit]:
+            continue
+        if call.exit not in _ancestors(call.skip):
+            before[min(call.inside, key=index.__getitem__)] = call.skip
+    order: list[Node] = []
+    placed: set[Node] = set()
+
+    def place(root: Node) -> None:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            needs = [n for n in node.all_input_nodes if n not in placed]
+            first = before.get(node)
+            if first is not None and first not in placed:
+                needs.append(first)
+            if node in placed or not needs:
+                if node not in placed:
+                    placed.add(node)
+                    order.append(node)
+                stack.pop()
+            else:
+                stack.extend(sorted(needs, key=index.__getitem__, reverse=True))
+
+    for node in nodes:
+        place(node)
+    return order
+
+
+def _ancestors(node: Node) -> set[Node]:
+    seen: set[Node] = set()
+    stack = [node]
+    while stack:
+        for parent in stack.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return seen

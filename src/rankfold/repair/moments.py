@@ -1,0 +1,72 @@
+"""Streaming moments of a layer's inputs in the compressed network and its target outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfold.linalg.precision import cross, gram, work_dtype
+
+
+@dataclass(eq=False)
+class PairMoments:
+    """Sums over positions of `(x', y)`, groups first, in the work dtype.
+
+    Attributes:
+        count: Positions.
+        xx: `Σ x'x'ᵀ`, shape (groups, n, n).
+        yx: `Σ y x'ᵀ`, shape (groups, out, n).
+        x: `Σ x'`, shape (groups, n).
+        y: `Σ y`, shape (groups, out).
+        yy: `Σ ‖y‖²`, shape (groups,).
+    """
+
+    count: int
+    xx: Tensor
+    yx: Tensor
+    x: Tensor
+    y: Tensor
+    yy: Tensor
+
+    @classmethod
+    def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> PairMoments:
+        """Nothing seen yet."""
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(groups, *shape, dtype=work_dtype(device), device=device)
+
+        return cls(0, empty(features, features), empty(outputs, features), empty(features), empty(outputs), empty())
+
+    def update(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add positions.
+
+        Args:
+            inputs: `x'`, shape (groups, positions, n).
+            targets: `y`, shape (groups, positions, out).
+        """
+        wide = self.xx.dtype
+        self.count += inputs.shape[1]
+        self.xx += gram(inputs)
+        self.yx += cross(targets, inputs)
+        self.x += inputs.sum(1, dtype=wide)
+        self.y += targets.sum(1, dtype=wide)
+        self.yy += targets.to(wide).square().sum((1, 2))
+
+    def error(self, group: int, weight: Tensor, bias: Tensor | None) -> float:
+        """Mean squared error of an affine map against the target.
+
+        `E‖y − Wx' − b‖² = tr(E[yyᵀ]) − 2⟨W, E[yx'ᵀ]⟩ + ⟨W, W E[x'x'ᵀ]⟩ + ‖b‖² − 2bᵀ(E[y] − W E[x'])`.
+
+        Args:
+            group: Which group.
+            weight: `W`, shape (out, n).
+            bias: `b`, shape (out,), or None.
+        """
+        n = max(self.count, 1)
+        xx, yx, x, y = (total[group] / n for total in (self.xx, self.yx, self.x, self.y))
+        error = self.yy[group] / n - 2 * (weight * yx).sum() + (weight * (weight @ xx)).sum()
+        if bias is not None:
+            error = error + bias.square().sum() - 2 * (bias * (y - weight @ x)).sum()
+        return float(error.clamp_min(0))

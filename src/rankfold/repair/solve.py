@@ -1,0 +1,63 @@
+"""The best affine map from the compressed network's inputs to the original's outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankfold.decompositions import Moments
+from rankfold.repair.moments import PairMoments
+
+
+def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Second moments a map is fitted with: covariances where a bias can absorb the means, raw moments otherwise.
+
+    Returns:
+        `S` (n, n), `C` (out, n), `E[x']` (n,), `E[y]` (out,).
+    """
+    n = max(moments.count, 1)
+    second, crossed = moments.xx[group] / n, moments.yx[group] / n
+    mean_x, mean_y = moments.x[group] / n, moments.y[group] / n
+    if bias:
+        second = second - torch.outer(mean_x, mean_x)
+        crossed = crossed - torch.outer(mean_y, mean_x)
+    return second, crossed, mean_x, mean_y
+
+
+def ridge(
+    moments: PairMoments, group: int, weight: Tensor, *, bias: bool, strength: float
+) -> Tensor:
+    """Least squares with a ridge towards the original weight: `W* = (C + λW)(S + λI)⁻¹`.
+
+    Args:
+        moments: Of the fitted samples.
+        group: Which group.
+        weight: The original's `W`, shape (out, n).
+        bias: Whether a bias absorbs the means.
+        strength: `λ` relative to the mean diagonal of `S`.
+
+    Returns:
+        `W*`, shape (out, n). A site that saw only zeros keeps `W`. Rank-deficient `S` is normal: in directions that
+        the inputs never take, `W*` equals `W`.
+    """
+    second, crossed, _, _ = centred(moments, group, bias=bias)
+    mean = second.diagonal().mean()
+    if not float(mean) > 0:
+        return weight.clone()
+    damping = strength * mean
+    matrix = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    # (W* − W)(S + λI) = C − W S: solve for the change, which is small, not for the weight.
+    change: Tensor = torch.linalg.solve(matrix, (crossed - weight @ second).mT).mT
+    return weight + change
+
+
+def as_moments(moments: PairMoments, group: int, *, bias: bool) -> Moments:
+    """The same inputs, as a decomposition reads them."""
+    n = max(moments.count, 1)
+    return Moments(moments.xx[group] / n, moments.x[group] / n, bias=bias)
+
+
+def best_bias(moments: PairMoments, group: int, weight: Tensor) -> Tensor:
+    """The bias that makes the mean output the target's: `b = E[y] − W E[x']`."""
+    n = max(moments.count, 1)
+    return moments.y[group] / n - weight @ (moments.x[group] / n)
