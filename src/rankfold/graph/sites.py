@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -12,16 +11,16 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.parameter import is_lazy
 
-from rankfold.errors import ModelError, SiteError, TraceError, near_matches
+from rankfold.errors import ModelError, OptionError, SiteError, TraceError, near_matches
 from rankfold.factors import Rank
+from rankfold.graph.probe import observe, paths_of
+from rankfold.graph.refusals import Context, why_entangled, why_unfit
 from rankfold.graph.trace import Batch, Graph, split_batch, trace
-from rankfold.layers import Geometry, adapter_for, forms, stages, why_no_adapter
+from rankfold.layers import Geometry, adapter_for, forms, stages
 from rankfold.metrics.cost import Cost
-from rankfold.metrics.counted import count_bytes, count_params, run_one
+from rankfold.metrics.counted import count_bytes, count_macs, count_params
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,20 @@ class Site:
 
 @dataclass(frozen=True)
 class Skip:
-    """A layer left alone, with the reason."""
+    """A layer left alone, with the reason.
+
+    Attributes:
+        path: Dotted path of the module.
+        reason: Why, as *kind: explanation*.
+    """
 
     path: str
     reason: str
+
+    @property
+    def kind(self) -> str:
+        """Kind of the reason, for counting: "tied", "quantised", "no room", …"""
+        return self.reason.partition(":")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +138,8 @@ def find_sites(
 ) -> Sites:
     """Find every layer that can be compressed, and the reason for every one that cannot.
 
-    The model is run once on one sample and traced once, in eval mode, and left as it was.
+    The model is run twice on one sample (once to count, once with a stand-in at every layer) and traced once, in eval
+    mode, and left as it was.
 
     Args:
         model: The trained model, on a real device.
@@ -141,24 +151,32 @@ def find_sites(
         The sites and skips, the graph, and the cost of the whole model.
 
     Raises:
-        ModelError: The model is no module, or has tensors on meta or weights that are not finite.
+        ModelError: The model is no module, or has tensors on meta, weights that are not finite, or lazy weights that
+            the forward would draw.
         TraceError: The forward fails on the example.
         SiteError: A pattern matches nothing; near matches are named.
     """
     check_model(model)
-    calls, macs = _record_calls(model, example)
+    layers = {
+        id(module): (module, adapter)
+        for path, module, _ in paths_of(model)
+        if why_unfit(path, module) is None and (adapter := adapter_for(module)) is not None
+    }
+    macs = _macs(model, example)
+    seen = observe(model, example, layers)
     graph = trace(model, example)
-    readers = _weight_readers(graph)
+    context = Context.of(model, graph, seen)
     sites, skips = [], []
-    for path, module, aliases in _modules(model):
-        reason = _why_not(model, path, module, aliases, calls.get(id(module)), readers)
+    for path, module, aliases in paths_of(model):
+        reason = why_unfit(path, module)
+        if reason is None and id(module) in layers:
+            reason = why_entangled(path, module, aliases, context)
         if reason is not None:
             skips.append(Skip(path, reason))
-        elif (adapter := adapter_for(module)) is not None:
-            weight = adapter.canonical(module)
-            site = Site(
-                path, aliases, adapter.kind, adapter.geometry(module), tuple(calls[id(module)]), weight.element_size()
-            )
+        elif id(module) in layers:
+            _, adapter = layers[id(module)]
+            size = adapter.canonical(module).element_size()
+            site = Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(seen[id(module)].calls), size)
             if _has_room(site):
                 sites.append(site)
             else:
@@ -178,16 +196,32 @@ def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] =
     """The sites that match `only` and not `exclude`; the others become skips.
 
     Raises:
-        SiteError: A pattern matches no site and no skip.
+        OptionError: A bare string instead of a list of them.
+        SiteError: A pattern matches no site and no skip, or a path in `only` is of a layer that cannot be compressed.
     """
+    for name, patterns in (("only", only), ("exclude", exclude)):
+        if isinstance(patterns, str):
+            raise OptionError(
+                name, law="a list of paths or patterns", got=repr(patterns), cure=f"try {name}=[{patterns!r}]"
+            )
     known = [path for site in found.sites for path in site.paths]
+    skipped = {skip.path: skip.reason for skip in found.skips}
     for pattern in [*(only or ()), *exclude]:
-        if not any(fnmatchcase(path, pattern) for path in [*known, *(skip.path for skip in found.skips)]):
+        if not any(fnmatchcase(path, pattern) for path in [*known, *skipped]):
+            below = any(path.startswith(f"{pattern}.") for path in [*known, *skipped])
             raise SiteError(
                 repr(pattern),
                 law="a selection names layers of the model",
                 got="no match",
-                cure=near_matches(pattern, known),
+                cure=f"for all below it: '{pattern}.*'" if below else near_matches(pattern, known),
+            )
+    for path in only or ():
+        if path in skipped and path not in known:
+            raise SiteError(
+                repr(path),
+                law="a selection names layers that can be compressed",
+                got=f"a skipped layer ({skipped[path]})",
+                cure="take it out of the selection",
             )
 
     def matches(site: Site, patterns: Sequence[str]) -> bool:
@@ -196,9 +230,9 @@ def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] =
     kept, skips = [], list(found.skips)
     for site in found.sites:
         if only is not None and not matches(site, only):
-            skips.append(Skip(site.path, "not in the selection"))
+            skips.append(Skip(site.path, "not selected: it is not among `only`"))
         elif matches(site, exclude):
-            skips.append(Skip(site.path, "excluded by the selection"))
+            skips.append(Skip(site.path, "not selected: it is among `exclude`"))
         else:
             kept.append(site)
     return replace(found, sites=tuple(kept), skips=tuple(skips))
@@ -220,14 +254,18 @@ def check_model(model: nn.Module) -> None:
                 got="a tensor on meta",
                 cure="load the weights on a device first (model.to_empty holds no weights)",
             )
-    for name, tensor in model.named_parameters():
-        lazy = isinstance(tensor, UninitializedParameter)
-        if not lazy and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+        if not plain or not parameter.is_floating_point():
+            continue
+        # 8-bit floats know no isfinite
+        finite = torch.isfinite(parameter.float() if parameter.element_size() == 1 else parameter)
+        if not bool(finite.all()):
+            bad = int((~finite).sum())
             raise ModelError(
                 name,
                 law="every weight is finite",
-                got=f"{bad} of {tensor.numel()} NaN or infinite",
+                got=f"{bad} of {parameter.numel()} NaN or infinite",
                 cure="look at how the model was trained or loaded",
             )
 
@@ -235,30 +273,24 @@ def check_model(model: nn.Module) -> None:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the sorted names, shapes and dtypes of the state dict: the structure, not the numbers."""
     lines = sorted(
-        f"{name} {tuple(value.shape) if not isinstance(value, UninitializedParameter) else 'lazy'} {value.dtype}"
+        f"{name} {'lazy' if is_lazy(value) else tuple(value.shape)} {value.dtype}"
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     )
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _record_calls(model: nn.Module, example: Batch) -> tuple[dict[int, list[tuple[tuple[int, ...], int]]], int]:
-    """For every called module with an adapter its calls per sample, and the whole model's MACs per sample."""
-    seen: dict[int, list[tuple[tuple[int, ...], int]]] = {}
-    handles = []
-    for module in model.modules():
-        adapter = adapter_for(module)
-        if adapter is None or not isinstance(getattr(module, "weight", None), Tensor):
-            continue
-
-        def record(layer: nn.Module, inputs: Any, adapter: Any = adapter) -> None:
-            if inputs and isinstance(inputs[0], Tensor):
-                seen.setdefault(id(layer), []).append(adapter.sample_size(layer, inputs[0]))
-
-        handles.append(module.register_forward_pre_hook(record))
+def _macs(model: nn.Module, example: Batch) -> int:
+    """MACs per sample of the whole model, on a first run that also shows whether the model runs at all."""
+    handles = [
+        module.register_forward_pre_hook(_refuse_lazy(path), prepend=True)
+        for path, module in model.named_modules()
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False))
+    ]
     try:
-        with FlopCounterMode(display=False) as counter:
-            samples = run_one(model, example)
+        return count_macs(model, example)
+    except ModelError:
+        raise
     except Exception as cause:
         args, kwargs = split_batch(example)
         values = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
@@ -272,85 +304,20 @@ def _record_calls(model: nn.Module, example: Batch) -> tuple[dict[int, list[tupl
     finally:
         for handle in handles:
             handle.remove()
-    calls = {key: [(size, max(1, round(count / samples))) for size, count in sizes] for key, sizes in seen.items()}
-    return calls, counter.get_total_flops() // (2 * samples)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
-    """Each module once: its first path, itself, and its other paths."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
-    for path, module in model.named_modules():
-        yield path, module, tuple(paths[id(module)][1:])
+def _refuse_lazy(path: str) -> Callable[[nn.Module, Any], None]:
+    """A hook that keeps a lazy layer from drawing its weights, which would change the model."""
 
+    def refuse(module: nn.Module, inputs: Any) -> None:
+        raise ModelError(
+            repr(path),
+            law="every layer that the forward reaches has its weights",
+            got=f"a {type(module).__name__} whose weight has no shape yet",
+            cure="run the model once, and train or load it, before compressing it",
+        )
 
-def _weight_readers(graph: Graph) -> dict[str, set[str]] | None:
-    """For every parameter name the innermost module paths whose code reads it; None without a graph."""
-    if graph.program is None:
-        return None
-    signature = graph.program.graph_signature
-    readers: dict[str, set[str]] = {}
-    for node in graph.program.graph.nodes:
-        name = signature.inputs_to_parameters.get(node.name)
-        if node.op != "placeholder" or name is None:
-            continue
-        paths = set()
-        for user in node.users:
-            stack = list((user.meta.get("nn_module_stack") or {}).values())
-            paths.add(re.sub(r"@\d+", "", stack[-1][0]) if stack else "")
-        readers[name] = paths
-    return readers
-
-
-def _why_not(
-    model: nn.Module,
-    path: str,
-    module: nn.Module,
-    aliases: tuple[str, ...],
-    calls: list[tuple[tuple[int, ...], int]] | None,
-    readers: dict[str, set[str]] | None,
-) -> str | None:
-    """Why a module that holds a weight is no site; "" is never returned; None for a site or a module without weight."""
-    own = dict(module.named_parameters(recurse=False))
-    if not own and not parametrize.is_parametrized(module):
-        quantised = not isinstance(getattr(module, "weight", None), (Tensor, type(None)))
-        return "quantised: the weight is packed" if quantised else None
-    if any(isinstance(parameter, UninitializedParameter) for parameter in own.values()):
-        return "lazy: the weight has no shape yet; run the model once first"
-    if parametrize.is_parametrized(module):
-        return "parametrised: the weight is computed from other tensors (remove the parametrisation first)"
-    wide = [name for name, parameter in own.items() if parameter.ndim >= 2]
-    if not wide:
-        return None
-    why = why_no_adapter(module)
-    if why is not None:
-        return why
-    weight = own.get("weight")
-    if weight is None:
-        return f"parametrised: the weight is computed from {', '.join(sorted(own))}"
-    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor or not weight.is_floating_point():
-        return f"quantised: the weight is a {type(weight.data).__name__} of {weight.dtype}"
-    others = [
-        f"{other}.{name}" if other else name
-        for other, owner in model.named_modules()
-        for name, parameter in owner.named_parameters(recurse=False)
-        if owner is not module and any(parameter is mine for mine in own.values())
-    ]
-    if others:
-        return f"tied: the weight is also {', '.join(others[:3])}"
-    if not calls:
-        return "not called in the forward on the example (or only its weight is read)"
-    if module._forward_hooks or module._forward_pre_hooks:
-        return "has forward hooks, which would be lost with the layer"
-    if readers is not None:
-        for name in own:
-            full = f"{path}.{name}" if path else name
-            strangers = readers.get(full, set()) - {path, *aliases}
-            if strangers:
-                where = ", ".join(repr(stranger) for stranger in sorted(strangers)[:3])
-                return f"its {name} is also read by the code of {where}"
-    return None
+    return refuse
 
 
 def _has_room(site: Site) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree
 
 from rankfold.errors import DataError
 
@@ -136,22 +140,76 @@ def trace(model: nn.Module, example: Batch) -> Graph:
     Returns:
         The graph; where the export fails, one without a program and with the reason.
     """
-    size = batch_size(example)
-    pair = take(example, torch.arange(2) % size)
-    args, kwargs = split_batch(to_device(pair, device_of(model)))
-    shapes = [_free_batch(args), _free_batch(kwargs)]
-    dynamic: Any = tuple(shapes[0]) if args else shapes[1]
-    failures = []
-    for dims in (dynamic, None):
+    device = device_of(model)
+    pair = to_device(take(example, torch.arange(2) % batch_size(example)), device)
+    batch = pair if _runs(model, pair) else to_device(example, device)  # some models fix their batch size
+    args, kwargs = split_batch(batch)
+    free: Any = tuple(_free_batch(args)) if args else _free_batch(kwargs)
+    reason = ""
+    for shapes in (free, None) if batch is pair else (None,):
         try:
-            with evaluating(model), warnings.catch_warnings(), _quiet_logs():
+            with evaluating(model), _tensor_outputs(model), warnings.catch_warnings(), _quiet_logs():
                 warnings.simplefilter("ignore")
-                program = torch.export.export(model, args, kwargs, dynamic_shapes=dims, strict=False)
+                program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 program = program.run_decompositions({})
-            return Graph(program, static_batch=None if dims is not None else 2)
+            return Graph(program, static_batch=None if shapes is not None else batch_size(batch))
         except Exception as cause:  # noqa: BLE001 - whatever the exporter throws, the hook road still serves
-            failures.append(f"{type(cause).__name__}: {str(cause).strip().splitlines()[0] if str(cause) else ''}")
-    return Graph(None, reason=f"torch.export failed ({failures[-1][:300]})")
+            lines = str(cause).strip().splitlines()
+            reason = f"torch.export failed ({': '.join([type(cause).__name__, *lines[:1]])[:300]})"
+    return Graph(None, reason=reason)
+
+
+def _runs(model: nn.Module, batch: Batch) -> bool:
+    """Whether the model takes a batch."""
+    try:
+        with evaluating(model):
+            run(model, batch)
+    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+        return False
+    return True
+
+
+@contextmanager
+def _tensor_outputs(model: nn.Module) -> Iterator[None]:
+    """Inside, the model returns only what the exporter can follow: caches and other objects in its output become None.
+
+    The forward of the instance is covered for that long, so parameters keep their names.
+    """
+    forward, own = model.forward, "forward" in vars(model)
+
+    @functools.wraps(forward)
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        output = _followed(forward(*args, **kwargs))
+        if not any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(output)):
+            raise TypeError("the output holds no tensor that torch.export can follow")
+        return output
+
+    vars(model)["forward"] = followed
+    try:
+        yield
+    finally:
+        if own:
+            vars(model)["forward"] = forward
+        else:
+            del vars(model)["forward"]
+
+
+def _followed(output: Any) -> Any:
+    """The output with unknown objects opened where they are mappings or dataclasses, and None in their place otherwise.
+
+    What torch's pytrees know (tuples, dicts, the output classes of transformers) keeps its type.
+    """
+
+    def leaf(value: Any) -> Any:
+        if value is None or isinstance(value, (Tensor, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return value
+        if isinstance(value, Mapping):
+            return {name: _followed(entry) for name, entry in value.items()}
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {field.name: _followed(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return None
+
+    return _pytree.tree_map(leaf, output)
 
 
 def _free_batch(values: tuple[Any, ...] | dict[str, Any]) -> Any:
@@ -169,8 +227,6 @@ def _free_batch(values: tuple[Any, ...] | dict[str, Any]) -> Any:
 @contextmanager
 def _quiet_logs() -> Iterator[None]:
     """Keep the exporter's own log lines off the terminal while it tries."""
-    import logging
-
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
@@ -13,27 +12,36 @@ from rankfold.metrics.cost import Cost
 
 
 def count_params(model: nn.Module) -> int:
-    """Elements of all parameters; a shared one counts once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Elements of all parameters; a shared one counts once, a lazy one without a shape not at all."""
+    return sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Bytes of the state dict (parameters and persistent buffers); tensors of one storage count once."""
+    """Bytes of the state dict (parameters and persistent buffers); one tensor under several names counts once."""
     seen: dict[tuple[int, int], int] = {}
     for tensor in model.state_dict(keep_vars=True).values():
-        if isinstance(tensor, torch.Tensor):
-            seen[(id(tensor), 0)] = tensor.numel() * tensor.element_size()
+        if isinstance(tensor, torch.Tensor) and not is_lazy(tensor):
+            plain = type(tensor.data) is torch.Tensor and tensor.layout is torch.strided
+            place = (tensor.data_ptr() if plain else 0) or -id(tensor)
+            seen[place, tensor.numel()] = tensor.numel() * tensor.element_size()
     return sum(seen.values())
 
 
 def count_macs(model: nn.Module, example: Batch) -> int:
     """Multiply-accumulates per sample, as torch's own counter sees them (half its FLOPs).
 
-    Matrix products of attention count too. The model runs once on one sample, or, where it cannot, on the batch.
+    Matrix products of attention count too. The model runs once on one sample, or, where it cannot, on the batch. The
+    fused kernel that `nn.TransformerEncoderLayer` may take in eval mode is opaque to the counter, so it is switched off
+    meanwhile.
     """
-    with FlopCounterMode(display=False) as counter:
-        samples = run_one(model, example)
-    return int(Fraction(counter.get_total_flops(), 2 * samples))
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            samples = run_one(model, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return int(counter.get_total_flops()) // (2 * samples)
 
 
 def run_one(model: nn.Module, example: Batch) -> int:

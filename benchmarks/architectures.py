@@ -1,0 +1,170 @@
+"""The whole road on nineteen architectures: trace, compress, save, load, compare.
+
+    python -m benchmarks.architectures [NAME …] [--json FILE]
+
+A row passes when the loaded model's outputs equal the compressed model's bit by bit, the counted params and MACs equal
+the predicted ones, and the budget is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import rankfold as rf
+from benchmarks.zoo import CASES, Case
+from rankfold.graph.trace import evaluating, run
+from rankfold.metrics.compare import output_tensor
+from rankfold.metrics.counted import count
+
+KEPT = 0.7
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one architecture gave.
+
+    Attributes:
+        name: Of the case.
+        params: Of the original.
+        trace_seconds: Of `find_sites`: one forward, one counted forward, one export.
+        nodes: Of the traced graph; 0 where the model does not export.
+        sites: Layers that can be compressed.
+        skips: Layers left alone, by kind of reason.
+        changed: Sites the plan compresses.
+        kept_params: Fraction of the parameters that is left.
+        kept_macs: The same of the MACs.
+        agreement: On held-out inputs, of random weights: only that it is a number matters here.
+        bit_equal: Whether save → load gives the same bits.
+        predicted: Whether predicted params and MACs equal the counted ones.
+        within: Whether the budget is kept.
+        compress_seconds: Of `compress`, the trace included.
+        forward_seconds: Of one pass over the calibration data.
+    """
+
+    name: str
+    params: int
+    trace_seconds: float
+    nodes: int
+    sites: int
+    skips: dict[str, int]
+    changed: int
+    kept_params: float
+    kept_macs: float
+    agreement: float
+    bit_equal: bool
+    predicted: bool
+    within: bool
+    compress_seconds: float
+    forward_seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.bit_equal and self.predicted and self.within
+
+
+def outputs(model: nn.Module, data: list[Any]) -> list[torch.Tensor]:
+    """The compared tensor of every batch."""
+    with evaluating(model):
+        return [output_tensor(run(model, batch))[0] for batch in data]
+
+
+def examine(case: Case, *, kept: float = KEPT) -> Row:
+    """Take one architecture along the whole road."""
+    model, data = case.make(), case.data()
+    start = time.perf_counter()
+    sites = rf.find_sites(model, data[0])
+    trace_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    outputs(model, data)
+    forward_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    out = rf.compress(model, data, budget=rf.Budget(params=kept))
+    compress_seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        rf.save(out, Path(folder) / "small")
+        loaded = rf.load(Path(folder) / "small", factory=lambda: case.make(seed=1))
+    expected, got = outputs(out.model, data), outputs(loaded, data)
+    counted, promised = count(out.model, data[0]), rf.plan_cost(sites, out.plan)
+    return Row(
+        name=case.name,
+        params=sites.cost.params,
+        trace_seconds=trace_seconds,
+        nodes=0 if sites.graph.program is None else len(sites.graph.program.graph.nodes),
+        sites=len(sites),
+        skips=dict(Counter(skip.kind for skip in sites.skips)),
+        changed=len(out.plan.changes),
+        kept_params=counted.params / sites.cost.params,
+        kept_macs=counted.macs / max(sites.cost.macs, 1),
+        agreement=out.report.comparison.agreement if out.report.comparison else float("nan"),
+        bit_equal=all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)),
+        predicted=(counted.params, counted.macs) == (promised.params, promised.macs),
+        within=counted.params <= kept * sites.cost.params,
+        compress_seconds=compress_seconds,
+        forward_seconds=forward_seconds,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as text."""
+    head = ("model", "params", "trace s", "nodes", "sites", "cut", "kept", "MACs", "same", "s", "fwd s", "left alone")
+    lines = [head] + [
+        (
+            row.name,
+            f"{row.params:,}",
+            f"{row.trace_seconds:.1f}",
+            str(row.nodes),
+            str(row.sites),
+            str(row.changed),
+            f"{row.kept_params:.3f}",
+            f"{row.kept_macs:.3f}",
+            "yes" if row.passed else "NO",
+            f"{row.compress_seconds:.1f}",
+            f"{row.forward_seconds:.2f}",
+            ", ".join(f"{reason} {number}" for reason, number in sorted(row.skips.items())),
+        )
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in (0, 11) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the cases named, or all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}; all without one")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file too")
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.name if name not in CASES]:
+        parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    rows: list[Row] = []
+    for case in (CASES[name] for name in options.name or CASES):
+        if (reason := case.missing()) is not None:
+            print(f"{case.name}: left out, {reason}", file=sys.stderr)
+            continue
+        rows.append(examine(case))
+        print(f"{case.name}: {'passed' if rows[-1].passed else 'FAILED'}", file=sys.stderr, flush=True)
+    print(table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0 if rows and all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,170 @@
+"""`rankfold compare`: two models side by side on data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankfold.cli import _options as o
+from rankfold.cli._data import DataOptions, DataSpec
+from rankfold.cli._errors import exit_codes, first_line
+from rankfold.cli._models import ModelSpec
+from rankfold.cli._output import emit, emit_json, stdout_kept_clean
+from rankfold.cli._progress import Watched, known_length, shown
+from rankfold.errors import RankfoldError, TraceError
+from rankfold.progress import Progress
+
+if TYPE_CHECKING:
+    from rankfold.metrics.compare import Comparison
+    from rankfold.metrics.cost import Cost
+
+SHOWN = 10  # indices of changed examples in the text; JSON has all
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is printed.
+
+    Attributes:
+        specs: The original, the compressed model.
+        costs: Of the two.
+        comparison: On the data.
+        latency: Time of the compressed forward over the original's.
+    """
+
+    specs: tuple[ModelSpec, ModelSpec]
+    costs: tuple[Cost, Cost]
+    comparison: Comparison
+    latency: float
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know, each thing once."""
+        return list(dict.fromkeys(note for spec in self.specs for note in spec.notes))
+
+
+def compare(
+    original: o.Model,
+    compressed: Annotated[
+        str,
+        typer.Argument(
+            metavar="COMPRESSED",
+            help="Another model, named in the same ways. A checkpoint is built by ORIGINAL unless --factory says how.",
+        ),
+    ],
+    data: o.Data,
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", metavar="FILE", help="Trained weights of the original, a safetensors file."),
+    ] = None,
+    factory: o.Factory = None,
+    device: o.Device = "cpu",
+    seed: o.Seed = 0,
+    batch_size: o.BatchSize = None,
+    limit: o.Limit = None,
+    size: o.Size = 224,
+    mean: o.Mean = o.IMAGENET_MEAN,
+    std: o.Std = o.IMAGENET_STD,
+    length: o.Length = 128,
+    json: o.Json = False,
+    traceback: o.Traceback = False,
+) -> None:
+    """Compare two models on DATA: decisions, outputs, accuracy where there are labels, size and speed."""
+    with exit_codes(show_traceback=traceback):
+        options = DataOptions.parse(batch_size=batch_size, limit=limit, size=size, mean=mean, std=std, length=length)
+        first, second = _parse(original, compressed, weights=weights, factory=factory)
+        source = DataSpec.parse(data, options)
+        with stdout_kept_clean(wanted=json), shown() as progress:
+            result = _run((first, second), source, options, device=device, seed=seed, progress=progress)
+        if json:
+            emit_json(_as_json(result))
+        else:
+            emit(_as_text(result))
+
+
+def _parse(original: str, compressed: str, *, weights: Path | None, factory: str | None) -> tuple[ModelSpec, ModelSpec]:
+    """Both models. `--factory` goes to the checkpoints among them; without it the original builds the compressed."""
+    first_is, second_is = (ModelSpec.is_checkpoint(text) for text in (original, compressed))
+    first = ModelSpec.parse(original, weights=weights, factory=factory if first_is or not second_is else None)
+    return first, ModelSpec.parse(compressed, factory=(factory or original) if second_is else None)
+
+
+def _run(
+    specs: tuple[ModelSpec, ModelSpec],
+    source: DataSpec,
+    options: DataOptions,
+    *,
+    device: str,
+    seed: int,
+    progress: Progress,
+) -> Result:
+    from rankfold.metrics.compare import compare as compare_models
+    from rankfold.metrics.counted import count
+    from rankfold.metrics.latency import latency_ratio
+    from rankfold.statistics.data import as_batches
+
+    place = o.parse_device(device)
+    with progress("load", None):
+        first, second = (spec.load(seed=seed, device=place) for spec in specs)
+    causal = o.is_causal(first)
+    batches = as_batches(
+        source.open(options, tokenizer=specs[0].directory, dtype=o.weight_dtype(first), labels=True, causal=causal)
+    )
+    try:
+        with progress("compare", known_length(batches)) as advance:
+            seen = compare_models(first, second, Watched(batches, advance))
+        example = next(iter(batches))
+        costs = count(first, example), count(second, example)
+        with progress("latency", None):
+            ratio = latency_ratio(first, second, example)
+    except RankfoldError:
+        raise
+    except Exception as cause:
+        raise TraceError(
+            source.text,
+            law="both models run on every batch",
+            got=first_line(cause),
+            cure="check the shape, the names and the kind of the inputs",
+        ) from cause
+    return Result(specs, costs, seen, ratio)
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    sides = {
+        name: {"model": spec.text, "weights": spec.origin, "cost": cost.amounts()}
+        for name, spec, cost in zip(("original", "compressed"), result.specs, result.costs, strict=True)
+    }
+    return {
+        "version": 1,
+        **sides,
+        "comparison": result.comparison.to_json(),
+        "latency": result.latency,
+        "notes": result.notes,
+    }
+
+
+def _as_text(result: Result) -> str:
+    seen, (first, second) = result.comparison, result.costs
+    lines = [
+        f"original    {result.specs[0].text}",
+        f"compressed  {result.specs[1].text}",
+        "",
+        f"agreement   {seen.agreement:.4f} of {seen.examples:,} examples ({seen.samples:,} samples)",
+    ]
+    if seen.changed:
+        more = ", …" if len(seen.changed) > SHOWN else ""
+        lines.append(f"changed     {len(seen.changed):,}: {', '.join(map(str, seen.changed[:SHOWN]))}{more}")
+    for name, pair, digits in (("top-1", seen.top1, 4), ("top-5", seen.top5, 4), ("perplexity", seen.perplexity, 3)):
+        if pair is not None:
+            lines.append(f"{name:<12}{pair[0]:.{digits}f} → {pair[1]:.{digits}f}")
+    if seen.logits:
+        lines.append(f"KL          {seen.kl:.3g} nats an example")
+    lines.append(f"outputs     relative error {seen.relative_error:.3g}, largest difference {seen.max_difference:.3g}")
+    for name, before in first.amounts().items():
+        after = second.amounts()[name]
+        lines.append(f"{name:<12}{before:,} → {after:,}   {after / max(before, 1):.3f} kept")
+    lines.append(f"latency     {result.latency:.2f} of the original's, measured in turn on one batch")
+    return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])

@@ -1,0 +1,275 @@
+"""`rankfold compress`: a model and a budget in, a checkpoint directory out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rankfold.cli import _options as o
+from rankfold.cli._data import DataOptions, DataSpec
+from rankfold.cli._errors import UsageError, exit_codes
+from rankfold.cli._models import ModelSpec
+from rankfold.cli._names import parse_bound, parse_method, parse_positions
+from rankfold.cli._out import check_out
+from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
+from rankfold.cli._progress import shown
+from rankfold.errors import BudgetError, SiteError
+from rankfold.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from rankfold.decompositions import Decomposition
+    from rankfold.pipeline import Compressed
+    from rankfold.plan import Plan
+    from rankfold.ranks import Budget, RankSelector
+
+BUDGET = "Budget: at least one; all hold for the whole model"
+CHOICE = "Choice"
+POSITIONS = "64"
+
+
+def _list_methods(wanted: bool) -> None:
+    if wanted:
+        from rankfold.cli._methods import listing
+
+        emit(listing())
+        raise typer.Exit
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: either a budget with the ways to meet it, or a plan to carry out.
+
+    Attributes:
+        options: Arguments of `rankfold.compress`, but for the model, the data, the seed and the progress.
+        plan: The plan, or None.
+        positions: As typed, or None.
+        seed: As typed, or None.
+    """
+
+    options: dict[str, Any]
+    plan: Plan | None
+    positions: str | None
+    seed: int | None
+
+
+def compress(
+    model: o.Model,
+    data: o.Data,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty directory for the checkpoint.")],
+    params: Annotated[
+        str | None,
+        typer.Option(
+            "--params", metavar="N", rich_help_panel=BUDGET, help="Parameters: kept fraction, or a whole number."
+        ),
+    ] = None,
+    macs: Annotated[
+        str | None,
+        typer.Option("--macs", metavar="N", rich_help_panel=BUDGET, help="Multiply-accumulates a sample, likewise."),
+    ] = None,
+    size_in_bytes: Annotated[
+        str | None, typer.Option("--bytes", metavar="N", rich_help_panel=BUDGET, help="Bytes of all weights, likewise.")
+    ] = None,
+    family: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--family",
+            metavar="METHOD",
+            rich_help_panel=CHOICE,
+            help="A way to make layers smaller, as name, name(option=value) or JSON; again for more to choose from. "
+            "See --list-methods.",
+        ),
+    ] = None,
+    selector: Annotated[
+        str | None,
+        typer.Option(
+            "--selector",
+            metavar="METHOD",
+            rich_help_panel=CHOICE,
+            help="How ranks are chosen; without it two are tried and the better one on held-out inputs is taken.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="PATTERN", rich_help_panel=CHOICE, help="Layers to compress; again for more."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option("--exclude", metavar="PATTERN", rich_help_panel=CHOICE, help="Layers to leave alone."),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(
+            "--plan", metavar="FILE", rich_help_panel=CHOICE, help="Carry out this plan.json, edited or not, instead."
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            "--positions",
+            metavar="N",
+            show_default=f"{POSITIONS}, or the plan's",
+            help='Pixels or tokens a sample to look at, or "all".',
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", metavar="N", min=0, show_default="0, or the plan's", help="Seed of everything that is drawn."
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a rankfold checkpoint that is there.")
+    ] = False,
+    weights: o.Weights = None,
+    factory: o.Factory = None,
+    device: o.Device = "cpu",
+    batch_size: o.BatchSize = None,
+    limit: o.Limit = o.LIMIT,
+    size: o.Size = 224,
+    mean: o.Mean = o.IMAGENET_MEAN,
+    std: o.Std = o.IMAGENET_STD,
+    length: o.Length = 128,
+    json: o.Json = False,
+    traceback: o.Traceback = False,
+    list_methods: Annotated[
+        bool,
+        typer.Option(
+            "--list-methods",
+            callback=_list_methods,
+            is_eager=True,
+            rich_help_panel=CHOICE,
+            help="Print every family and selector with its options, and stop.",
+        ),
+    ] = False,
+) -> None:
+    """Make MODEL as small as the budget says, from unlabelled inputs DATA, without training, and write it to DIR."""
+    with exit_codes(show_traceback=traceback):
+        data_options = DataOptions.parse(
+            batch_size=batch_size, limit=limit, size=size, mean=mean, std=std, length=length
+        )
+        spec = ModelSpec.parse(model, weights=weights, factory=factory)
+        source = DataSpec.parse(data, data_options)
+        target = check_out(out, overwrite=overwrite)
+        bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
+        with stdout_kept_clean(wanted=json), shown() as progress:
+            request = _parse(bounds, family, selector, only, exclude, plan, positions, seed)
+            done = _run(spec, source, data_options, request, device=device, progress=progress)
+            from rankfold.checkpoint import save
+
+            save(done, target, overwrite=overwrite)
+        if json:
+            emit_json(_as_json(done, spec, target))
+        else:
+            emit(f"{done.report.text(width=width())}saved to {out}")
+
+
+def _parse(
+    bounds: dict[str, str | None],
+    families: list[str] | None,
+    selector: str | None,
+    only: list[str] | None,
+    exclude: list[str] | None,
+    plan: Path | None,
+    positions: str | None,
+    seed: int | None,
+) -> Request:
+    from rankfold.decompositions import Decomposition
+    from rankfold.ranks import RankSelector
+
+    if positions is not None:
+        parse_positions(positions)
+    if plan is not None:
+        given = {**bounds, "family": families, "selector": selector, "only": only, "exclude": exclude}
+        beside = [f"--{name}" for name, value in given.items() if value]
+        if beside:
+            raise UsageError(
+                f"--plan {plan}", law="a plan says all that they say", got=", ".join(beside), cure="leave them out"
+            )
+        return Request({}, _read_plan(plan), positions, seed)
+    options: dict[str, Any] = {"budget": _budget(bounds), "exclude": exclude or (), "only": only or None}
+    if families:
+        methods: list[Decomposition] = [parse_method(text, Decomposition, option="--family") for text in families]
+        options["families"] = methods
+    if selector is not None:
+        chosen: RankSelector = parse_method(selector, RankSelector, option="--selector")
+        options["selector"] = chosen
+    return Request(options, None, positions, seed)
+
+
+def _read_plan(path: Path) -> Plan:
+    from rankfold.plan import Plan
+
+    if not path.is_file():
+        raise UsageError(f"--plan {path}", law="a plan.json", got="no such file", cure="check the path")
+    return Plan.load(path)
+
+
+def _budget(bounds: dict[str, str | None]) -> Budget:
+    from rankfold.ranks import Budget
+
+    values = {name: parse_bound(text, option=f"--{name}") for name, text in bounds.items()}
+    if all(value is None for value in values.values()):
+        raise UsageError(
+            "compress", law="a budget, or a --plan", got="neither", cure="for half of the parameters: --params 0.5"
+        )
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            Budget(**{name: value})
+        except BudgetError as cause:
+            raise UsageError.of(
+                f"--{name} {bounds[name]}", cause, cure=f"for half of the original: --{name} 0.5"
+            ) from cause
+    return Budget(**values)
+
+
+def _run(
+    spec: ModelSpec, source: DataSpec, options: DataOptions, request: Request, *, device: str, progress: Progress
+) -> Compressed:
+    place = o.parse_device(device)
+    with progress("load", None):
+        network = spec.load(seed=request.seed or 0, device=place)
+    batches = source.open(options, tokenizer=spec.directory, dtype=o.weight_dtype(network), labels=False, causal=False)
+    done = _compressed(network, batches, request, progress)
+    return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes)))
+
+
+def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, progress: Progress) -> Compressed:
+    from rankfold.pipeline import compress as compress_model
+
+    if request.plan is not None:
+        from rankfold.cli._carry_out import carry_out
+
+        positions = None if request.positions is None else (parse_positions(request.positions),)
+        return carry_out(network, request.plan, batches, positions=positions, seed=request.seed, progress=progress)
+    try:
+        return compress_model(
+            network,
+            batches,
+            positions=parse_positions(request.positions or POSITIONS),
+            seed=request.seed or 0,
+            progress=progress,
+            **request.options,
+        )
+    except SiteError as cause:
+        raise UsageError.of("--only/--exclude", cause) from cause
+
+
+def _as_json(done: Compressed, spec: ModelSpec, target: Path) -> dict[str, Any]:
+    from rankfold.serialization import parse_json
+
+    return {
+        "version": 1,
+        "model": spec.text,
+        "weights": spec.origin,
+        "out": str(target),
+        "plan": parse_json(done.plan.to_json(), place="plan"),
+        "report": parse_json(done.report.to_json(), place="report"),
+    }

@@ -1,0 +1,171 @@
+"""Data by name: a factory, a folder of images, a `.npz`, a text file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rankfold.cli._errors import UsageError
+from rankfold.cli._names import FACTORY, call, import_factory, parse_numbers
+
+if TYPE_CHECKING:
+    import torch
+
+Kind = Literal["factory", "images", "npz", "text"]
+CURE = "name package.module:factory, a folder of images, a .npz, or a text file"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How data is cut into batches and brought into shape.
+
+    Attributes:
+        batch_size: Samples a batch; None is 32, and what a factory itself gives.
+        limit: Most samples; None is all.
+        size: Side of the square that images are brought to.
+        mean: Of each channel, subtracted after scaling pixels to 0 … 1; as many as there are channels (1 or 3).
+        std: Of each channel, divided by.
+        length: Tokens a block of text.
+    """
+
+    batch_size: int | None
+    limit: int | None
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    length: int
+
+    @classmethod
+    def parse(
+        cls, *, batch_size: int | None, limit: int | None, size: int, mean: str, std: str, length: int
+    ) -> DataOptions:
+        """From what was typed.
+
+        Raises:
+            UsageError: Means and deviations that are no numbers, or not one or three each, or a deviation of 0.
+        """
+        means, deviations = parse_numbers(mean, float, option="--mean"), parse_numbers(std, float, option="--std")
+        if len(means) != len(deviations) or len(means) not in {1, 3} or min(deviations) <= 0:
+            raise UsageError(
+                f"--mean {mean} --std {std}",
+                law="one number each (grey) or three each (colour), deviations above 0",
+                got=f"{len(means)} and {len(deviations)}",
+                cure="for example --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5",
+            )
+        return cls(batch_size, limit, size, means, deviations, length)
+
+    @property
+    def step(self) -> int:
+        """Samples a batch."""
+        return self.batch_size or 32
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Data as it was named, known to exist where it is a path.
+
+    Attributes:
+        text: As typed.
+        kind: Which way it is read.
+    """
+
+    text: str
+    kind: Kind
+
+    @classmethod
+    def parse(cls, text: str, options: DataOptions) -> DataSpec:
+        """Read what was typed.
+
+        Raises:
+            UsageError: It names no data, or an option does not go with it.
+        """
+        path = Path(text)
+        if path.is_dir():
+            return cls(text, "images")
+        if path.is_file():
+            return cls(text, "npz" if path.suffix.lower() == ".npz" else "text")
+        if FACTORY.fullmatch(text) is None:
+            raise UsageError(text, law="the name of data", got="no such file or folder", cure=CURE)
+        if options.batch_size is not None:
+            raise UsageError(
+                f"--batch-size {options.batch_size}",
+                law="a factory cuts its own batches",
+                got=text,
+                cure="leave --batch-size out",
+            )
+        return cls(text, "factory")
+
+    def open(
+        self, options: DataOptions, *, tokenizer: Path | None, dtype: torch.dtype, labels: bool, causal: bool
+    ) -> Iterable[Any]:
+        """The batches, re-iterable.
+
+        Args:
+            options: Of the batches.
+            tokenizer: Directory of the tokenizer for a text file.
+            dtype: Of the model's weights; floating inputs that are read from files are brought to it.
+            labels: Whether labels are wanted.
+            causal: Whether a text's tokens are their own labels.
+
+        Raises:
+            DataError: There is nothing in it, or it cannot be read.
+            UsageError: A text file without a tokenizer, or an unknown factory.
+            DependencyError: Pillow or transformers is not installed.
+        """
+        if self.kind == "images":
+            from rankfold.cli._images import ImageFolder
+
+            return ImageFolder.of(Path(self.text), options, dtype)
+        if self.kind == "npz":
+            from rankfold.cli._arrays import npz_batches
+
+            return npz_batches(Path(self.text), options, dtype, labels=labels)
+        if self.kind == "text":
+            from rankfold.cli._texts import text_batches
+
+            return text_batches(Path(self.text), options, tokenizer, labels=labels and causal)
+        from rankfold.statistics.data import as_batches
+
+        batches = as_batches(call(import_factory(self.text), self.text))
+        return batches if options.limit is None else Limited(batches, options.limit)
+
+
+@dataclass(frozen=True, eq=False)
+class Limited:
+    """The first samples of some batches."""
+
+    batches: Iterable[Any]
+    limit: int
+
+    def __iter__(self) -> Iterator[Any]:
+        """Batches; the last one is cut."""
+        from rankfold.graph.trace import batch_size
+
+        left = self.limit
+        for batch in self.batches:
+            size = batch_size(batch)
+            yield batch if size <= left else _first(batch, left, size)
+            left -= size
+            if left <= 0:
+                return
+
+
+def _first(batch: Any, count: int, size: int) -> Any:
+    """The first samples of a batch, in the structure it has (labels too)."""
+    from torch import Tensor
+
+    if isinstance(batch, Tensor):
+        return batch[:count] if batch.ndim and batch.shape[0] == size else batch
+    if isinstance(batch, dict):
+        return {name: _first(value, count, size) for name, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_first(value, count, size) for value in batch]
+    return batch
+
+
+def spread(count: int, limit: int | None) -> list[int]:
+    """Indices of at most `limit` of `count` samples, evenly spaced, so that files sorted by class give every class."""
+    kept = count if limit is None else min(count, limit)
+    return [index * count // kept for index in range(kept)] if kept else []

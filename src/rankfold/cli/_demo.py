@@ -1,0 +1,32 @@
+"""`rankfold demo`: the whole road on a small trained network and real handwritten digits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rankfold.cli import _options as o
+from rankfold.cli._errors import FAILED, exit_codes
+from rankfold.cli._out import check_out
+from rankfold.cli._output import emit, stdout_kept_clean
+from rankfold.cli._progress import shown
+
+
+def demo(
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Keep the compressed network here (a new directory).")
+    ] = None,
+    json: o.Json = False,
+    traceback: o.Traceback = False,
+) -> None:
+    """Compress a small trained network to half its size, compare it on held-out digits, save it and load it again."""
+    with exit_codes(show_traceback=traceback):
+        with stdout_kept_clean(wanted=json), shown() as progress:
+            from rankfold.digits.demo import run
+
+            result = run(None if out is None else check_out(out, overwrite=False), progress=progress)
+        emit(result.to_json() if json else result.text)
+        if not result.ok:
+            raise typer.Exit(FAILED)

@@ -1,0 +1,120 @@
+"""Models out of optional packages. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rankfold.cli._errors import LoadError, UsageError, first_line
+from rankfold.errors import DependencyError, near_matches
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def optional_import(module: str, *, package: str, extra: str) -> Any:
+    """A module of an optional package.
+
+    Args:
+        module: Its dotted name.
+        package: The package as it is installed.
+        extra: The extra of rankfold that brings it.
+
+    Raises:
+        DependencyError: It is not installed; the extra is named.
+        LoadError: It is installed and fails at import.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as cause:
+        if (cause.name or "").partition(".")[0] == module.partition(".")[0]:
+            raise DependencyError(
+                package, law="is installed", got="no such package", cure=f"pip install 'rankfold[{extra}]'"
+            ) from cause
+        failure: Exception = cause
+    except Exception as cause:  # noqa: BLE001 - a package beside the wrong torch fails with all sorts of errors
+        failure = cause
+    raise LoadError(
+        package,
+        law=f"can be imported beside torch {version('torch')}",
+        got=first_line(failure),
+        cure="install the builds that belong together: pip install -U "
+        + " ".join(dict.fromkeys(["torch", "torchvision", package])),
+    ) from failure
+
+
+def make_timm(name: str) -> nn.Module:
+    """A timm model with random weights; raises as `optional_import`, and `UsageError` for an unknown name."""
+    timm = optional_import("timm", package="timm", extra="timm")
+    if name not in (known := timm.list_models()):
+        raise UsageError(f"timm:{name}", law="the name of a timm model", got=repr(name), cure=near_matches(name, known))
+    model: nn.Module = _quietly(f"timm:{name}", lambda: timm.create_model(name, pretrained=False))
+    return model
+
+
+def make_torchvision(name: str) -> nn.Module:
+    """A torchvision model with random weights; raises as `optional_import`, and `UsageError` for an unknown name."""
+    models = optional_import("torchvision.models", package="torchvision", extra="torchvision")
+    if name not in (known := models.list_models()):
+        raise UsageError(
+            f"torchvision:{name}", law="the name of a torchvision model", got=repr(name), cure=near_matches(name, known)
+        )
+    options: dict[str, Any] = {"weights": None}
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
+        options["weights_backbone"] = None  # its default would be downloaded
+    model: nn.Module = _quietly(f"torchvision:{name}", lambda: models.get_model(name, **options))
+    return model
+
+
+def _quietly(spec: str, make: Callable[[], Any]) -> Any:
+    """Make a library's model; its own remarks on how it draws random weights are no news here."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make()
+    except Exception as cause:
+        raise LoadError(
+            spec, law="its library can build it", got=first_line(cause), cure="choose another model"
+        ) from cause
+
+
+def load_huggingface(directory: Path) -> nn.Module:
+    """The class that the directory's configuration names, with its weights; code beside them is never run."""
+    transformers = optional_import("transformers", package="transformers", extra="transformers")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        named = (getattr(config, "architectures", None) or [None])[0]
+        cls = transformers.AutoModel if named is None else getattr(transformers, named, None)
+        if cls is None or (named is not None and not issubclass(cls, transformers.PreTrainedModel)):
+            raise LoadError(
+                str(directory / "config.json"),
+                law="architectures names a model of the installed transformers",
+                got=repr(named),
+                cure=f"install the transformers that knows it (here is {transformers.__version__})",
+            )
+        loaded = cls.from_pretrained(str(directory), config=config, local_files_only=True, output_loading_info=True)
+        model: nn.Module = loaded[0]
+        missing = sorted(loaded[1]["missing_keys"])
+        if missing:
+            raise LoadError(
+                str(directory),
+                law="the directory holds every weight of the model",
+                got=f"{len(missing)} missing ({', '.join(missing[:3])})",
+                cure="correct architectures in config.json, or save the model again",
+            )
+    except LoadError:
+        raise
+    except Exception as cause:
+        raise LoadError(
+            str(directory),
+            law="transformers can load the directory",
+            got=first_line(cause),
+            cure="check that it holds config.json and the weights",
+        ) from cause
+    return model

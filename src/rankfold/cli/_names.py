@@ -1,0 +1,221 @@
+"""Words on the command line that stand for Python objects and numbers."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rankfold.cli._errors import LoadError, UsageError, first_line
+from rankfold.errors import RankfoldError, near_matches
+
+FACTORY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+_CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?", re.DOTALL)
+_WORDS = {"true": True, "false": False, "null": None}
+
+
+def import_factory(spec: str) -> Callable[[], Any]:
+    """The function that `package.module:factory` names; modules of the current directory can be imported.
+
+    Raises:
+        UsageError: There is no such module or name, or it cannot be called; near matches are named.
+        LoadError: The module fails at import.
+    """
+    module_name, _, path = spec.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as cause:
+        missing = cause.name or ""
+        if module_name != missing and not module_name.startswith(f"{missing}."):
+            raise LoadError(
+                spec, law=f"{module_name} can be imported", got=first_line(cause), cure="install what it needs"
+            ) from cause
+        raise UsageError(
+            spec, law="the name of a module", got=f"no module {missing!r}", cure=_near_modules(missing)
+        ) from cause
+    except Exception as cause:
+        raise LoadError(
+            spec,
+            law=f"{module_name} can be imported",
+            got=first_line(cause),
+            cure="run again with --traceback to see where",
+        ) from cause
+    for name in path.split("."):
+        if not hasattr(found, name):
+            names = [each for each in dir(found) if not each.startswith("_") and callable(getattr(found, each, None))]
+            raise UsageError(
+                spec, law="the name of a function", got=f"no {name!r} there", cure=near_matches(name, names)
+            )
+        found = getattr(found, name)
+    if not callable(found):
+        raise UsageError(
+            spec, law="the name of a function", got=f"a {type(found).__name__}", cure="name a function that returns it"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def call(factory: Callable[[], Any], spec: str) -> Any:
+    """Call a factory that was named on the command line.
+
+    Raises:
+        UsageError: It needs arguments.
+        LoadError: It fails.
+    """
+    try:
+        inspect.signature(factory).bind()
+    except TypeError as cause:
+        raise UsageError(
+            spec, law="a factory takes no arguments", got=str(cause), cure="write a function that passes them"
+        ) from cause
+    except ValueError:
+        pass  # some built-in callables have no signature to look at
+    try:
+        return factory()
+    except Exception as cause:
+        raise LoadError(
+            spec, law="the factory runs", got=first_line(cause), cure="run again with --traceback to see where"
+        ) from cause
+
+
+def _near_modules(missing: str) -> str:
+    parent, _, last = missing.rpartition(".")
+    where = getattr(sys.modules.get(parent), "__path__", None) if parent else None
+    return near_matches(last, [module.name for module in pkgutil.iter_modules(where)])
+
+
+def parse_method(text: str, base: type, *, option: str) -> Any:
+    """The method that `name`, `name(option=value, …)` or its JSON stands for.
+
+    Args:
+        text: What was typed. Values are Python literals, `true`, `false`, `null`, or methods again.
+        base: What the class must derive from.
+        option: The option it was given to, named in the message.
+
+    Raises:
+        UsageError: No registered name, an unknown option, or a value the method refuses.
+    """
+    import rankfold.decompositions
+    import rankfold.ranks  # noqa: F401 - both fill the registry
+    from rankfold.registry import from_json
+    from rankfold.serialization import parse_json
+
+    place = f"{option} {text}"
+    is_json = text.lstrip().startswith("{")
+    value = parse_json(text, place=place, error=UsageError) if is_json else _method_json(text, place)
+    try:
+        return from_json(value, base, place=place)
+    except RankfoldError as cause:
+        raise UsageError.of(place, cause) from cause
+
+
+def _method_json(text: str, place: str) -> dict[str, Any]:
+    call = _CALL.fullmatch(text)
+    if call is None:
+        raise UsageError(
+            place,
+            law="a method is name or name(option=value, …)",
+            got=repr(text),
+            cure="rankfold compress --list-methods",
+        )
+    result: dict[str, Any] = {"name": call[1]}
+    for part in _split(call[2] or ""):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip().isidentifier() or key.strip() in result:
+            raise UsageError(
+                place,
+                law="options are written option=value, each once",
+                got=repr(part.strip()),
+                cure="rankfold compress --list-methods",
+            )
+        result[key.strip()] = _value(value.strip(), place)
+    return result
+
+
+def _value(text: str, place: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return _method_json(text, place)
+
+
+def _split(text: str) -> list[str]:
+    """Parts between commas that are in no bracket."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part for part in parts if part.strip()]
+
+
+def parse_bound(text: str | None, *, option: str) -> float | int | None:
+    """A bound of a budget: an int above 1 is absolute, anything else a kept fraction.
+
+    Raises:
+        UsageError: No number.
+    """
+    if text is None:
+        return None
+    try:
+        number = int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            raise UsageError(
+                f"{option} {text}",
+                law="a kept fraction (0.5) or an absolute whole number (100000)",
+                got=repr(text),
+                cure=f"for half of the original: {option} 0.5",
+            ) from None
+    return 1.0 if number == 1 else number
+
+
+def parse_numbers(text: str, kind: type[int] | type[float], *, option: str) -> tuple[Any, ...]:
+    """Numbers between commas; an `x` parts whole numbers too.
+
+    Raises:
+        UsageError: Something else, or whole numbers below 1.
+    """
+    parts = re.split("[,x]" if kind is int else ",", text)
+    try:
+        numbers = tuple(kind(part) for part in parts)
+    except ValueError:
+        numbers = ()
+    if not numbers or (kind is int and min(numbers) < 1):
+        example = "3,224,224" if kind is int else "0.5,0.5,0.5"
+        raise UsageError(
+            f"{option} {text}", law="numbers between commas", got=repr(text), cure=f"for example {option} {example}"
+        )
+    return numbers
+
+
+def parse_positions(text: str) -> int | None:
+    """How many positions a sample to look at; "all" is None.
+
+    Raises:
+        UsageError: Neither "all" nor a whole number of at least 1.
+    """
+    if text == "all":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(
+            f"--positions {text}",
+            law='a whole number of at least 1, or "all"',
+            got=repr(text),
+            cure="try --positions 64",
+        )
+    return int(text)

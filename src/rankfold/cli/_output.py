@@ -1,0 +1,50 @@
+"""What goes to stdout: a text or JSON, and nothing else."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+PIPE_WIDTH = 110
+
+
+def width() -> int:
+    """Columns to lay a table out in: the terminal's, or a fixed number in a pipe."""
+    return max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else PIPE_WIDTH
+
+
+def emit(text: str) -> None:
+    """Write to stdout now, so that a closed pipe is noticed here and not at the interpreter's end."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    sys.stdout.flush()
+
+
+def emit_json(value: object) -> None:
+    """Write one JSON value. Numbers that are not finite become null, since JSON has none."""
+    from rankfold.serialization import canonical_json
+
+    emit(canonical_json(_finite(value)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+@contextmanager
+def stdout_kept_clean(*, wanted: bool) -> Iterator[None]:
+    """While work is done for `--json`, let what other code prints go to stderr."""
+    if not wanted:
+        yield
+        return
+    with redirect_stdout(sys.stderr):
+        yield

@@ -1,0 +1,71 @@
+"""Progress bars with time left, on a terminal only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rankfold.progress import Progress, silent
+
+
+@contextmanager
+def shown() -> Iterator[Progress]:
+    """A `Progress` that draws bars on stderr where that is a terminal, and the silent one elsewhere."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not sys.stderr.isatty() or console.is_dumb_terminal:
+        yield silent
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("time left"),
+        TimeRemainingColumn(),
+    )
+    with Bars(*columns, console=console, transient=True, redirect_stdout=False) as bars:
+
+        @contextmanager
+        def stage(name: str, steps: int | None) -> Iterator[Callable[[], None]]:
+            task = bars.add_task(name, total=steps)
+            try:
+                yield lambda: bars.advance(task)
+            finally:
+                bars.remove_task(task)
+
+        yield stage
+
+
+class Watched:
+    """Data that tells how far a reader of it is. Batches read again, on a second pass, are not counted twice.
+
+    Args:
+        data: A re-iterable of batches.
+        advance: Called at each batch.
+    """
+
+    def __init__(self, data: Iterable[Any], advance: Callable[[], None]) -> None:
+        self._data, self._advance, self._seen = data, advance, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches."""
+        for number, batch in enumerate(self._data, start=1):
+            yield batch
+            if number > self._seen:
+                self._seen = number
+                self._advance()
+
+
+def known_length(data: Iterable[Any]) -> int | None:
+    """How many batches, where the data says so."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None

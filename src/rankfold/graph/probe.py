@@ -1,0 +1,129 @@
+"""One forward with a stand-in at every layer: who calls it, on what size, and whose code looks inside it.
+
+A layer that is replaced is no longer an `nn.Linear`: code outside it that reads its weight, its dtype or its stride
+would break. The stand-in is what the replacement will be, an `nn.Sequential`, and notes what else is asked of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.graph.trace import Batch
+from rankfold.layers import Adapter
+from rankfold.metrics.counted import run_one
+
+Calls = list[tuple[tuple[int, ...], int]]
+
+
+@dataclass
+class Seen:
+    """What one forward showed of a layer.
+
+    Attributes:
+        calls: For every call the spatial size of the input, and how often the layer is applied in it, per sample.
+        misuse: Why a replacement would break the code around the layer; None where it would not.
+    """
+
+    calls: Calls = field(default_factory=list)
+    misuse: str | None = None
+
+
+class _StandIn(nn.Sequential):
+    """The layer inside an `nn.Sequential` that notes every call, and every attribute an `nn.Sequential` lacks."""
+
+    def __init__(self, layer: nn.Module, adapter: Adapter, seen: Seen, names: dict[int, str]) -> None:
+        vars(self).update(_layer=layer, _adapter=adapter, _seen=seen, _names=names)  # before __getattr__ is asked
+        super().__init__(layer)
+        self.train(layer.training)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        """Note the size of the input, and pass it on."""
+        inputs = args[0] if args else options.get("input")
+        alone = len(args) + len(options) == 1
+        if alone and isinstance(inputs, Tensor) and not inputs.is_nested and inputs.layout is torch.strided:
+            self._seen.calls.append(self._adapter.sample_size(self._layer, inputs))
+        else:
+            given = ", ".join([*(type(value).__name__ for value in args), *options])
+            self._note(f"it is called with ({given}) where a replacement takes one plain tensor")
+        return self._layer(*args, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self._layer, name)
+        reader = sys._getframe(1).f_locals.get("self")
+        owner = self._names.get(id(reader))
+        whose = "other code" if owner is None else f"the code of {owner!r}" if owner else "the model's own code"
+        self._note(f"its {name} is also read by {whose}")
+        return value
+
+    def _note(self, misuse: str) -> None:
+        if self._seen.misuse is None:
+            self._seen.misuse = f"read elsewhere: {misuse}"
+
+
+def observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module, Adapter]]) -> dict[int, Seen]:
+    """Run the model once with stand-ins at the layers.
+
+    The layers are put back afterwards, whatever happens.
+
+    Args:
+        model: The model; it is known to run on the example.
+        example: One batch; its first sample is run.
+        layers: By identity, what to look at.
+
+    Returns:
+        What was seen of each layer, by identity. A layer that the forward reaches other than through its place in the
+        module tree (from a list, a closure) has no calls.
+    """
+    try:
+        return _observe(model, example, layers)
+    except Exception:  # noqa: BLE001 - some code refuses a stand-in: find out which, one by one
+        pass
+    refused: dict[int, Seen] = {}
+    for key, layer in layers.items():
+        try:
+            _observe(model, example, {key: layer})
+        except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
+            text = f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
+            refused[key] = Seen(misuse=f"read elsewhere: the model fails with the layer replaced ({text})")
+    rest = {key: layer for key, layer in layers.items() if key not in refused}
+    return {**_observe(model, example, rest), **refused}
+
+
+def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module, Adapter]]) -> dict[int, Seen]:
+    names = {id(module): path for path, module in model.named_modules()}
+    seen = {key: Seen() for key in layers}
+    stand_ins = {key: _StandIn(layer, adapter, seen[key], names) for key, (layer, adapter) in layers.items()}
+    places = [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent._modules.items()
+        if child is not None and id(child) in stand_ins
+    ]
+    try:
+        for parent, name, child in places:
+            parent._modules[name] = stand_ins[id(child)]
+        samples = run_one(stand_ins.get(id(model), model), example)
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
+    for each in seen.values():
+        each.calls = [(size, max(1, round(count / samples))) for size, count in each.calls]
+    return seen
+
+
+def paths_of(model: nn.Module) -> Iterable[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Each module once: its first path, itself, and its other paths."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    for path, module in model.named_modules():
+        yield path, module, tuple(paths[id(module)][1:])
