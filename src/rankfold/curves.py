@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
-from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, WhitenedSVD
+from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, WhitenedSVD, output_errors
 from rankfold.errors import DataError, OptionError
 from rankfold.graph.sites import Site, Sites
 from rankfold.layers import adapter_for
 from rankfold.linalg.precision import widen
-from rankfold.linalg.spectrum import weighted_energy
 from rankfold.metrics.cost import site_cost
 from rankfold.progress import Progress, silent
 from rankfold.ranks.curve import Curves, RankCurve
@@ -30,8 +30,10 @@ def measure(
 ) -> Curves:
     """For every site and family: what each rank costs and what error it makes.
 
-    The error of a site is the energy of its output error over the energy of its output, `tr(D A Dᵀ)/tr(W A Wᵀ)`,
-    groups weighted by their output energy; so errors of different layers can be summed.
+    Where the statistics hold the gradient Gram `G` of every site, the error is the Gauss–Newton estimate of the
+    squared change of the network's output, `tr(G D A Dᵀ)`; otherwise the energy of the site's output error over the
+    energy of its output, `tr(D A Dᵀ)/tr(W A Wᵀ)`. Either way errors of different layers can be summed. They are scaled
+    so that losing every site's output costs 1 a site on average.
 
     Args:
         model: The model the statistics are of.
@@ -50,13 +52,15 @@ def measure(
     check_families(families)
     modules = dict(model.named_modules(remove_duplicate=False))
     curves: list[RankCurve] = []
+    weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
     with progress("curves", len(sites)) as advance:
         for site in sites:
             for method in families:
                 if method.refuses(site.geometry.canonical_shape) is None:
-                    curves.append(_curve(site, modules[site.path], method, stats))
+                    curves.append(_curve(site, modules[site.path], method, stats, weighted=weighted))
             advance()
-    return Curves(sites, tuple(curves))
+    scale = _mean_energy(curves) if weighted else 1.0
+    return Curves(sites, tuple(_scaled(curve, scale) for curve in curves))
 
 
 def check_families(families: Sequence[Decomposition]) -> None:
@@ -105,7 +109,9 @@ def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics 
     return stats.moments(site, group)
 
 
-def _curve(site: Site, module: nn.Module, method: Decomposition, stats: Statistics | None) -> RankCurve:
+def _curve(
+    site: Site, module: nn.Module, method: Decomposition, stats: Statistics | None, *, weighted: bool
+) -> RankCurve:
     adapter = adapter_for(module)
     if adapter is None:
         raise TypeError(f"{site.path} has no adapter")
@@ -113,12 +119,19 @@ def _curve(site: Site, module: nn.Module, method: Decomposition, stats: Statisti
     ranks = method.candidates(site.geometry.canonical_shape)
     summed, total = weight.new_zeros(len(ranks)), 0.0
     for group in range(site.geometry.groups):
-        moments = moments_of(site, group, method, stats)
-        flat = weight[group].flatten(1)
-        metric = moments.metric(method).to(flat) if method.needs else None
-        energy = float(flat.square().sum() if metric is None else weighted_energy(flat, metric))
-        summed += method.errors(weight[group], moments).to(summed) * energy
+        relative, energy = output_errors(method, weight[group], moments_of(site, group, method, stats))
+        summed += relative.to(summed) * energy
         total += energy
-    errors = (summed / total if total > 0 else summed).tolist()
+    errors = summed if weighted or total <= 0 else summed / total
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
-    return RankCurve(site, method, tuple(ranks), costs, tuple(errors))
+    return RankCurve(site, method, tuple(ranks), costs, tuple(errors.tolist()), total)
+
+
+def _mean_energy(curves: Sequence[RankCurve]) -> float:
+    """Mean over the sites of the error of losing the whole output; 1 where all is zero."""
+    energies = {curve.site.path: curve.energy for curve in curves}
+    return sum(energies.values()) / max(len(energies), 1) or 1.0
+
+
+def _scaled(curve: RankCurve, scale: float) -> RankCurve:
+    return replace(curve, errors=tuple(error / scale for error in curve.errors))

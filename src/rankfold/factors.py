@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,6 +32,10 @@ class Factors(ABC):
     @abstractmethod
     def reconstruct(self) -> Tensor:
         """The dense canonical weight these factors multiply out to."""
+
+    @abstractmethod
+    def mixed(self, matrix: Tensor) -> Factors:
+        """Factors of `matrix @ W`: the last stage's outputs mixed by a matrix of shape (out, out)."""
 
     @property
     def n_params(self) -> int:
@@ -69,6 +73,10 @@ class _PairFactors(Factors):
     def stages(self) -> tuple[Tensor, Tensor]:
         """`right`, then `left`."""
         return self.right, self.left
+
+    def mixed(self, matrix: Tensor) -> Self:
+        """`left` mixed along its outputs."""
+        return replace(self, left=torch.einsum("po,or...->pr...", matrix.to(self.left), self.left))
 
     def reconstruct(self) -> Tensor:
         """`W`, shape (out, in, kernel…)."""

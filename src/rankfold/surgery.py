@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.curves import moments_of
+from rankfold.decompositions import factorise
 from rankfold.errors import ModelError, PlanError, near_matches
 from rankfold.factors import Factors
 from rankfold.graph.sites import Site, fingerprint
@@ -125,7 +126,7 @@ def filler(stats: Statistics | None) -> Fill:
         for group in range(geometry.groups):
             moments = moments_of(site, group, decision.method, stats)
             own = widen(weight[group])
-            factors.append(decision.method.decompose(own, decision.rank, moments))
+            factors.append(factorise(decision.method, own, decision.rank, moments))
             if bias is not None and decision.method.needs and moments.mean is not None:
                 shifts.append((own - factors[-1].reconstruct()).flatten(1) @ moments.mean.to(own))
         if bias is not None and shifts:

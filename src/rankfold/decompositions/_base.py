@@ -25,12 +25,15 @@ class Moments:
         gram: Mean second moment `A = E[x xᵀ]` of the flattened inputs (patches `in·k…`), shape (n, n), or None.
         mean: Mean input `E[x]`, shape (n,), or None.
         output_gram: Mean second moment `E[y yᵀ]` of the outputs, shape (out, out), or None.
+        gradient_gram: Gram of output gradients, shape (out, out): how much the network's output feels a change of
+            this site's; or None.
         bias: Whether the layer has a bias, which can absorb a change of the mean output.
     """
 
     gram: Tensor | None = None
     mean: Tensor | None = None
     output_gram: Tensor | None = None
+    gradient_gram: Tensor | None = None
     bias: bool = False
 
     def metric(self, method: object) -> Tensor:

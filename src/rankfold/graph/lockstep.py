@@ -88,8 +88,10 @@ class Walk:
         self._on_site = on_site
         self._overrides = overrides
         self._batches = batches
-        self._tensors = {**dict(model.named_parameters(remove_duplicate=False)),
-                         **dict(model.named_buffers(remove_duplicate=False))}
+        self._tensors = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
         self._order = schedule(program, list(calls))
         self._layers: dict[str, nn.Module] = {}
         self._live: dict[Node, Pair] = {}
@@ -138,9 +140,7 @@ class Walk:
         layer = self._layers[call.path]
         return Pair(original, [layer(value) for value in inputs.compressed])
 
-    def _evaluate(
-        self, node: Node, function: Callable[[Any, Any], Any], *, only_original: bool = False
-    ) -> Pair:
+    def _evaluate(self, node: Node, function: Callable[[Any, Any], Any], *, only_original: bool = False) -> Pair:
         inside = node in self._inside and node not in self._calls
         read = [self._live[arg] for arg in node.all_input_nodes if arg in self._live]
         touched = any(not pair.same for pair in read) or any(
@@ -149,9 +149,7 @@ class Walk:
         original = [function(*self._arguments(node, i, compressed=False)) for i in range(len(self._batches))]
         if not touched or only_original or inside:
             return Pair(original, original)
-        return Pair(
-            original, [function(*self._arguments(node, i, compressed=True)) for i in range(len(self._batches))]
-        )
+        return Pair(original, [function(*self._arguments(node, i, compressed=True)) for i in range(len(self._batches))])
 
     def _arguments(self, node: Node, index: int, *, compressed: bool) -> tuple[Any, Any]:
         def value(argument: Node) -> Any:
@@ -212,9 +210,7 @@ def _tensor_names(program: ExportedProgram) -> dict[Node, str]:
         if spec.kind in kinds and spec.target is not None
     }
     return {
-        node: targets[node.name]
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in targets
+        node: targets[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in targets
     }
 
 

@@ -155,8 +155,11 @@ def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
 
 def _same_shape(first: Node, second: Node) -> bool:
     a, b = first.meta.get("val"), second.meta.get("val")
-    return isinstance(a, Tensor) and isinstance(b, Tensor) and len(a.shape) == len(b.shape) and (
-        all(str(x) == str(y) for x, y in zip(a.shape[1:], b.shape[1:], strict=True))
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and len(a.shape) == len(b.shape)
+        and (all(str(x) == str(y) for x, y in zip(a.shape[1:], b.shape[1:], strict=True)))
     )
 
 

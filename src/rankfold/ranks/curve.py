@@ -22,8 +22,8 @@ class RankCurve:
         method: The method.
         ranks: Candidates, cheapest first.
         costs: Of the site at each rank.
-        errors: Relative squared output error at each rank, 0 to 1; comparable across sites, since each is relative to
-            the site's own output energy.
+        errors: Error at each rank, comparable across sites; see `measure` for its meaning.
+        energy: What the errors are measured against: the energy of the site's output.
     """
 
     site: Site
@@ -31,6 +31,7 @@ class RankCurve:
     ranks: tuple[Rank, ...]
     costs: tuple[Cost, ...]
     errors: tuple[float, ...]
+    energy: float = 1.0
 
 
 @dataclass(frozen=True)

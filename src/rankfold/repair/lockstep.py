@@ -10,6 +10,7 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
+from rankfold.decompositions import factorise
 from rankfold.errors import OptionError, TraceError
 from rankfold.factors import Factors
 from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
@@ -105,7 +106,9 @@ def lockstep(
     program = sites.graph.program
     if program is None:
         raise TraceError(
-            sites.model, law="lockstep repair walks the traced graph", got=sites.graph.reason or "no graph",
+            sites.model,
+            law="lockstep repair walks the traced graph",
+            got=sites.graph.reason or "no graph",
             cure="pass repair=None",
         )
     device = device_of(model)
@@ -165,10 +168,8 @@ class _Solver:
             if decision.method is None or decision.rank is None:
                 dense.append(target.reshape(weight[group].shape))
             else:
-                moments = as_moments(fit, group, bias=absorbs)
-                factors.append(
-                    decision.method.decompose(target.reshape(weight[group].shape), decision.rank, moments)
-                )
+                moments = as_moments(fit, group, bias=absorbs, gradient_gram=self._gradient_gram(path, group))
+                factors.append(factorise(decision.method, target.reshape(weight[group].shape), decision.rank, moments))
                 target = factors[-1].reconstruct().flatten(1)
             shifts.append(best_bias(fit, group, target))
         bias = torch.cat(shifts) if absorbs else None
@@ -178,6 +179,11 @@ class _Solver:
         self.result.layers[path] = new
         return new
 
+    def _gradient_gram(self, path: str, group: int) -> Tensor | None:
+        """The output weighting of a site, where gradients were collected."""
+        own = {} if self.stats is None else self.stats.sites.get(path, {})
+        return own["gradient-gram"].mean()[group] if "gradient-gram" in own else None
+
     def _untouched(self, arrival: Arrival) -> bool:
         """Whether a dense site sees what the original sees and its skip branch carries no error."""
         return arrival.inputs.same and (arrival.skip is None or arrival.skip.same)
@@ -186,9 +192,7 @@ class _Solver:
         geometry = adapter.geometry(layer)
         first: Tensor = arrival.inputs.compressed[0]
         out = geometry.canonical_shape[0]
-        fit, held = (
-            PairMoments.zeros(geometry.groups, geometry.features, out, first.device) for _ in range(2)
-        )
+        fit, held = (PairMoments.zeros(geometry.groups, geometry.features, out, first.device) for _ in range(2))
         scale = self._scale(arrival)
         samples = sum(len(mask) for mask in self.held)
         generator = torch.Generator().manual_seed(self.plan.seed)

@@ -24,9 +24,7 @@ def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Te
     return second, crossed, mean_x, mean_y
 
 
-def ridge(
-    moments: PairMoments, group: int, weight: Tensor, *, bias: bool, strength: float
-) -> Tensor:
+def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, strength: float) -> Tensor:
     """Least squares with a ridge towards the original weight: `W* = (C + λW)(S + λI)⁻¹`.
 
     Args:
@@ -51,10 +49,10 @@ def ridge(
     return weight + change
 
 
-def as_moments(moments: PairMoments, group: int, *, bias: bool) -> Moments:
+def as_moments(moments: PairMoments, group: int, *, bias: bool, gradient_gram: Tensor | None) -> Moments:
     """The same inputs, as a decomposition reads them."""
     n = max(moments.count, 1)
-    return Moments(moments.xx[group] / n, moments.x[group] / n, bias=bias)
+    return Moments(moments.xx[group] / n, moments.x[group] / n, None, gradient_gram, bias)
 
 
 def best_bias(moments: PairMoments, group: int, weight: Tensor) -> Tensor:

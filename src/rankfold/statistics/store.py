@@ -41,7 +41,13 @@ class Statistics:
         def average(name: str) -> torch.Tensor | None:
             return own[name].mean()[group] if name in own else None
 
-        return Moments(average("input-gram"), average("input-mean"), average("output-gram"), bias=site.geometry.bias)
+        return Moments(
+            average("input-gram"),
+            average("input-mean"),
+            average("output-gram"),
+            average("gradient-gram"),
+            site.geometry.bias,
+        )
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over the data of both.

@@ -1,0 +1,56 @@
+"""Output weighting: any method, in the metric in which the network's output feels a site's error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankfold.decompositions._base import Decomposition, Moments
+from rankfold.factors import Factors, Rank
+from rankfold.linalg.precision import widen
+from rankfold.linalg.spectrum import weighted_energy
+from rankfold.linalg.whitening import square_root
+
+OUTPUT_DAMPING = 0.05  # of the gradient Gram: no output direction is free
+
+
+def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
+    """Decompose in the metric of inputs and outputs: `G^{-1/2} · decompose(G^{1/2} W)`.
+
+    A method that minimises `E‖(W − Ŵ)x‖²` then minimises `E‖G^{1/2}(W − Ŵ)x‖²`. The output axis belongs to the last
+    stage in every form, so undoing the weighting changes neither form nor rank. Methods that read no statistics, and
+    sites without a gradient Gram, are decomposed as they are.
+
+    Args:
+        method: The method.
+        weight: Canonical weight of one group, shape (out, in, kernel…).
+        rank: The rank.
+        moments: Of the same group.
+    """
+    if moments.gradient_gram is None or not method.needs:
+        return method.decompose(weight, rank, moments)
+    root, inverse_root = square_root(moments.gradient_gram.to(widen(weight)), damping=OUTPUT_DAMPING)
+    factors = method.decompose(_mix(root, widen(weight)), rank, moments)
+    return factors.mixed(inverse_root)
+
+
+def output_errors(method: Decomposition, weight: Tensor, moments: Moments) -> tuple[Tensor, float]:
+    """Relative errors of a method at its candidates, and the energy they are relative to.
+
+    Returns:
+        Shape (candidates,), and `tr(G W A Wᵀ)`; without a gradient Gram `G = I`, without an input Gram `A = I`.
+    """
+    weight = widen(weight)
+    flat = weight.flatten(1)
+    if moments.gradient_gram is not None:
+        root, _ = square_root(moments.gradient_gram.to(weight), damping=OUTPUT_DAMPING)
+        flat = root @ flat
+        if method.needs:
+            weight = flat.reshape(weight.shape)
+    metric = None if moments.gram is None else moments.metric(method).to(weight)
+    energy = flat.square().sum() if metric is None else weighted_energy(flat, metric)
+    return method.errors(weight, moments), float(energy)
+
+
+def _mix(matrix: Tensor, weight: Tensor) -> Tensor:
+    return torch.einsum("po,o...->p...", matrix, weight)

@@ -1,0 +1,127 @@
+"""One backward pass over a few samples: the Gauss–Newton Gram of every site's output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import NumericsError
+from rankfold.graph.sites import Site, Sites
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
+from rankfold.layers import adapter_for
+from rankfold.metrics.compare import output_tensor
+from rankfold.progress import Progress, silent
+from rankfold.statistics._gradients import GradientGram
+from rankfold.statistics.store import Statistics
+
+SAMPLES = 256  # samples looked at; one probe each
+BATCH = 64  # samples in memory at once
+
+
+def collect_gradients(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    stats: Statistics,
+    *,
+    sites: Sites,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> str | None:
+    """Add a `GradientGram` to the statistics of every site.
+
+    For each sample a random direction `v` in the output is drawn (centred over classes where the output is logits,
+    since a shift of all logits changes nothing) and `⟨v, output⟩` is differentiated by every site's output. No
+    gradient of a parameter is computed. The model is left as it was.
+
+    Args:
+        model: The model.
+        batches: Calibration inputs; the first `samples` of them are used.
+        stats: Of the same model; changed.
+        sites: Its sites.
+        samples: How many samples.
+        seed: Seed of the directions.
+        progress: Told about every batch.
+
+    Returns:
+        None, or the reason why this model cannot be differentiated; then no site has a Gram.
+
+    Raises:
+        NumericsError: A gradient is not finite; the site is named.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    grams = {site.path: GradientGram() for site in sites}
+    generator = torch.Generator().manual_seed(seed)
+    device = device_of(model)
+    parts = list(_first(batches, samples))
+    with evaluating(model), progress("gradients", len(parts)) as advance:
+        for part in parts:
+            seen: list[tuple[Site, nn.Module, Tensor]] = []
+            handles = [modules[site.path].register_forward_hook(_watch(site, seen)) for site in sites]
+            try:
+                with torch.enable_grad():
+                    output, logits = output_tensor(run(model, to_device(part, device)))
+                    direction = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
+                    if logits:
+                        direction = direction - direction.mean(-1, keepdim=True)
+                    gradients = torch.autograd.grad(
+                        (output * direction).sum(), [value for _, _, value in seen], allow_unused=True
+                    )
+            except RuntimeError as cause:
+                return f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
+            finally:
+                for handle in handles:
+                    handle.remove()
+            _add(grams, seen, gradients, batch_size(part))
+            advance()
+    for path, statistic in grams.items():
+        stats.sites[path][GradientGram.name] = statistic
+    return None
+
+
+def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
+    left = samples
+    for batch in batches:
+        for chunk in torch.arange(min(batch_size(batch), left)).split(BATCH):
+            yield take(batch, chunk)
+            left -= len(chunk)
+        if left <= 0:
+            return
+
+
+def _watch(site: Site, seen: list[tuple[Site, nn.Module, Tensor]]) -> Any:
+    """A hook that keeps a layer's output for differentiation and hands on a copy, which may be written into."""
+
+    def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+        value = output if output.requires_grad else output.detach().requires_grad_()
+        seen.append((site, layer, value))
+        return value.clone()
+
+    return hook
+
+
+def _add(
+    grams: dict[str, GradientGram],
+    seen: Sequence[tuple[Site, nn.Module, Tensor]],
+    gradients: Sequence[Tensor | None],
+    samples: int,
+) -> None:
+    counted: set[str] = set()
+    for (site, layer, value), gradient in zip(seen, gradients, strict=True):
+        adapter = adapter_for(layer)
+        if adapter is None:
+            raise TypeError(f"{site.path} has no adapter")
+        rows = adapter.outputs(layer, torch.zeros_like(value) if gradient is None else gradient)
+        total = grams[site.path].summand(rows, rows)
+        if not bool(torch.isfinite(total).all()):
+            raise NumericsError(
+                repr(site.path),
+                law="every gradient is finite",
+                got="NaN or infinity",
+                cure="pass weighting=False, or look at the layers behind this one",
+            )
+        grams[site.path].add(total, 0 if site.path in counted else samples)
+        counted.add(site.path)
