@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rankfold._version import __version__
 
 if TYPE_CHECKING:
-    from rankfold.apply import apply, apply_
+    from rankfold.applying import apply, apply_
     from rankfold.checkpoint import load, save
     from rankfold.curves import measure, needed
     from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, WhitenedSVD
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rankfold.surgery import merge
 
 _HOME = {
-    "rankfold.apply": ("apply", "apply_"),
+    "rankfold.applying": ("apply", "apply_"),
     "rankfold.checkpoint": ("load", "save"),
     "rankfold.curves": ("measure", "needed"),
     "rankfold.decompositions": ("SVD", "Decomposition", "Moments", "SpatialSVD", "WhitenedSVD"),

@@ -47,7 +47,7 @@ def carry_out(
     Raises:
         PlanError, SiteError: The plan does not fit the model.
     """
-    from rankfold.apply import apply
+    from rankfold.applying import apply
     from rankfold.curves import needed
     from rankfold.graph.sites import find_sites
     from rankfold.metrics.compare import compare
