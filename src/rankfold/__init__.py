@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from rankfold.applying import apply, apply_
     from rankfold.checkpoint import load, save
     from rankfold.curves import measure, needed
-    from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, WhitenedSVD
+    from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, Tucker2, WhitenedSVD
     from rankfold.errors import RankfoldError
-    from rankfold.factors import Factors, MatrixFactors, MirroredFactors, SpatialFactors
+    from rankfold.factors import Factors, MatrixFactors, MirroredFactors, SpatialFactors, TuckerFactors
     from rankfold.graph.sites import Site, Sites, Skip, find_sites
     from rankfold.metrics.compare import Comparison, compare
     from rankfold.pipeline import Compressed, compress
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rankfold.planning import make_plan, plan_cost
     from rankfold.ranks import Budget, Energy, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
     from rankfold.registry import register
+    from rankfold.repair import Lockstep
     from rankfold.report import Report
     from rankfold.statistics import Statistic, Statistics
     from rankfold.statistics.collect import collect
@@ -34,9 +35,9 @@ _HOME = {
     "rankfold.applying": ("apply", "apply_"),
     "rankfold.checkpoint": ("load", "save"),
     "rankfold.curves": ("measure", "needed"),
-    "rankfold.decompositions": ("SVD", "Decomposition", "Moments", "SpatialSVD", "WhitenedSVD"),
+    "rankfold.decompositions": ("SVD", "Decomposition", "Moments", "SpatialSVD", "Tucker2", "WhitenedSVD"),
     "rankfold.errors": ("RankfoldError",),
-    "rankfold.factors": ("Factors", "MatrixFactors", "MirroredFactors", "SpatialFactors"),
+    "rankfold.factors": ("Factors", "MatrixFactors", "MirroredFactors", "SpatialFactors", "TuckerFactors"),
     "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
     "rankfold.metrics.compare": ("Comparison", "compare"),
     "rankfold.pipeline": ("Compressed", "compress"),
@@ -44,6 +45,7 @@ _HOME = {
     "rankfold.planning": ("make_plan", "plan_cost"),
     "rankfold.ranks": ("Budget", "Energy", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
     "rankfold.registry": ("register",),
+    "rankfold.repair": ("Lockstep",),
     "rankfold.report": ("Report",),
     "rankfold.statistics": ("Statistic", "Statistics"),
     "rankfold.statistics.collect": ("collect",),
@@ -61,6 +63,7 @@ __all__ = [
     "Energy",
     "Factors",
     "Lagrangian",
+    "Lockstep",
     "MatrixFactors",
     "MirroredFactors",
     "Moments",
@@ -77,6 +80,8 @@ __all__ = [
     "SpatialSVD",
     "Statistic",
     "Statistics",
+    "Tucker2",
+    "TuckerFactors",
     "Uniform",
     "WhitenedSVD",
     "__version__",

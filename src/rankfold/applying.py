@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -9,10 +11,16 @@ from torch import nn
 from rankfold.curves import needed
 from rankfold.errors import DataError
 from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.graph.trace import Batch
 from rankfold.plan import Plan
+from rankfold.progress import Progress, silent
+from rankfold.registry import from_json
+from rankfold.repair import Lockstep
+from rankfold.repair.lockstep import install, lockstep, self_check
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
-from rankfold.statistics.data import as_batches
+from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.gradients import collect_gradients
 from rankfold.surgery import check_plan, copied, filler, install_shells
 
 
@@ -39,8 +47,7 @@ def apply(
         PlanError: The plan does not fit the model.
         DataError: Statistics are needed and there is no data.
     """
-    stats = _ready(model, plan, data, stats)
-    return install_shells(copied(model), plan, filler(stats))
+    return _apply(model, copied(model), plan, data, stats)
 
 
 def apply_(
@@ -55,32 +62,86 @@ def apply_(
     Returns:
         The root: the same object, or a new module where the model itself is the one layer.
     """
-    stats = _ready(model, plan, data, stats)
-    return install_shells(model, plan, filler(stats))
+    return _apply(model, model, plan, data, stats)
 
 
-def _ready(model: nn.Module, plan: Plan, data: Any, stats: Statistics | None) -> Statistics | None:
-    """Check the plan, and collect what its methods read where that was not done before."""
+def carry_out(
+    model: nn.Module,
+    target: nn.Module,
+    plan: Plan,
+    *,
+    sites: Sites,
+    stats: Statistics | None,
+    batches: Iterable[Batch],
+    progress: Progress = silent,
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """Carry a plan out on a model that was looked at already: with its repair where it names one.
+
+    Args:
+        model: The original.
+        target: What is changed: a copy of it, or the model itself.
+        plan: The plan.
+        sites: Of the original.
+        stats: What the plan's methods read.
+        batches: Calibration inputs, read where the plan names a repair.
+        progress: Told about every site.
+
+    Returns:
+        The root of the changed model, and remarks for the report.
+
+    Raises:
+        SelfCheckError: The module handed back does not compute what the repair computed.
+    """
+    check_plan(model, plan)
+    if plan.repair is None:
+        return install_shells(target, plan, filler(stats)), ()
+    options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
+    repaired = lockstep(
+        model, sites, plan, list(batches), options=options, stats=stats, every=HELD_OUT, progress=progress
+    )
+    result = install(target, repaired)
+    worst = self_check(result, repaired)
+    remarks = [f"self-check: the module equals the engine within {worst:.1e}"]
+    if repaired.unrepaired:
+        shown = ", ".join(repaired.unrepaired[:5])
+        more = len(repaired.unrepaired) - 5
+        remarks.append(
+            f"repair made the held-out error larger and was not used at: {shown}" + (f" and {more} more" * (more > 0))
+        )
+    return result, tuple(remarks)
+
+
+def _collected(
+    model: nn.Module, batches: Iterable[Batch], sites: Sites, names: list[str], plan: Plan
+) -> Statistics:
+    """The statistics as `compress` collected them, by the manifest in the plan."""
+    fit = Split(batches, HELD_OUT, held_out=False)
+    positions = plan.calibration.get("positions")
+    stats = collect(model, fit, sites=sites, statistics=names, positions=positions, seed=plan.seed)
+    if "gradient_samples" in plan.calibration:
+        collect_gradients(model, fit, stats, sites=sites, samples=plan.calibration["gradient_samples"], seed=plan.seed)
+    return stats
+
+
+def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: Statistics | None) -> nn.Module:
+    """Check the plan, collect what it reads where that was not done before, and carry it out."""
     check_model(model)
     check_plan(model, plan)
-    methods = [decision.method for decision in plan.changes if decision.method is not None]
-    names = needed(methods)
-    if stats is not None or not names:
-        return stats
+    names = needed([decision.method for decision in plan.changes if decision.method is not None])
+    reads = ["the calibration inputs (repair)"] if plan.repair is not None else names if stats is None else []
+    if not reads:
+        return install_shells(target, plan, filler(stats))
     if data is None:
         raise DataError(
             "data",
-            law=f"the plan's methods read {', '.join(names)}",
-            got="neither data nor stats",
+            law=f"the plan reads {', '.join(reads)}",
+            got="neither data nor stats" if stats is None else "no data",
             cure="pass the calibration data",
         )
     batches = as_batches(data)
     found = find_sites(model, next(iter(batches)))
-    return collect(model, batches, sites=_decided(found, plan), statistics=names, seed=plan.seed)
-
-
-def _decided(found: Sites, plan: Plan) -> Sites:
-    """The sites that the plan changes."""
-    from dataclasses import replace
-
-    return replace(found, sites=tuple(found.at(decision.site) for decision in plan.changes))
+    decided = replace(found, sites=tuple(found.at(decision.site) for decision in plan.decisions))
+    if stats is None:
+        stats = _collected(model, batches, decided, names, plan)
+    changed, _ = carry_out(model, target, plan, sites=decided, stats=stats, batches=batches)
+    return changed

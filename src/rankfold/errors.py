@@ -71,6 +71,10 @@ class TraceError(RankfoldError, RuntimeError):
     """A model whose forward could not be run or traced on the example."""
 
 
+class SelfCheckError(RankfoldError, RuntimeError):
+    """A compressed module that does not compute what the engine computed."""
+
+
 class RegistryError(RankfoldError, LookupError):
     """A name that no registered method bears."""
 

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from rankfold.applying import carry_out
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, OptionError
@@ -20,12 +21,14 @@ from rankfold.plan import Plan
 from rankfold.planning import make_plan
 from rankfold.progress import Progress, silent
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
+from rankfold.repair import Lockstep
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.statistics.collect import collect
-from rankfold.statistics.data import Split, as_batches
-from rankfold.surgery import check_plan, copied, filler, install_shells
+from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.gradients import collect_gradients
+from rankfold.surgery import copied
 
-HELD_OUT = 10  # one calibration sample in this many is never fitted on
+DEFAULT_REPAIR = Lockstep()
 T = TypeVar("T")
 
 
@@ -50,7 +53,9 @@ def compress(
     *,
     budget: Budget,
     families: Sequence[Decomposition] = DEFAULT_FAMILIES,
+    repair: Lockstep | None = DEFAULT_REPAIR,
     selector: RankSelector | None = None,
+    weighting: bool = True,
     only: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     positions: int | None = 64,
@@ -69,7 +74,9 @@ def compress(
             keyword arguments). Labels are not needed.
         budget: How large the whole model may be.
         families: Methods to choose from, site by site.
+        repair: How sites are re-solved at apply time; None leaves the factors as decomposed.
         selector: How ranks are chosen; a given one is taken as it is.
+        weighting: Weigh errors by what the network's output feels of them (one backward pass over 256 samples).
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.
         positions: Positions a sample (pixels of a feature map, tokens) to look at for the statistics, drawn by the
@@ -88,12 +95,19 @@ def compress(
     clock = _Clock()
     if not isinstance(budget, Budget):
         raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
+    if repair is not None and not isinstance(repair, Lockstep):
+        raise OptionError(
+            "repair", law="an instance of Lockstep, or None", got=repr(repair), cure="try rankfold.Lockstep()"
+        )
     check_families(families)
     check_model(model)
     batches = as_batches(data)
     example = next(iter(batches))
     sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
-    notes = [] if sites.graph.reason is None else [f"no graph, module hooks were used: {sites.graph.reason}"]
+    notes = []
+    if sites.graph.reason is not None:
+        notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
+        repair = None
     fit, held_out = Split(batches, HELD_OUT, held_out=False), Split(batches, HELD_OUT, held_out=True)
     judged = held_out if any(True for _ in held_out) else batches
     if judged is batches:
@@ -106,26 +120,33 @@ def compress(
             model, fit, sites=sites, statistics=needed(families), positions=positions, seed=seed, progress=progress
         ),
     )
+    if weighting:
+        why = clock.time(
+            "gradients", lambda: collect_gradients(model, fit, stats, sites=sites, seed=seed, progress=progress)
+        )
+        if why is not None:
+            notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
     curves = clock.time("curves", lambda: measure(model, stats, sites=sites, families=families, progress=progress))
     tried = _candidates(
         [Lagrangian(), Uniform()] if selector is None else [selector],
-        lambda chosen: make_plan(curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest),
+        lambda chosen: make_plan(
+            curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair
+        ),
     )
-    results: list[tuple[Comparison, nn.Module, Plan]] = []
-    with progress("candidates", len(tried)) as advance:
-        for plan in tried:
+    results: list[tuple[Comparison, nn.Module, Plan, tuple[str, ...]]] = []
+    for plan in tried:
 
-            def carry_out(plan: Plan = plan) -> tuple[Comparison, nn.Module, Plan]:
-                check_plan(model, plan)
-                compressed = install_shells(copied(model), plan, filler(stats))
-                return compare(model, compressed, judged), compressed, plan
+        def attempt(plan: Plan = plan) -> tuple[Comparison, nn.Module, Plan, tuple[str, ...]]:
+            compressed, remarks = carry_out(
+                model, copied(model), plan, sites=sites, stats=stats, batches=batches, progress=progress
+            )
+            return compare(model, compressed, judged), compressed, plan, remarks
 
-            results.append(clock.time("candidates", carry_out))
-            advance()
-    comparison, compressed, plan = min(results, key=lambda result: result[0].divergence)
+        results.append(clock.time("repair" if repair else "apply", attempt))
+    comparison, compressed, plan, remarks = min(results, key=lambda result: result[0].divergence)
     candidates = tuple(
         Candidate(str((each.selector or {}).get("name", "")), seen.divergence, seen.agreement, each is plan)
-        for seen, _, each in results
+        for seen, _, each, _ in results
     )
     latency = clock.time("latency", lambda: latency_ratio(model, compressed, example))
     report = Report(
@@ -138,7 +159,7 @@ def compress(
         comparison,
         candidates,
         clock.seconds,
-        tuple(notes),
+        (*notes, *remarks),
         seed,
         environment(),
     )

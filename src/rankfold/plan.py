@@ -78,6 +78,7 @@ class Plan:
         selector: The selector, as its JSON; None for a plan written by hand.
         seed: Seed of everything that was drawn.
         calibration: Manifest of the data.
+        repair: The repair at apply time, as its JSON; None for none.
     """
 
     decisions: tuple[Decision, ...]
@@ -88,6 +89,7 @@ class Plan:
     selector: Mapping[str, Any] | None = None
     seed: int = 0
     calibration: Mapping[str, Any] = field(default_factory=dict)
+    repair: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Canonical JSON text: equal plans give equal bytes."""
@@ -100,6 +102,7 @@ class Plan:
                 "model": self.model,
                 "budget": dict(self.budget),
                 "selector": self.selector,
+                "repair": self.repair,
                 "seed": self.seed,
                 "calibration": dict(self.calibration),
             }
@@ -128,7 +131,7 @@ class Plan:
                 got=f"version {value.get('version')!r}",
                 cure="write it again with this release, or read it with the release that wrote it",
             )
-        optional = {"model", "budget", "selector", "seed", "calibration", "skips"}
+        optional = {"model", "budget", "selector", "seed", "calibration", "skips", "repair"}
         keys = _object(value, place, required={"version", "decisions", "fingerprint"}, optional=optional)
         kinds = {
             "decisions": list,
@@ -164,6 +167,7 @@ class Plan:
             keys.get("selector"),
             keys.get("seed", 0),
             keys.get("calibration", {}),
+            keys.get("repair"),
         )
 
     def at(self, site: str) -> Decision:

@@ -11,6 +11,7 @@ from rankfold.metrics.cost import Cost, dense_cost, site_cost
 from rankfold.plan import Decision, Plan
 from rankfold.ranks import Budget, Curves, Lagrangian, RankSelector
 from rankfold.registry import to_json
+from rankfold.repair import Lockstep
 
 
 def make_plan(
@@ -20,6 +21,7 @@ def make_plan(
     selector: RankSelector | None = None,
     seed: int = 0,
     calibration: Mapping[str, Any] | None = None,
+    repair: Lockstep | None = None,
 ) -> Plan:
     """Decide for every site, under one budget for the whole model.
 
@@ -29,6 +31,7 @@ def make_plan(
         selector: How ranks are chosen; `Lagrangian()` if None.
         seed: Noted in the plan.
         calibration: Manifest of the data, noted in the plan.
+        repair: The repair at apply time, noted in the plan and carried out by `apply`.
 
     Returns:
         The plan. Its predicted cost (`plan_cost`) is within the budget.
@@ -65,6 +68,7 @@ def make_plan(
         to_json(selector),
         seed,
         dict(calibration or {}),
+        None if repair is None else to_json(repair),
     )
     cost = plan_cost(sites, plan).amounts()
     for name, bound in budget.bounds(sites.cost).items():

@@ -58,7 +58,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             continue
         shape = adapter.geometry(module).canonical_shape
         why = decision.method.refuses(shape)
-        if why is None and decision.rank not in decision.method.candidates(shape):
+        if why is None and (decision.rank is None or not decision.method.admits(shape, decision.rank)):
             ranks = decision.method.candidates(shape)
             why = f"a rank between {ranks[0]} and {ranks[-1]}"
         if why is not None:

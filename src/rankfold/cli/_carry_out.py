@@ -53,10 +53,9 @@ def carry_out(
     from rankfold.metrics.compare import compare
     from rankfold.metrics.counted import count
     from rankfold.metrics.latency import latency_ratio
-    from rankfold.pipeline import HELD_OUT, Compressed
     from rankfold.report.data import Report, environment, rows
     from rankfold.statistics.collect import collect
-    from rankfold.statistics.data import Split, as_batches
+    from rankfold.statistics.data import HELD_OUT, Compressed, Split, as_batches
     from rankfold.surgery import check_plan
 
     seconds: dict[str, float] = {}

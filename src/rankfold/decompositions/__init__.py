@@ -3,7 +3,8 @@
 from rankfold.decompositions._base import Decomposition, Moments
 from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
+from rankfold.decompositions._tucker2 import Tucker2
 from rankfold.decompositions._whitened_svd import WhitenedSVD
 from rankfold.decompositions.weighting import factorise, output_errors
 
-__all__ = ["SVD", "Decomposition", "Moments", "SpatialSVD", "WhitenedSVD", "factorise", "output_errors"]
+__all__ = ["SVD", "Decomposition", "Moments", "SpatialSVD", "Tucker2", "WhitenedSVD", "factorise", "output_errors"]

@@ -77,6 +77,10 @@ class Decomposition(ABC):
     def candidates(self, shape: Sequence[int]) -> list[Rank]:
         """Ranks worth looking at for a canonical weight `out × in × kernel…`, ascending, the last one exact."""
 
+    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
+        """Whether a weight of this shape can be decomposed at a rank; a method on a grid admits more than it lists."""
+        return not isinstance(rank, bool) and rank in self.candidates(shape)
+
     @abstractmethod
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
         """Factorise.

@@ -116,8 +116,7 @@ class Walk:
                 elif node in self._calls:
                     self._live[node] = self._site(node)
                 elif node.op == "call_function":
-                    target: Any = node.target
-                    self._live[node] = self._evaluate(node, lambda args, kwargs, f=target: f(*args, **kwargs))
+                    self._live[node] = self._evaluate(node, _calling(node.target))
                 elif node.op == "get_attr":
                     value = _attribute(self._program.graph_module, str(node.target))
                     same = [value] * len(self._batches)
@@ -131,7 +130,7 @@ class Walk:
     def _site(self, node: Node) -> Pair:
         """Compute the original's output, have the site solved at its first call, and run the new layer."""
         call = self._calls[node]
-        original = self._evaluate(node, lambda args, kwargs: node.target(*args, **kwargs), only_original=True).original  # type: ignore[operator]
+        original = self._evaluate(node, _calling(node.target), only_original=True).original
         inputs = self._live[call.entry]
         if call.path not in self._layers:
             skip = self._live.get(call.skip) if call.skip is not None else None
@@ -212,6 +211,11 @@ def _tensor_names(program: ExportedProgram) -> dict[Node, str]:
     return {
         node: targets[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in targets
     }
+
+
+def _calling(target: Any) -> Callable[[Any, Any], Any]:
+    """An operator as a function of (args, kwargs)."""
+    return lambda args, kwargs: target(*args, **kwargs)
 
 
 def _attribute(module: Any, path: str) -> Any:

@@ -142,7 +142,7 @@ def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
     for node in call.scale_nodes:
         if node.target is BATCH_NORM:
             _, weight, _, _, variance, _, eps = node.args
-            step = (value_of(variance).double() + eps).rsqrt()  # type: ignore[arg-type, operator]
+            step = (value_of(variance).double() + eps).rsqrt()  # type: ignore[arg-type]
             if weight is not None:
                 step = step * value_of(weight).double()  # type: ignore[arg-type]
             step = step.reshape(-1, *[1] * (len(shape) - 2))

@@ -344,4 +344,6 @@ def smallest_rank(form: str, geometry: Geometry) -> Rank | None:
         return 1 if any(size > 1 for size in kernel) else None
     if form == "spatial":
         return 1 if len(kernel) == 2 and min(kernel) > 1 else None
+    if form == "tucker":
+        return (1, 1) if any(size > 1 for size in kernel) else None
     return None

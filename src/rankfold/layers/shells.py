@@ -61,6 +61,19 @@ def _spatial(geometry: Geometry, rank: Rank) -> Stages:
     return _pair(geometry, _single(rank), {0}, {1})
 
 
+@_form("tucker")
+def _tucker(geometry: Geometry, rank: Rank) -> Stages:
+    if not isinstance(rank, tuple) or len(rank) != 2:
+        raise PlanError("rank", law="two ints of at least 1", got=repr(rank), cure="give this form [inner, outer]")
+    inner, outer = (_single(part) * geometry.groups for part in rank)
+    axes = set(range(len(geometry.kernel)))
+    return (
+        geometry.on_axes(set(), inputs=geometry.inputs, outputs=inner, bias=False),
+        geometry.on_axes(axes, inputs=inner, outputs=outer, bias=False),
+        geometry.on_axes(set(), inputs=outer, outputs=geometry.outputs, bias=geometry.bias),
+    )
+
+
 def _pair(geometry: Geometry, rank: int, first: set[int], second: set[int]) -> Stages:
     width = rank * geometry.groups
     return (

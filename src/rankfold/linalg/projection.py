@@ -52,18 +52,32 @@ def split_errors(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float)
     Returns:
         Shape (k + 1,), never growing.
     """
+    projected, total = ordered_projection(weight, gram, basis, damping=damping)
+    return explained_tail(projected, total, block=weight.shape[2])
+
+
+def ordered_projection(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
+    """The target in orthonormal coordinates that fill up in the order of the basis: `W A^{1/2} Q`, `A^{1/2}Pᵀ = QR`.
+
+    Args:
+        weight: Shape (out, a, b).
+        gram: Shape (a, b, a, b).
+        basis: Shape (k, a).
+        damping: Relative damping of the whole Gram; at least 1e-12 is used.
+
+    Returns:
+        Shape (out, k·b), zero columns where patches run out of directions, and `‖W A^{1/2}‖²` on the same scale.
+    """
     out, a, b = weight.shape
     root, _ = square_root(gram.reshape(a * b, a * b), damping=max(damping, LEAST_DAMPING))
     target = weight.reshape(out, a * b) @ root
     target = target / power_of_two_scale(target)
-    lifted = _lift(basis, b) @ root
+    lifted = lift(basis, b) @ root
     norms = torch.linalg.vector_norm(lifted, dim=1, keepdim=True)
     q, _ = torch.linalg.qr((lifted / torch.where(norms > 0, norms, 1.0)).mT)
     projected = target @ q
     missing = len(basis) * b - projected.shape[1]
-    if missing > 0:
-        projected = torch.nn.functional.pad(projected, (0, missing))
-    return explained_tail(projected, target.square().sum(), block=b)
+    return torch.nn.functional.pad(projected, (0, max(missing, 0))), target.square().sum()
 
 
 def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
@@ -83,7 +97,7 @@ def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) 
     """
     out, a, b = weight.shape
     root, _ = square_root(gram.reshape(a * b, a * b), damping=max(damping, LEAST_DAMPING))
-    lifted = _lift(basis, b) @ root  # (r·b) × (a·b)
+    lifted = lift(basis, b) @ root  # (r·b) × (a·b)
     scale = power_of_two_scale(root)
     solution: Tensor = torch.linalg.pinv(lifted.mT / scale, rtol=1e-10) @ (weight.reshape(out, a * b) @ root / scale).mT
     return balanced(solution.mT.reshape(out, len(basis), b), basis)
@@ -106,7 +120,7 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left * torch.exp2(-shift)[:, None], right * torch.exp2(shift)[:, None]
 
 
-def _lift(basis: Tensor, b: int) -> Tensor:
+def lift(basis: Tensor, b: int) -> Tensor:
     """The first stage as a map on whole patches: `P[(r, b'), (a, b)] = V[r, a] δ_{b'b}`."""
     lifted: Tensor = torch.kron(basis, torch.eye(b, dtype=basis.dtype, device=basis.device))
     return lifted

@@ -50,8 +50,11 @@ class Comparison:
 
     @property
     def divergence(self) -> float:
-        """What candidates are ranked by: KL where the output is logits, the relative error otherwise."""
-        return self.kl if self.logits else self.relative_error
+        """What candidates are ranked by: the relative error of the outputs.
+
+        Not the KL: a network is so sure of the images it was trained on that their KL says little about others.
+        """
+        return self.relative_error
 
     def to_json(self) -> dict[str, Any]:
         """As a dict of JSON values."""

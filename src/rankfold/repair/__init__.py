@@ -1,5 +1,5 @@
 """The closed-form re-solve at apply time."""
 
-from rankfold.repair.lockstep import Lockstep
+from rankfold.repair.options import Lockstep
 
 __all__ = ["Lockstep"]

@@ -13,6 +13,8 @@ from torch import Tensor
 from rankfold.errors import DataError
 from rankfold.graph.trace import Batch, batch_size, split_batch, take
 
+HELD_OUT = 10  # one calibration sample in this many is never fitted on
+
 
 @dataclass(frozen=True, eq=False)
 class Split:

@@ -77,6 +77,7 @@ def collect_gradients(
                     handle.remove()
             _add(grams, seen, gradients, batch_size(part))
             advance()
+    stats.manifest["gradient_samples"] = samples
     for path, statistic in grams.items():
         stats.sites[path][GradientGram.name] = statistic
     return None
@@ -85,7 +86,7 @@ def collect_gradients(
 def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
     left = samples
     for batch in batches:
-        for chunk in torch.arange(min(batch_size(batch), left)).split(BATCH):
+        for chunk in torch.split(torch.arange(min(batch_size(batch), left)), BATCH):
             yield take(batch, chunk)
             left -= len(chunk)
         if left <= 0:

@@ -1,0 +1,115 @@
+"""Tucker-2: narrow the channels, convolve, widen them again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfold.decompositions._base import Decomposition, Moments, check_damping
+from rankfold.decompositions._svd import check_flag
+from rankfold.errors import OptionError
+from rankfold.factors import Rank, TuckerFactors
+from rankfold.linalg.precision import widen
+from rankfold.linalg.tucker import hooi, metric_tucker, metric_tucker_errors
+from rankfold.registry import register
+
+GRID = 16  # candidate widths a mode; a plan may name any width in between
+
+
+@register("tucker2")
+@dataclass(frozen=True)
+class Tucker2(Decomposition):
+    """`1×1 → a`, `k×k → b`, `1×1 → out`: a core between an input and an output matrix. Ranks are tuples `(a, b)`.
+
+    Plain: HOSVD start, then HOOI, best in the Frobenius norm. Whitened: the input matrix comes from the marginal
+    moment of a pixel, and what remains is the best rank-b map of the projected patches, in closed form.
+
+    Attributes:
+        whitened: Use the input moments.
+        damping: Added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
+
+    References:
+        Tucker, Psychometrika 31, 1966; Kim et al., arXiv 1511.06530, for convolutions. We differ in the metric of the
+        inputs, where the second and third stage have a closed form.
+    """
+
+    whitened: bool = True
+    damping: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_flag(self.whitened, "Tucker2.whitened")
+        check_damping(self.damping, "Tucker2")
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Input moments when whitened."""
+        return ("input-gram", "input-mean") if self.whitened else ()
+
+    @property
+    def form(self) -> str:
+        """ "tucker"."""
+        return "tucker"
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        """Only layers with a kernel have three stages worth having."""
+        if any(size > 1 for size in shape[2:]) and min(shape[:2]) > 1:
+            return None
+        return "the Tucker form needs a kernel larger than 1 and more than one channel on each side"
+
+    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+        """A grid of `(a, b)` up to (in, out), ascending; the last is exact."""
+        return [(a, b) for a in _widths(shape[1]) for b in _widths(shape[0])]
+
+    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
+        """Any pair of widths up to (in, out), on the grid or between."""
+        return isinstance(rank, tuple) and len(rank) == 2 and 1 <= rank[0] <= shape[1] and 1 <= rank[1] <= shape[0]
+
+    def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> TuckerFactors:
+        """See `Decomposition.decompose`."""
+        if not self.admits(weight.shape, rank) or not isinstance(rank, tuple):
+            raise OptionError(
+                str(self),
+                law=f"a pair (a, b) of at most ({weight.shape[1]}, {weight.shape[0]})",
+                got=repr(rank),
+                cure="choose widths in that range",
+            )
+        work, kernel = widen(weight).flatten(2), weight.shape[2:]
+        pair = (rank[0], rank[1])
+        if self.whitened:
+            out, core, inp = metric_tucker(work, self._patches(moments, work), pair, damping=self.damping)
+        else:
+            out, core, inp = hooi(work, pair)
+        ones = [1] * len(kernel)
+        stages = (
+            out.reshape(*out.shape, *ones),
+            core.reshape(*core.shape[:2], *kernel),
+            inp.reshape(*inp.shape, *ones),
+        )
+        output, middle, first = (stage.to(weight.dtype).contiguous().clone() for stage in stages)
+        return TuckerFactors(output, middle, first)
+
+    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
+        """One projection for all pairs (whitened); one HOOI a pair (plain)."""
+        work = widen(weight).flatten(2)
+        outer = torch.tensor(_widths(weight.shape[0])) - 1
+        inner = _widths(weight.shape[1])
+        if self.whitened:
+            grid = metric_tucker_errors(work, self._patches(moments, work), inner, damping=self.damping)
+            return grid[:, outer].flatten()
+        total = work.square().sum()
+        if float(total) <= 0:
+            return work.new_zeros(len(inner) * len(outer))
+        captured = [hooi(work, (a, int(b) + 1))[1].square().sum() for a in inner for b in outer]
+        return (1 - torch.stack(captured) / total).clamp(0, 1)
+
+    def _patches(self, moments: Moments, work: Tensor) -> Tensor:
+        _, inputs, taps = work.shape
+        return moments.metric(self).to(work).reshape(inputs, taps, inputs, taps)
+
+
+def _widths(size: int) -> list[int]:
+    """At most `GRID` widths from size/GRID to size, evenly spaced."""
+    return sorted({max(1, round(size * step / GRID)) for step in range(1, GRID + 1)})

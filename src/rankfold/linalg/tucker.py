@@ -1,0 +1,98 @@
+"""Tucker-2: a matrix on the input mode, a core, a matrix on the output mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rankfold.linalg.precision import power_of_two_scale
+from rankfold.linalg.projection import ordered_projection, split_basis, split_refit
+from rankfold.linalg.svd import svd
+
+
+def hooi(
+    weight: Tensor, ranks: tuple[int, int], *, sweeps: int = 10, tolerance: float = 1e-8
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tucker-2 of a weight in the Frobenius norm: HOSVD start, then higher-order orthogonal iteration.
+
+    `W[o, i, k] ≈ Σ U[o, b] core[b, a, k] V[a, i]` with orthonormal `U`, `V`. A sweep takes `V` from the SVD of the
+    weight projected on `U`, then `U` from the SVD of the weight projected on `V`; the error never grows.
+
+    Args:
+        weight: Shape (out, in, taps).
+        ranks: `(a, b)`: inner input and output widths.
+        sweeps: Most sweeps.
+        tolerance: Stop when the captured energy grows by less than this fraction.
+
+    Returns:
+        `U` (out, b), core (b, a, taps), `V` (a, in).
+
+    References:
+        De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000, algorithm 4.2, on two of the modes.
+    """
+    inner, outer = ranks
+    scale = power_of_two_scale(weight)
+    work = weight / scale
+    out = svd(work.flatten(1))[0][:, :outer]
+    inp = svd(work.movedim(1, 0).flatten(1))[0][:, :inner].mT
+    captured = work.new_zeros(())
+    for _ in range(sweeps):
+        inp = svd(torch.einsum("ob,oik->ibk", out, work).flatten(1))[0][:, :inner].mT
+        out = svd(torch.einsum("ai,oik->oak", inp, work).flatten(1))[0][:, :outer]
+        core = torch.einsum("ob,ai,oik->bak", out, inp, work)
+        energy = core.square().sum()
+        if float(energy - captured) <= tolerance * float(energy):
+            break
+        captured = energy
+    core = torch.einsum("ob,ai,oik->bak", out, inp, work)
+    return out, core * scale, inp
+
+
+def metric_tucker(
+    weight: Tensor, gram: Tensor, ranks: tuple[int, int], *, damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tucker-2 in the metric of the patches, in closed form given the input factor.
+
+    The input factor is the basis of `split_basis`. What remains, `min ‖(W − L P) A^{1/2}‖` over rank-b maps `L` of the
+    projected patches, is solved by the singular vectors of the projected target.
+
+    Args:
+        weight: Shape (out, in, taps).
+        gram: Second moment of the patches, shape (in, taps, in, taps).
+        ranks: `(a, b)`.
+        damping: Relative damping.
+
+    Returns:
+        `U` (out, b), core (b, a, taps), `V` (a, in).
+    """
+    inner, outer = ranks
+    basis = split_basis(weight, gram, damping=damping)
+    projected, _ = ordered_projection(weight, gram, basis[:inner], damping=damping)
+    out = svd(projected)[0][:, :outer]
+    left, right = split_refit(weight, gram, basis[:inner], damping=damping)  # out × a × taps, a × in
+    return out, torch.einsum("ob,oak->bak", out, left), right
+
+
+def metric_tucker_errors(weight: Tensor, gram: Tensor, inner: list[int], *, damping: float) -> Tensor:
+    """Relative squared output errors of `metric_tucker` for every output rank at some input ranks.
+
+    Args:
+        weight: Shape (out, in, taps).
+        gram: Shape (in, taps, in, taps).
+        inner: Input ranks.
+        damping: Relative damping.
+
+    Returns:
+        Shape (len(inner), out): entry (i, b − 1) is the error at `(inner[i], b)`.
+    """
+    out, _, taps = weight.shape
+    basis = split_basis(weight, gram, damping=damping)
+    projected, total = ordered_projection(weight, gram, basis, damping=damping)
+    if float(total) <= 0:
+        return weight.new_zeros(len(inner), out)
+    rows = []
+    for a in inner:
+        part = projected[:, : a * taps]
+        values = torch.linalg.eigvalsh(part @ part.mT).flip(0).clamp_min(0)
+        rows.append((1 - values.cumsum(0) / total).clamp(0, 1))
+    return torch.stack(rows)

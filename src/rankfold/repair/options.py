@@ -1,0 +1,49 @@
+"""Options of the lockstep repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rankfold.errors import OptionError
+from rankfold.registry import register
+
+
+@register("lockstep")
+@dataclass(frozen=True)
+class Lockstep:
+    """Walk original and compressed network together and re-solve every site in closed form.
+
+    At a site with original output `y` and compressed input `x'`: `W* = argmin E‖y − Wx' − b‖² + λ‖W − W₀‖²`, then the
+    plan's method factorises `W*` in the metric of `x'`, and the bias makes the mean output right. A dense site is
+    re-solved too. Where the output reaches a residual `add` through per-channel factors `a` only, the target is
+    `y + (skip − skip')/a`, so that the site also takes up the error its skip branch carries. A layer without a bias
+    gets none: a batch norm right behind it takes the shift into its running mean, otherwise raw moments are used.
+
+    A site whose repair makes the error on held-out inputs larger keeps the unrepaired layer.
+
+    Attributes:
+        ridge: `λ` relative to the mean input energy, in (0, 1].
+        absorb_skip: Whether targets include the skip branch's error.
+        dense: Whether sites that stay dense are re-solved.
+        samples_per_feature: Positions looked at, as a multiple of a layer's patch length (at least 16,384 in all).
+        batch: Samples in a micro-batch.
+    """
+
+    ridge: float = 1e-3
+    absorb_skip: bool = True
+    dense: bool = True
+    samples_per_feature: int = 48
+    batch: int = 128
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge <= 1:
+            raise OptionError("Lockstep.ridge", law="a number in (0, 1]", got=repr(self.ridge), cure="try 1e-3")
+        for name in ("absorb_skip", "dense"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(
+                    f"Lockstep.{name}", law="True or False", got=repr(getattr(self, name)), cure="pass a bool"
+                )
+        for name in ("samples_per_feature", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(f"Lockstep.{name}", law="an int of at least 1", got=repr(value), cure="leave it out")

@@ -1,0 +1,227 @@
+"""Solving one site of a lockstep pass."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.decompositions import Moments, factorise
+from rankfold.errors import NumericsError
+from rankfold.factors import Factors
+from rankfold.graph.lockstep import Arrival
+from rankfold.graph.regions import channel_scale
+from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
+from rankfold.linalg.precision import widen
+from rankfold.plan import Decision, Plan
+from rankfold.repair.moments import PairMoments
+from rankfold.repair.options import Lockstep
+from rankfold.repair.solve import as_moments, best_bias, ridge
+from rankfold.statistics import Statistics
+
+LEAST_POSITIONS = 16384
+SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
+
+
+@dataclass(eq=False)
+class Solved:
+    """A site's new layer.
+
+    Attributes:
+        layer: What takes the site's place; the original layer itself where nothing changes.
+        buffers: Running means of batch norms that take up a bias, by name.
+        errors: Relative held-out error without repair and of `layer`; None where nothing was solved.
+        repaired: Whether `layer` is the repaired one.
+    """
+
+    layer: nn.Module
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    errors: tuple[float, float] | None = None
+    repaired: bool = False
+
+
+@dataclass(eq=False)
+class _Candidate:
+    """A map for every group of a site: its factors, or its dense weight, and a bias over all groups or None."""
+
+    weights: list[Tensor]
+    factors: list[Factors]
+    bias: Tensor | None
+
+    def error(self, moments: PairMoments) -> float:
+        """Mean squared error over all groups."""
+        rows = self.weights[0].shape[0]
+        total = 0.0
+        for group, weight in enumerate(self.weights):
+            bias = None if self.bias is None else self.bias[group * rows : (group + 1) * rows]
+            total += moments.error(group, weight, bias)
+        return total
+
+
+class SiteSolver:
+    """Solves one site after another; holds what all of them need.
+
+    Args:
+        modules: The original's modules by path.
+        plan: What becomes of each site.
+        options: The repair's options.
+        stats: Statistics of the original.
+        held: For each micro-batch, which samples are held out.
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        plan: Plan,
+        options: Lockstep,
+        stats: Statistics | None,
+        held: list[Tensor],
+    ) -> None:
+        self._modules, self._plan, self._options, self._stats, self._held = modules, plan, options, stats, held
+
+    def solve(self, arrival: Arrival) -> Solved:
+        """Solve a site: ridge, factorise in the metric of the compressed inputs, judge on held-out samples."""
+        path = arrival.call.path
+        layer, decision = self._modules[path], self._plan.at(path)
+        adapter = adapter_for(layer)
+        if adapter is None:
+            raise TypeError(f"{path} has no adapter")
+        untouched = arrival.inputs.same and (arrival.skip is None or arrival.skip.same)
+        if decision.method is None and (not self._options.dense or untouched):
+            return Solved(layer)
+        fit, held = self._moments(arrival, layer, adapter)
+        norm = None if adapter.geometry(layer).bias else arrival.call.norm
+        repaired = self._repaired(decision, layer, adapter, fit, absorbs=norm is not None)
+        plain = self._unrepaired(decision, layer, adapter)
+        judge = held if held.count else fit
+        energy = float(judge.yy.sum() / max(judge.count, 1)) or 1.0
+        errors = plain.error(judge) / energy, repaired.error(judge) / energy
+        if errors[1] > errors[0]:
+            return Solved(self._build(layer, adapter, decision, plain), {}, (errors[0], errors[0]))
+        buffers = {}
+        if norm is not None and repaired.bias is not None:
+            module, _, buffer = norm.rpartition(".")
+            mean = tensor(self._modules[module], buffer)
+            # (x + b − m)·s = (x − (m − b))·s: the norm's running mean takes the bias the layer does not have.
+            buffers[norm] = (widen(mean) - repaired.bias).to(mean.dtype)
+        return Solved(self._build(layer, adapter, decision, repaired), buffers, errors, repaired=True)
+
+    def _repaired(
+        self, decision: Decision, layer: nn.Module, adapter: Adapter, fit: PairMoments, *, absorbs: bool
+    ) -> _Candidate:
+        bias = adapter.geometry(layer).bias or absorbs
+        weights, factors, shifts = [], [], []
+        for group, original in enumerate(widen(adapter.canonical(layer))):
+            target = ridge(fit, group, original.flatten(1), bias=bias, strength=self._options.ridge)
+            if decision.method is not None and decision.rank is not None:
+                moments = as_moments(fit, group, bias=bias, gradient_gram=self._gradient_gram(decision.site, group))
+                factors.append(factorise(decision.method, target.reshape(original.shape), decision.rank, moments))
+                target = factors[-1].reconstruct().flatten(1)
+            weights.append(target)
+            shifts.append(best_bias(fit, group, target))
+        return _Candidate(weights, factors, torch.cat(shifts) if bias else None)
+
+    def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Candidate:
+        """What `apply` without repair would put here."""
+        geometry = adapter.geometry(layer)
+        own = {} if self._stats is None else self._stats.sites.get(decision.site, {})
+        weights, factors, shifts = [], [], []
+        for group, original in enumerate(widen(adapter.canonical(layer))):
+            flat = original.flatten(1)
+            if decision.method is not None and decision.rank is not None:
+                moments = Moments(
+                    own["input-gram"].mean()[group] if "input-gram" in own else None,
+                    own["input-mean"].mean()[group] if "input-mean" in own else None,
+                    None,
+                    self._gradient_gram(decision.site, group),
+                    geometry.bias,
+                )
+                factors.append(factorise(decision.method, original, decision.rank, moments))
+                approximate = factors[-1].reconstruct().flatten(1)
+                if moments.mean is not None:
+                    shifts.append((flat - approximate) @ moments.mean.to(flat))
+                flat = approximate
+            weights.append(flat)
+        bias = adapter.bias(layer)
+        wide = None if bias is None else widen(bias)
+        if wide is not None and shifts:
+            wide = wide + torch.cat(shifts)
+        return _Candidate(weights, factors, wide)
+
+    def _gradient_gram(self, path: str, group: int) -> Tensor | None:
+        """The output weighting of a site, where gradients were collected."""
+        own = {} if self._stats is None else self._stats.sites.get(path, {})
+        return own["gradient-gram"].mean()[group] if "gradient-gram" in own else None
+
+    def _moments(self, arrival: Arrival, layer: nn.Module, adapter: Adapter) -> tuple[PairMoments, PairMoments]:
+        """Moments of (x', target) over fitted and held-out samples, at positions drawn by the seed."""
+        geometry = adapter.geometry(layer)
+        first: Tensor = arrival.inputs.compressed[0]
+        shape = (geometry.groups, geometry.features, geometry.canonical_shape[0])
+        fit, held = (PairMoments.zeros(*shape, first.device) for _ in range(2))
+        scale = self._inverse_scale(arrival)
+        samples = sum(len(mask) for mask in self._held)
+        generator = torch.Generator().manual_seed(self._plan.seed)
+        for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
+            if scale is not None and arrival.skip is not None:
+                target = target + (arrival.skip.original[i] - arrival.skip.compressed[i]) * scale
+            positions = self._positions(adapter, layer, inputs, samples, generator)
+            mask = self._held[i]
+            if inputs.shape[0] != len(mask):  # tokens of all samples in one axis: no sample can be told apart
+                mask = torch.zeros(inputs.shape[0], dtype=torch.bool)
+            for moments, chosen in ((fit, ~mask), (held, mask)):
+                if bool(chosen.any()):
+                    rows = chosen.to(inputs.device)
+                    moments.update(
+                        adapter.patches(layer, inputs[rows], positions), adapter.outputs(layer, target[rows], positions)
+                    )
+        if not bool(torch.isfinite(fit.xx).all() and torch.isfinite(fit.yx).all()):
+            raise NumericsError(
+                repr(arrival.call.path),
+                law="every activation of both networks is finite",
+                got="NaN or infinity",
+                cure="look at the calibration data, or exclude the layers before this one",
+            )
+        return fit, held
+
+    def _positions(
+        self, adapter: Adapter, layer: nn.Module, inputs: Tensor, samples: int, generator: torch.Generator
+    ) -> Tensor | None:
+        size, _ = adapter.sample_size(layer, inputs)
+        geometry = adapter.geometry(layer)
+        available = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
+        least = max(LEAST_POSITIONS, self._options.samples_per_feature * geometry.features)
+        wanted = -(-least // samples)
+        if available <= wanted:
+            return None
+        return torch.randperm(available, generator=generator)[:wanted].sort().values
+
+    def _inverse_scale(self, arrival: Arrival) -> Tensor | float | None:
+        """`1/a` of the steps to the residual `add`; None where no error of a skip branch is to be taken up."""
+        if not self._options.absorb_skip or arrival.skip is None or arrival.skip.same:
+            return None
+        output: Tensor = arrival.outputs[0]
+        factor = channel_scale(arrival.call, output.shape, arrival.tensor)
+        if factor is None:
+            return 1.0
+        size = factor.abs()
+        return torch.where(size > SMALL_SCALE * size.median(), 1 / factor, 0.0).to(output.dtype)
+
+    def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: _Candidate) -> nn.Module:
+        weight, has_bias = adapter.canonical(layer), adapter.geometry(layer).bias
+        bias = chosen.bias if has_bias else None
+        if decision.method is None or decision.rank is None:
+            new = copy.deepcopy(layer)
+            with torch.no_grad():
+                adapter.canonical(new).copy_(torch.stack(chosen.weights).reshape(weight.shape))
+                if bias is not None:
+                    tensor(new, "bias").copy_(bias)
+            return new
+        shell = build_shell(
+            adapter.geometry(layer), decision.method.form, decision.rank, device=weight.device, dtype=weight.dtype
+        )
+        fill_shell(shell, chosen.factors, bias)
+        return shell
