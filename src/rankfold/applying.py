@@ -111,9 +111,7 @@ def carry_out(
     return result, tuple(remarks)
 
 
-def _collected(
-    model: nn.Module, batches: Iterable[Batch], sites: Sites, names: list[str], plan: Plan
-) -> Statistics:
+def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: list[str], plan: Plan) -> Statistics:
     """The statistics as `compress` collected them, by the manifest in the plan."""
     fit = Split(batches, HELD_OUT, held_out=False)
     positions = plan.calibration.get("positions")

@@ -61,3 +61,45 @@ def pseudo_inverse(gram: Tensor, *, damping: float = 0.0) -> Tensor:
     """
     _, inverse_root = square_root(gram, damping=damping)
     return inverse_root @ inverse_root
+
+
+def shrinkage(gram: Tensor, count: int) -> float:
+    """How far a sample Gram should be shrunk towards a multiple of the identity: 0 (not at all) to 1.
+
+    `ρ = min(1, ((1 − 2/p) tr(A²) + tr²(A)) / ((n + 1 − 2/p)(tr(A²) − tr²(A)/p)))`, p features, n samples. It vanishes
+    as n grows past p; with fewer samples than features it keeps directions that no sample took from looking free.
+
+    Args:
+        gram: Mean second moment `A` over the samples, shape (p, p).
+        count: n.
+
+    References:
+        Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal Processing 58, 2010, equation 23 (oracle approximating
+        shrinkage). We differ in using it on raw second moments too.
+    """
+    work = widen(gram)
+    p = len(work)
+    trace = float(work.trace())
+    if p < 2 or count < 1 or not trace > 0:
+        return 0.0
+    work = work / trace
+    squares = float(work.square().sum())
+    spread = squares - 1 / p
+    if spread <= 0:
+        return 1.0
+    return min(1.0, ((1 - 2 / p) * squares + 1) / ((count + 1 - 2 / p) * spread))
+
+
+def shrunk(gram: Tensor, mean: Tensor | None, count: int) -> Tensor:
+    """A second moment whose covariance is shrunk: `(1 − ρ) Σ + ρ tr(Σ)/p · I + x̄x̄ᵀ`, `ρ` from `shrinkage`.
+
+    Args:
+        gram: Mean second moment, shape (p, p).
+        mean: `x̄`, shape (p,); None shrinks the second moment itself.
+        count: Samples behind it.
+    """
+    centre = torch.zeros_like(gram) if mean is None else torch.outer(mean, mean)
+    covariance = gram - centre
+    rho = shrinkage(covariance, count)
+    level = rho * covariance.diagonal().mean()
+    return (1 - rho) * covariance + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + centre

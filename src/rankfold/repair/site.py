@@ -14,6 +14,7 @@ from rankfold.errors import NumericsError
 from rankfold.factors import Factors
 from rankfold.graph.lockstep import Arrival
 from rankfold.graph.regions import channel_scale
+from rankfold.graph.sites import Site
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
@@ -127,18 +128,13 @@ class SiteSolver:
     def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Candidate:
         """What `apply` without repair would put here."""
         geometry = adapter.geometry(layer)
-        own = {} if self._stats is None else self._stats.sites.get(decision.site, {})
         weights, factors, shifts = [], [], []
         for group, original in enumerate(widen(adapter.canonical(layer))):
             flat = original.flatten(1)
             if decision.method is not None and decision.rank is not None:
-                moments = Moments(
-                    own["input-gram"].mean()[group] if "input-gram" in own else None,
-                    own["input-mean"].mean()[group] if "input-mean" in own else None,
-                    None,
-                    self._gradient_gram(decision.site, group),
-                    geometry.bias,
-                )
+                moments = Moments(bias=geometry.bias)
+                if self._stats is not None:
+                    moments = self._stats.moments(Site(decision.site, (), "", geometry, (), 1), group)
                 factors.append(factorise(decision.method, original, decision.rank, moments))
                 approximate = factors[-1].reconstruct().flatten(1)
                 if moments.mean is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rankfold.decompositions import Moments
+from rankfold.linalg.whitening import shrinkage, shrunk
 from rankfold.repair.moments import PairMoments
 
 
@@ -32,7 +33,7 @@ def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, stren
         group: Which group.
         weight: The original's `W`, shape (out, n).
         bias: Whether a bias absorbs the means.
-        strength: `λ` relative to the mean diagonal of `S`.
+        strength: Least `λ` relative to the mean diagonal of `S`; with few samples the shrinkage of `S` asks for more.
 
     Returns:
         `W*`, shape (out, n). A site that saw only zeros keeps `W`. Rank-deficient `S` is normal: in directions that
@@ -42,7 +43,8 @@ def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, stren
     mean = second.diagonal().mean()
     if not float(mean) > 0:
         return weight.clone()
-    damping = strength * mean
+    rho = shrinkage(second, moments.count)
+    damping = max(strength, rho / max(1 - rho, 1e-3)) * mean
     matrix = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
     # (W* − W)(S + λI) = C − W S: solve for the change, which is small, not for the weight.
     change: Tensor = torch.linalg.solve(matrix, (crossed - weight @ second).mT).mT
@@ -52,7 +54,8 @@ def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, stren
 def as_moments(moments: PairMoments, group: int, *, bias: bool, gradient_gram: Tensor | None) -> Moments:
     """The same inputs, as a decomposition reads them."""
     n = max(moments.count, 1)
-    return Moments(moments.xx[group] / n, moments.x[group] / n, None, gradient_gram, bias)
+    mean = moments.x[group] / n
+    return Moments(shrunk(moments.xx[group] / n, mean, n), mean, None, gradient_gram, bias)
 
 
 def best_bias(moments: PairMoments, group: int, weight: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from rankfold.decompositions import Moments
 from rankfold.errors import CheckpointError, DataError, RegistryError
 from rankfold.graph.sites import Site
+from rankfold.linalg.whitening import shrunk
 from rankfold.registry import lookup
 from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
 from rankfold.statistics._base import Statistic, merge
@@ -35,15 +36,18 @@ class Statistics:
     fingerprint: str = ""
 
     def moments(self, site: Site, group: int) -> Moments:
-        """Averages of one group of a site, ready for a decomposition."""
+        """Averages of one group of a site, the Gram shrunk for its number of positions, ready for a decomposition."""
         own = self.sites.get(site.path, {})
 
         def average(name: str) -> torch.Tensor | None:
             return own[name].mean()[group] if name in own else None
 
+        gram, mean = average("input-gram"), average("input-mean")
+        if gram is not None:
+            gram = shrunk(gram, mean, own["input-gram"].count)
         return Moments(
-            average("input-gram"),
-            average("input-mean"),
+            gram,
+            mean,
             average("output-gram"),
             average("gradient-gram"),
             site.geometry.bias,
