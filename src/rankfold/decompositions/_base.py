@@ -25,16 +25,16 @@ class Moments:
         gram: Mean second moment `A = E[x xᵀ]` of the flattened inputs (patches `in·k…`), shape (n, n), or None.
         mean: Mean input `E[x]`, shape (n,), or None.
         output_gram: Mean second moment `E[y yᵀ]` of the outputs, shape (out, out), or None.
+        bias: Whether the layer has a bias, which can absorb a change of the mean output.
         gradient_gram: Gram of output gradients, shape (out, out): how much the network's output feels a change of
             this site's; or None.
-        bias: Whether the layer has a bias, which can absorb a change of the mean output.
     """
 
     gram: Tensor | None = None
     mean: Tensor | None = None
     output_gram: Tensor | None = None
-    gradient_gram: Tensor | None = None
     bias: bool = False
+    gradient_gram: Tensor | None = None
 
     def metric(self, method: object) -> Tensor:
         """The Gram that output errors are measured in: the covariance where a bias can absorb the mean, else `A`.

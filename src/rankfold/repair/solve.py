@@ -55,7 +55,7 @@ def as_moments(moments: PairMoments, group: int, *, bias: bool, gradient_gram: T
     """The same inputs, as a decomposition reads them."""
     n = max(moments.count, 1)
     mean = moments.x[group] / n
-    return Moments(shrunk(moments.xx[group] / n, mean, n), mean, None, gradient_gram, bias)
+    return Moments(shrunk(moments.xx[group] / n, mean, n), mean, None, bias, gradient_gram)
 
 
 def best_bias(moments: PairMoments, group: int, weight: Tensor) -> Tensor:

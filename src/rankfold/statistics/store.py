@@ -49,8 +49,8 @@ class Statistics:
             gram,
             mean,
             average("output-gram"),
-            average("gradient-gram"),
             site.geometry.bias,
+            average("gradient-gram"),
         )
 
     def merge(self, other: Statistics) -> Statistics:

@@ -1,0 +1,233 @@
+"""Laws of the lockstep repair, on small networks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rankfold as rf
+from rankfold.errors import OptionError, PlanError, SelfCheckError
+from rankfold.graph.sites import find_sites
+from rankfold.metrics.counted import count
+from rankfold.repair.lockstep import Repaired, install, lockstep, self_check
+from rankfold.statistics.collect import collect
+
+
+class Block(nn.Module):
+    """Two convolutions with batch norms and a parameter-free skip."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+
+
+class Net(nn.Module):
+    """A stem, residual blocks, a strided grouped convolution, and a head."""
+
+    def __init__(self, width: int = 8, blocks: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(width) for _ in range(blocks)))
+        self.down = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, groups=2, padding_mode="reflect")
+        self.head = nn.Linear(2 * width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.down(self.blocks(F.relu(self.stem(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """A transformer-like block on sequences: layer norm, MLP, residual; keyword input."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.head = nn.Linear(width, 7)
+
+    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
+        x = self.embed(tokens)
+        x = x + self.down(F.gelu(self.up(self.norm(x))))
+        return {"logits": self.head(x)}
+
+
+def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights and batch-norm statistics drawn by a seed, without the global generator."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if name.endswith("running_var"):
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+            elif value.is_floating_point() and value.ndim > 1:
+                value.copy_(torch.randn(value.shape, generator=generator) / value[0].numel() ** 0.5)
+            elif value.is_floating_point():
+                value.copy_(torch.rand(value.shape, generator=generator) * 0.5 + 0.5)
+    return model.eval()
+
+
+def images(count: int = 60, size: int = 8, seed: int = 1) -> list[Tensor]:
+    """Smooth images: neighbouring pixels are alike, so that low ranks make sense."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, size // 2, size // 2, generator=generator)
+    return list(F.interpolate(coarse, size=size, mode="bilinear").split(20))
+
+
+def error(model: nn.Module, other: nn.Module, batches: Iterable[Tensor]) -> float:
+    return rf.compare(model, other, batches).relative_error
+
+
+def test_a_plan_that_leaves_everything_dense_changes_no_output() -> None:
+    model, data = seeded(Net()), images()
+    out = rf.compress(model, data, budget=rf.Budget(params=1.0))
+    assert error(model, out.model, data) < 1e-8
+
+
+def test_repair_lowers_the_error_on_inputs_it_never_saw() -> None:
+    model, data, fresh = seeded(Net()), images(200), images(60, seed=7)
+    budget = rf.Budget(params=0.55)
+    plain = rf.compress(model, data, budget=budget, repair=None)
+    repaired = rf.compress(model, data, budget=budget)
+    assert error(model, repaired.model, fresh) < error(model, plain.model, fresh)
+
+
+@pytest.mark.parametrize("family", [rf.SVD(), rf.WhitenedSVD(), rf.SpatialSVD(), rf.Tucker2()])
+def test_every_family_goes_through_lockstep_within_the_budget(family: rf.Decomposition) -> None:
+    model, data = seeded(Net()), images()
+    budget = rf.Budget(params=0.8)
+    out = rf.compress(model, data, budget=budget, families=[family])
+    assert count(out.model, data[0]).params <= int(0.8 * count(model, data[0]).params)
+    assert out.report.after == rf.plan_cost(find_sites(model, data[0]), out.plan)
+
+
+def test_sequences_by_keyword_go_through_lockstep() -> None:
+    model = seeded(Encoder())
+    data = [{"tokens": torch.randint(0, 20, (16, 6), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    out = rf.compress(model, data, budget=rf.Budget(params=0.7))
+    assert any("self-check" in note for note in out.report.notes)
+    assert any(decision.method is not None for decision in out.plan.decisions)
+
+
+def test_a_layer_without_bias_gets_none_and_the_norm_takes_the_shift() -> None:
+    model, data = seeded(Net()), images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6))
+    for name, parameter in out.model.named_parameters():
+        if ".conv" in name:
+            assert not name.endswith("bias"), parameter.shape
+    before = dict(model.named_buffers())
+    moved = [
+        name
+        for name, value in out.model.named_buffers()
+        if name.endswith("running_mean") and not torch.equal(value, before[name])
+    ]
+    assert moved
+
+
+def test_the_original_is_left_untouched() -> None:
+    model, data = seeded(Net()), images()
+    before = copy.deepcopy(model.state_dict())
+    rf.compress(model, data, budget=rf.Budget(params=0.6))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    model, data = seeded(Net()), images()
+    first, second = (rf.compress(model, data, budget=rf.Budget(params=0.6), seed=3).model for _ in range(2))
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name]), name
+
+
+def test_apply_of_the_plan_gives_the_bits_of_compress() -> None:
+    model, data = seeded(Net()), images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6))
+    again = rf.apply(model, rf.Plan.from_json(out.plan.to_json()), data)
+    for name, value in out.model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def test_save_and_load_keep_the_bits(tmp_path: object) -> None:
+    model, data = seeded(Net()), images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6))
+    rf.save(out, f"{tmp_path}/small")
+    loaded = rf.load(f"{tmp_path}/small", factory=Net)
+    assert torch.equal(out.model(data[0]), loaded(data[0]))
+
+
+def test_a_module_that_computes_something_else_fails_the_self_check() -> None:
+    model, data = seeded(Net()), images()
+    sites = find_sites(model, data[0])
+    stats = collect(model, data, sites=sites)
+    plan = rf.make_plan(rf.measure(model, stats, sites=sites), budget=rf.Budget(params=0.6))
+    repaired = lockstep(model, sites, plan, data, options=rf.Lockstep(), stats=stats, every=10)
+    result = install(copy.deepcopy(model), repaired)
+    assert self_check(result, repaired) <= 1e-4
+    with torch.no_grad():
+        result.get_parameter("head.bias").add_(1.0)
+    with pytest.raises(SelfCheckError, match="relative difference"):
+        self_check(result, repaired)
+
+
+def test_a_repair_that_hurts_on_held_out_samples_is_not_used() -> None:
+    """With fewer fitted positions than features least squares fits noise; the guard must see it."""
+    generator = torch.Generator().manual_seed(0)
+    model = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)))
+    data = [torch.randn(30, 64, generator=generator)]
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6), repair=rf.Lockstep(ridge=1e-3))
+    sites = find_sites(model, data[0])
+    stats = collect(model, data, sites=sites)
+    repaired: Repaired = lockstep(model, sites, out.plan, data, options=rf.Lockstep(), stats=stats, every=10)
+    assert repaired.errors
+    for unrepaired, returned in repaired.errors.values():
+        assert returned <= unrepaired
+
+
+def test_absorbing_the_skip_lowers_the_error_of_a_deep_residual_network() -> None:
+    model, data, fresh = seeded(Net(blocks=6)), images(200), images(60, seed=7)
+    budget = rf.Budget(params=0.5)
+
+    def loss(absorb: bool) -> float:
+        options = rf.Lockstep(absorb_skip=absorb)
+        return error(model, rf.compress(model, data, budget=budget, repair=options).model, fresh)
+
+    assert loss(True) < loss(False)
+
+
+def test_a_model_without_a_graph_says_that_there_was_no_repair() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            return y * 2 if bool(y.sum() > 0) else y
+
+    out = rf.compress(seeded(Branching()), [torch.ones(12, 16)], budget=rf.Budget(params=0.6))
+    assert any("no lockstep repair" in note for note in out.report.notes)
+    assert out.plan.repair is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"ridge": 0.0}, {"ridge": 2.0}, {"batch": 0}, {"absorb_skip": 1}, {"samples_per_feature": 1.5}]
+)
+def test_bad_options_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(OptionError, match="Lockstep"):
+        rf.Lockstep(**options)  # type: ignore[arg-type]
+
+
+def test_a_plan_with_an_unknown_repair_option_is_refused() -> None:
+    model, data = seeded(Net()), images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6))
+    text = out.plan.to_json().replace('"absorb_skip"', '"absorb_skips"')
+    with pytest.raises(PlanError, match="absorb_skip"):
+        rf.apply(model, rf.Plan.from_json(text), data)
