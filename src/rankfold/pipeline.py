@@ -92,7 +92,8 @@ def compress(
     check_model(model)
     batches = as_batches(data)
     example = next(iter(batches))
-    sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
+    with progress("trace", None):
+        sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
     notes = [] if sites.graph.reason is None else [f"no graph, module hooks were used: {sites.graph.reason}"]
     fit, held_out = Split(batches, HELD_OUT, held_out=False), Split(batches, HELD_OUT, held_out=True)
     judged = held_out if any(True for _ in held_out) else batches
@@ -127,7 +128,8 @@ def compress(
         Candidate(str((each.selector or {}).get("name", "")), seen.divergence, seen.agreement, each is plan)
         for seen, _, each in results
     )
-    latency = clock.time("latency", lambda: latency_ratio(model, compressed, example))
+    with progress("latency", None):
+        latency = clock.time("latency", lambda: latency_ratio(model, compressed, example))
     report = Report(
         sites.model,
         rows(sites, plan),
