@@ -16,7 +16,7 @@ from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_bound, parse_method, parse_positions
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
-from rankfold.cli._progress import shown
+from rankfold.cli._progress import expected, shown, totalled
 from rankfold.errors import BudgetError, SiteError
 from rankfold.progress import Progress
 
@@ -237,7 +237,7 @@ def _run(
     with progress("load", None):
         network = spec.load(seed=request.seed or 0, device=place)
     batches = source.open(options, tokenizer=spec.directory, dtype=o.weight_dtype(network), labels=False, causal=False)
-    done = _compressed(network, batches, request, progress)
+    done = _compressed(network, batches, request, totalled(progress, {"statistics": expected(batches)}))
     return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes)))
 
 
