@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rankfold.factors import Factors, MatrixFactors, MirroredFactors, SpatialFactors, TuckerFactors
     from rankfold.graph.sites import Site, Sites, Skip, find_sites
     from rankfold.metrics.compare import Comparison, compare
-    from rankfold.pipeline import Compressed, compress
+    from rankfold.pipeline import Compressed, compress, execute
     from rankfold.plan import Decision, Plan
     from rankfold.planning import make_plan, plan_cost
     from rankfold.ranks import Budget, Energy, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
@@ -40,7 +40,7 @@ _HOME = {
     "rankfold.factors": ("Factors", "MatrixFactors", "MirroredFactors", "SpatialFactors", "TuckerFactors"),
     "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
     "rankfold.metrics.compare": ("Comparison", "compare"),
-    "rankfold.pipeline": ("Compressed", "compress"),
+    "rankfold.pipeline": ("Compressed", "compress", "execute"),
     "rankfold.plan": ("Decision", "Plan"),
     "rankfold.planning": ("make_plan", "plan_cost"),
     "rankfold.ranks": ("Budget", "Energy", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
@@ -90,6 +90,7 @@ __all__ = [
     "collect",
     "compare",
     "compress",
+    "execute",
     "find_sites",
     "load",
     "make_plan",

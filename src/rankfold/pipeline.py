@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from torch import nn
@@ -13,7 +13,8 @@ from rankfold.applying import carry_out
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, OptionError
-from rankfold.graph.sites import check_model, find_sites
+from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.graph.trace import Batch
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
@@ -23,12 +24,14 @@ from rankfold.progress import Progress, silent
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
 from rankfold.repair import Lockstep
 from rankfold.report.data import Candidate, Report, environment, rows
+from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
-from rankfold.statistics.gradients import collect_gradients
-from rankfold.surgery import copied
+from rankfold.statistics.gradients import SAMPLES, collect_gradients
+from rankfold.surgery import check_plan, copied
 
 DEFAULT_REPAIR = Lockstep()
+POSITIONS = 64  # a sample, for the statistics
 T = TypeVar("T")
 
 
@@ -58,7 +61,7 @@ def compress(
     weighting: bool = True,
     only: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
-    positions: int | None = 64,
+    positions: int | None = POSITIONS,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Compressed:
@@ -92,7 +95,6 @@ def compress(
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
         BudgetError: The budget cannot be met; the smallest reachable value is named.
     """
-    clock = _Clock()
     if not isinstance(budget, Budget):
         raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
     if repair is not None and not isinstance(repair, Lockstep):
@@ -100,70 +102,198 @@ def compress(
             "repair", law="an instance of Lockstep, or None", got=repr(repair), cure="try rankfold.Lockstep()"
         )
     check_families(families)
-    check_model(model)
-    batches = as_batches(data)
-    example = next(iter(batches))
-    sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
-    notes = []
-    if sites.graph.reason is not None:
-        notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
+    job = _Job.start(model, data, progress, only=only, exclude=exclude)
+    if job.sites.graph.program is None:
         repair = None
-    fit, held_out = Split(batches, HELD_OUT, held_out=False), Split(batches, HELD_OUT, held_out=True)
-    judged = held_out if any(True for _ in held_out) else batches
-    if judged is batches:
-        notes.append(
-            f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
-        )
-    stats = clock.time(
-        "statistics",
-        lambda: collect(
-            model, fit, sites=sites, statistics=needed(families), positions=positions, seed=seed, progress=progress
-        ),
+    job.collect(needed(families), positions=positions, seed=seed, gradient_samples=SAMPLES if weighting else None)
+    stats = job.stats
+    curves = job.clock.time(
+        "curves", lambda: measure(model, stats, sites=job.sites, families=families, progress=progress)
     )
-    if weighting:
-        why = clock.time(
-            "gradients", lambda: collect_gradients(model, fit, stats, sites=sites, seed=seed, progress=progress)
-        )
-        if why is not None:
-            notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
-    curves = clock.time("curves", lambda: measure(model, stats, sites=sites, families=families, progress=progress))
     tried = _candidates(
         [Lagrangian(), Uniform()] if selector is None else [selector],
         lambda chosen: make_plan(
             curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair
         ),
     )
-    results: list[tuple[Comparison, nn.Module, Plan, tuple[str, ...]]] = []
-    for plan in tried:
+    return job.finish([job.attempt(plan) for plan in tried])
 
-        def attempt(plan: Plan = plan) -> tuple[Comparison, nn.Module, Plan, tuple[str, ...]]:
-            compressed, remarks = carry_out(
-                model, copied(model), plan, sites=sites, stats=stats, batches=batches, progress=progress
+
+def execute(
+    model: nn.Module,
+    data: Any,
+    plan: Plan,
+    *,
+    progress: Progress = silent,
+) -> Compressed:
+    """Carry out a plan that is there already, and report on it as `compress` does.
+
+    A plan that nobody edited gives, on the same data, the very weights it was made for.
+
+    Args:
+        model: The original; left untouched.
+        data: Calibration inputs.
+        plan: The plan, edited or not; its `seed` and `calibration` say how statistics are collected.
+        progress: Told about every step.
+
+    Returns:
+        As `compress`; the plan's calibration is that of `data`.
+
+    Raises:
+        PlanError: The plan does not fit the model.
+        SiteError: It decides on a layer that is no site.
+    """
+    check_plan(model, plan)
+    job = _Job.start(model, data, progress)
+    decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
+    job.sites = replace(job.sites, sites=decided)
+    job.notes.append("a given plan was carried out")
+    if plan.repair is not None and job.sites.graph.program is None:
+        plan = replace(plan, repair=None)
+    calibration = plan.calibration
+    job.collect(
+        needed([decision.method for decision in plan.changes if decision.method is not None]),
+        positions=calibration.get("positions", POSITIONS),
+        seed=plan.seed,
+        gradient_samples=calibration.get("gradient_samples"),
+    )
+    if calibration.get("sha256", job.stats.manifest["sha256"]) != job.stats.manifest["sha256"]:
+        job.notes.append("the calibration data is not the one that the plan was made with")
+    return job.finish([job.attempt(replace(plan, calibration=job.stats.manifest))])
+
+
+@dataclass(frozen=True, eq=False)
+class _Attempt:
+    """One plan carried out."""
+
+    comparison: Comparison
+    model: nn.Module
+    plan: Plan
+    remarks: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class _Job:
+    """What the stages of one compression share."""
+
+    model: nn.Module
+    batches: Iterable[Batch]
+    sites: Sites
+    judged: Iterable[Batch]
+    stats: Statistics
+    notes: list[str]
+    clock: _Clock
+    progress: Progress
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        data: Any,
+        progress: Progress,
+        *,
+        only: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+    ) -> _Job:
+        """Check the inputs and find the sites."""
+        check_model(model)
+        batches, clock, notes = as_batches(data), _Clock(), []
+        example = next(iter(batches))
+        with progress("trace", None):
+            sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
+        if sites.graph.reason is not None:
+            notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
+        judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
+        if not any(True for _ in judged):
+            judged = batches
+            notes.append(
+                f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
             )
-            return compare(model, compressed, judged), compressed, plan, remarks
+        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress)
 
-        results.append(clock.time("repair" if repair else "apply", attempt))
-    comparison, compressed, plan, remarks = min(results, key=lambda result: result[0].divergence)
-    candidates = tuple(
-        Candidate(str((each.selector or {}).get("name", "")), seen.divergence, seen.agreement, each is plan)
-        for seen, _, each, _ in results
-    )
-    latency = clock.time("latency", lambda: latency_ratio(model, compressed, example))
-    report = Report(
-        sites.model,
-        rows(sites, plan),
-        sites.cost,
-        count(compressed, example),
-        plan.budget,
-        latency,
-        comparison,
-        candidates,
-        clock.seconds,
-        (*notes, *remarks),
-        seed,
-        environment(),
-    )
-    return Compressed(compressed, plan, report)
+    def collect(
+        self, statistics: Sequence[str], *, positions: int | None, seed: int, gradient_samples: int | None
+    ) -> None:
+        """Collect on the samples that are fitted on."""
+        fit = Split(self.batches, HELD_OUT, held_out=False)
+
+        def moments() -> Statistics:
+            return collect(
+                self.model,
+                fit,
+                sites=self.sites,
+                statistics=statistics,
+                positions=positions,
+                seed=seed,
+                progress=self.progress,
+            )
+
+        self.stats = self.clock.time("statistics", moments)
+        if gradient_samples is None:
+            return
+
+        def gradients() -> str | None:
+            return collect_gradients(
+                self.model,
+                fit,
+                self.stats,
+                sites=self.sites,
+                samples=gradient_samples,
+                seed=seed,
+                progress=self.progress,
+            )
+
+        why = self.clock.time("gradients", gradients)
+        if why is not None:
+            self.notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
+
+    def attempt(self, plan: Plan) -> _Attempt:
+        """Carry a plan out on a copy and compare it on the held-out samples."""
+
+        def work() -> _Attempt:
+            compressed, remarks = carry_out(
+                self.model,
+                copied(self.model),
+                plan,
+                sites=self.sites,
+                stats=self.stats,
+                batches=self.batches,
+                progress=self.progress,
+            )
+            return _Attempt(compare(self.model, compressed, self.judged), compressed, plan, remarks)
+
+        return self.clock.time("apply" if plan.repair is None else "repair", work)
+
+    def finish(self, attempts: Sequence[_Attempt]) -> Compressed:
+        """Take the attempt closest to the original, and report."""
+        best = min(attempts, key=lambda attempt: attempt.comparison.divergence)
+        candidates = tuple(
+            Candidate(
+                str((each.plan.selector or {}).get("name", "")),
+                each.comparison.divergence,
+                each.comparison.agreement,
+                each is best,
+            )
+            for each in attempts
+        )
+        example = next(iter(self.batches))
+        with self.progress("latency", None):
+            latency = self.clock.time("latency", lambda: latency_ratio(self.model, best.model, example))
+        report = Report(
+            self.sites.model,
+            rows(self.sites, best.plan),
+            self.sites.cost,
+            count(best.model, example),
+            best.plan.budget,
+            latency,
+            best.comparison,
+            candidates if len(candidates) > 1 else (),
+            self.clock.seconds,
+            (*self.notes, *best.remarks),
+            best.plan.seed,
+            environment(),
+        )
+        return Compressed(best.model, best.plan, report)
 
 
 def _candidates(selectors: Sequence[RankSelector], make: Callable[[RankSelector], Plan]) -> list[Plan]:

@@ -175,11 +175,12 @@ def _swap(scratch: Path, path: Path) -> None:
         scratch.replace(path)
         return
     aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent)) / path.name
-    path.rename(aside)
     try:
+        path.rename(aside)
         scratch.rename(path)
-    except OSError:
-        aside.rename(path)
+    except BaseException:  # Ctrl-C too: what was there comes back
+        if aside.exists() and not path.exists():
+            aside.rename(path)
         raise
     finally:
         shutil.rmtree(aside.parent, ignore_errors=True)

@@ -5,6 +5,11 @@ from __future__ import annotations
 
 def main() -> None:
     """Entry point of `rankfold` and `python -m rankfold`."""
-    from rankfold.cli._app import app
+    import sys
 
-    app()
+    try:
+        from rankfold.cli._app import app
+
+        app()
+    except KeyboardInterrupt:  # outside a command: while the command line itself is being imported
+        sys.exit(130)

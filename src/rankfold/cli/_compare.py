@@ -13,7 +13,7 @@ from rankfold.cli._data import DataOptions, DataSpec
 from rankfold.cli._errors import exit_codes, first_line
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean
-from rankfold.cli._progress import Watched, known_length, shown
+from rankfold.cli._progress import Watched, expected, shown
 from rankfold.errors import RankfoldError, TraceError
 from rankfold.progress import Progress
 
@@ -114,7 +114,7 @@ def _run(
         source.open(options, tokenizer=specs[0].directory, dtype=o.weight_dtype(first), labels=True, causal=causal)
     )
     try:
-        with progress("compare", known_length(batches)) as advance:
+        with progress("compare", expected(batches)) as advance:
             seen = compare_models(first, second, Watched(batches, advance))
         example = next(iter(batches))
         costs = count(first, example), count(second, example)

@@ -16,7 +16,7 @@ from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_bound, parse_method, parse_positions
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
-from rankfold.cli._progress import shown
+from rankfold.cli._progress import expected, shown, totalled
 from rankfold.errors import BudgetError, SiteError
 from rankfold.progress import Progress
 
@@ -237,18 +237,19 @@ def _run(
     with progress("load", None):
         network = spec.load(seed=request.seed or 0, device=place)
     batches = source.open(options, tokenizer=spec.directory, dtype=o.weight_dtype(network), labels=False, causal=False)
-    done = _compressed(network, batches, request, progress)
+    done = _compressed(network, batches, request, totalled(progress, {"statistics": expected(batches)}))
     return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes)))
 
 
 def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, progress: Progress) -> Compressed:
     from rankfold.pipeline import compress as compress_model
+    from rankfold.pipeline import execute
 
     if request.plan is not None:
-        from rankfold.cli._carry_out import carry_out
-
-        positions = None if request.positions is None else (parse_positions(request.positions),)
-        return carry_out(network, request.plan, batches, positions=positions, seed=request.seed, progress=progress)
+        plan = request.plan if request.seed is None else replace(request.plan, seed=request.seed)
+        if request.positions is not None:
+            plan = replace(plan, calibration={**plan.calibration, "positions": parse_positions(request.positions)})
+        return execute(network, batches, plan, progress=progress)
     try:
         return compress_model(
             network,

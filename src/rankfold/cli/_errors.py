@@ -56,6 +56,8 @@ def exit_codes(*, show_traceback: bool) -> Iterator[None]:
 
 
 def first_line(cause: BaseException) -> str:
-    """Class and first line of a foreign error, for the "got" of a message."""
+    """Class and first line of a foreign error, for the "got" of a message; of the first one, where it has a cause."""
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
     lines = str(cause).strip().splitlines()
     return f"{type(cause).__name__}: {lines[0][:300]}" if lines else type(cause).__name__

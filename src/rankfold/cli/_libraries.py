@@ -39,13 +39,18 @@ def optional_import(module: str, *, package: str, extra: str) -> Any:
         failure: Exception = cause
     except Exception as cause:  # noqa: BLE001 - a package beside the wrong torch fails with all sorts of errors
         failure = cause
-    raise LoadError(
+    raise _broken(package, failure) from failure
+
+
+def _broken(package: str, cause: Exception) -> LoadError:
+    """A package that is installed and cannot be imported, most often since it was built for another torch."""
+    return LoadError(
         package,
         law=f"can be imported beside torch {version('torch')}",
-        got=first_line(failure),
+        got=first_line(cause),
         cure="install the builds that belong together: pip install -U "
         + " ".join(dict.fromkeys(["torch", "torchvision", package])),
-    ) from failure
+    )
 
 
 def make_timm(name: str) -> nn.Module:
@@ -110,6 +115,8 @@ def load_huggingface(directory: Path) -> nn.Module:
             )
     except LoadError:
         raise
+    except ImportError as cause:
+        raise _broken("transformers", cause) from cause
     except Exception as cause:
         raise LoadError(
             str(directory),

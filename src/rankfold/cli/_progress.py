@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rankfold.cli._data import Limited
 from rankfold.progress import Progress, silent
 
 
@@ -63,9 +64,19 @@ class Watched:
                 self._advance()
 
 
-def known_length(data: Iterable[Any]) -> int | None:
-    """How many batches, where the data says so."""
+def expected(data: Iterable[Any]) -> int | None:
+    """How many batches, about, where the data says so."""
+    if isinstance(data, Limited):
+        from rankfold.graph.trace import batch_size
+
+        whole, first = expected(data.batches), next(iter(data.batches), None)
+        return None if whole is None or first is None else min(whole, -(-data.limit // batch_size(first)))
     try:
         return len(data)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def totalled(progress: Progress, totals: dict[str, int | None]) -> Progress:
+    """A `Progress` that knows how many steps some stages have where those who open them do not."""
+    return lambda stage, steps: progress(stage, totals.get(stage) if steps is None else steps)
