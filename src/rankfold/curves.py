@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, WhitenedSVD, output_errors
+from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, Tucker2, WhitenedSVD, output_errors
 from rankfold.errors import DataError, OptionError
 from rankfold.graph.sites import Site, Sites
 from rankfold.layers import adapter_for
@@ -17,7 +17,7 @@ from rankfold.progress import Progress, silent
 from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.statistics import Statistics
 
-DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD())
+DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tucker2())
 
 
 def measure(

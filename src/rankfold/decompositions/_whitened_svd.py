@@ -13,8 +13,7 @@ from rankfold.factors import MatrixFactors, MirroredFactors, Rank
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import split_basis, split_errors, split_refit
 from rankfold.linalg.spectrum import tail_energy
-from rankfold.linalg.svd import svd
-from rankfold.linalg.whitening import square_root
+from rankfold.linalg.whitening import left_spectrum
 from rankfold.registry import register
 
 
@@ -73,12 +72,11 @@ class WhitenedSVD(Decomposition):
             left = left.movedim(1, -1).reshape(-1, right.shape[0])
             return pair(left, right, work.shape, mirrored=True, dtype=weight.dtype)
         flat = work.flatten(1)
-        root, _ = square_root(metric, damping=self.damping)
-        u, _, _ = svd(flat @ root)
+        u, _ = left_spectrum(flat, metric, damping=self.damping)
         return pair(u[:, :rank], u[:, :rank].mT @ flat, work.shape, mirrored=False, dtype=weight.dtype)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """In the damped metric: closed form for the matrix form, one QR for the mirrored one."""
+        """In the damped metric: closed form for the matrix form, one Cholesky for the mirrored one."""
         weight = widen(weight)
         metric = moments.metric(self).to(weight)
         if self.mirrored:
@@ -86,5 +84,4 @@ class WhitenedSVD(Decomposition):
             split, patches = weight.flatten(2), metric.reshape(inputs, -1, inputs, metric.shape[0] // inputs)
             basis = split_basis(split, patches, damping=self.damping)
             return split_errors(split, patches, basis, damping=self.damping)[1:]
-        root, _ = square_root(metric, damping=self.damping)
-        return tail_energy(svd(weight.flatten(1) @ root)[1])[1:]
+        return tail_energy(left_spectrum(weight.flatten(1), metric, damping=self.damping)[1])[1:]

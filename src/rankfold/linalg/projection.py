@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rankfold.linalg.precision import power_of_two_scale
-from rankfold.linalg.spectrum import explained_tail
+from rankfold.linalg.spectrum import explained_tail, weighted_energy
 from rankfold.linalg.svd import svd
-from rankfold.linalg.whitening import square_root
+from rankfold.linalg.whitening import cholesky, damped_gram, square_root, symmetric_eigen
 
-# Directions that no patch has still need an order: without any damping the columns that a rank adds can depend on
-# earlier ones, and QR then fills in arbitrary directions that would count as explained.
+# Directions that no patch has still need a metric: without any damping the columns that a rank adds can depend on
+# earlier ones, and what rounding leaves of them would count as explained.
 LEAST_DAMPING = 1e-12
 
 
@@ -33,15 +33,22 @@ def split_basis(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
     out, a, b = weight.shape
     marginal = torch.diagonal(gram, dim1=1, dim2=3).mean(-1)
     root, inverse_root = square_root(marginal, damping=damping)
-    _, _, vh = svd(weight.permute(0, 2, 1).reshape(out * b, a) @ root)
-    return vh @ inverse_root
+    seen = weight.permute(0, 2, 1).reshape(out * b, a)
+    seen = seen / power_of_two_scale(seen)
+    if a > out * b:
+        _, _, vh = svd(seen @ root)
+        return vh @ inverse_root
+    root = root / power_of_two_scale(root)
+    _, vectors = symmetric_eigen(root @ (seen.mT @ seen) @ root)
+    return vectors.flip(-1).mT @ inverse_root
 
 
 def split_errors(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> Tensor:
     """Relative squared output error at every rank when the second stage is refitted by least squares.
 
-    The nested subspaces of projected patches are orthogonalised once, `A^{1/2}Pᵀ = QR`, so the errors of all ranks
-    come from one QR: `e_r = 1 − ‖W A^{1/2} Q_{1..r·b}‖² / ‖W A^{1/2}‖²`.
+    With `P` the first stage as a map on whole patches, the refit at rank r explains `tr(C_r G_r⁻¹ C_rᵀ)` of
+    `tr(W A Wᵀ)`, `G = P A Pᵀ` and `C = W A Pᵀ` cut to their first r·b rows and columns. One Cholesky factor `G = LLᵀ`
+    holds those of all leading blocks, so `Z = L⁻¹Cᵀ` gives all ranks at once: `e_r = 1 − ‖Z_{1..r·b}‖² / tr(W A Wᵀ)`.
 
     Args:
         weight: Shape (out, a, b).
@@ -52,12 +59,14 @@ def split_errors(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float)
     Returns:
         Shape (k + 1,), never growing.
     """
-    projected, total = ordered_projection(weight, gram, basis, damping=damping)
-    return explained_tail(projected, total, block=weight.shape[2])
+    explained, total = ordered_projection(weight, gram, basis, damping=damping)
+    return explained_tail(explained, total, block=weight.shape[2])
 
 
 def ordered_projection(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
-    """The target in orthonormal coordinates that fill up in the order of the basis: `W A^{1/2} Q`, `A^{1/2}Pᵀ = QR`.
+    """The target in orthonormal coordinates of the projected patches that fill up in the order of the basis.
+
+    `Zᵀ = (L⁻¹Cᵀ)ᵀ` of `split_errors`: what its first r·b columns hold is what the refit at rank r explains.
 
     Args:
         weight: Shape (out, a, b).
@@ -66,18 +75,13 @@ def ordered_projection(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: 
         damping: Relative damping of the whole Gram; at least 1e-12 is used.
 
     Returns:
-        Shape (out, k·b), zero columns where patches run out of directions, and `‖W A^{1/2}‖²` on the same scale.
+        Shape (out, k·b), and `tr(W A Wᵀ)` on the same scale.
     """
-    out, a, b = weight.shape
-    root, _ = square_root(gram.reshape(a * b, a * b), damping=max(damping, LEAST_DAMPING))
-    target = weight.reshape(out, a * b) @ root
-    target = target / power_of_two_scale(target)
-    lifted = lift(basis, b) @ root
-    norms = torch.linalg.vector_norm(lifted, dim=1, keepdim=True)
-    q, _ = torch.linalg.qr((lifted / torch.where(norms > 0, norms, 1.0)).mT)
-    projected = target @ q
-    missing = len(basis) * b - projected.shape[1]
-    return torch.nn.functional.pad(projected, (0, max(missing, 0))), target.square().sum()
+    metric = damped_gram(gram.reshape(basis.shape[1] * weight.shape[2], -1), damping=max(damping, LEAST_DAMPING))
+    inner, outer, _ = _projected(weight, metric, basis)
+    explained = torch.linalg.solve_triangular(cholesky(inner), outer.mT, upper=False)
+    flat = weight.flatten(1) / power_of_two_scale(weight)
+    return explained.mT, weighted_energy(flat, metric / power_of_two_scale(metric))
 
 
 def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
@@ -95,12 +99,39 @@ def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) 
     Returns:
         Second stage, shape (out, r, b), and first stage, shape (r, a).
     """
+    out, _, b = weight.shape
+    metric = damped_gram(gram.reshape(basis.shape[1] * b, -1), damping=max(damping, LEAST_DAMPING))
+    inner, outer, lengths = _projected(weight, metric, basis)
+    solution = torch.cholesky_solve(outer.mT, cholesky(inner)).mT.reshape(out, len(basis), b)
+    return balanced(solution * power_of_two_scale(weight), basis / lengths)
+
+
+def _projected(weight: Tensor, metric: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`G = P A Pᵀ`, `C = W A Pᵀ` and the lengths `sqrt(v Ā vᵀ)` of the basis vectors, which are divided out of both.
+
+    With `P[(r, b'), (a, b)] = V[r, a] δ_{b'b}`. `W` and `A` are taken without their powers of two.
+
+    Args:
+        weight: `W`, shape (out, a, b).
+        metric: `A`, shape (a·b, a·b).
+        basis: `V`, shape (k, a).
+
+    Returns:
+        `G` (k·b, k·b) with ones on the mean diagonal of each block, `C` (out, k·b), and the lengths (k, 1) in the
+        metric without its power of two.
+    """
     out, a, b = weight.shape
-    root, _ = square_root(gram.reshape(a * b, a * b), damping=max(damping, LEAST_DAMPING))
-    lifted = lift(basis, b) @ root  # (r·b) × (a·b)
-    scale = power_of_two_scale(root)
-    solution: Tensor = torch.linalg.pinv(lifted.mT / scale, rtol=1e-10) @ (weight.reshape(out, a * b) @ root / scale).mT
-    return balanced(solution.mT.reshape(out, len(basis), b), basis)
+    k = len(basis)
+    scaled = metric / power_of_two_scale(metric)
+    norms = torch.linalg.vector_norm(basis, dim=1, keepdim=True)
+    unit = basis / torch.where(norms > 0, norms, 1.0)
+    half = (unit @ scaled.reshape(a, b * a * b)).reshape(k, b, a, b)
+    inner = (half.movedim(2, 3) @ unit.mT).movedim(3, 2).reshape(k * b, k * b)
+    outer = (weight / power_of_two_scale(weight)).reshape(out, a * b) @ half.reshape(k * b, a * b).mT
+    seen = torch.diagonal(inner).reshape(k, b).mean(1).sqrt()
+    seen = torch.where(seen > 0, seen, 1.0)
+    inverse = (1 / seen).repeat_interleave(b)
+    return inner * inverse[:, None] * inverse, outer * inverse, (seen * norms[:, 0])[:, None]
 
 
 def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,9 +149,3 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     both = (before > 0) & (after > 0)
     shift = torch.where(both, (after_log - before_log) / 2, after_log - before_log).round()
     return left * torch.exp2(-shift)[:, None], right * torch.exp2(shift)[:, None]
-
-
-def lift(basis: Tensor, b: int) -> Tensor:
-    """The first stage as a map on whole patches: `P[(r, b'), (a, b)] = V[r, a] δ_{b'b}`."""
-    lifted: Tensor = torch.kron(basis, torch.eye(b, dtype=basis.dtype, device=basis.device))
-    return lifted

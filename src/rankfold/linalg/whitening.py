@@ -103,3 +103,68 @@ def shrunk(gram: Tensor, mean: Tensor | None, count: int) -> Tensor:
     rho = shrinkage(covariance, count)
     level = rho * covariance.diagonal().mean()
     return (1 - rho) * covariance + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + centre
+
+
+def damped_gram(gram: Tensor, *, damping: float) -> Tensor:
+    """`A + λI`, symmetric, with `λ` as in `square_root`; the identity for a zero Gram.
+
+    Args:
+        gram: `A`, shape (n, n).
+        damping: Relative to the mean eigenvalue.
+    """
+    work = widen(gram)
+    mean = torch.diagonal(work).mean()
+    eye = torch.eye(len(work), dtype=work.dtype, device=work.device)
+    return torch.where(mean > 0, (work + work.mT) / 2 + damping * mean * eye, eye)
+
+
+def left_spectrum(weight: Tensor, gram: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values of `W (A + λI)^{1/2}`, by eigenvectors of the smaller side alone.
+
+    Where `W` is flat, `W (A + λI) Wᵀ = U Σ² Uᵀ`, so no root of `A` is needed: for a 3×3 convolution of 512 channels an
+    eigenproblem of 512 instead of 4608. Where it is tall, `MᵀM = V Σ² Vᵀ` with `M = W (A + λI)^{1/2}`, and `U` is `M V`
+    made orthonormal. Singular values below `√eps · s₁` have no digits left; their energy, below `eps · s₁²`, has none
+    either way.
+
+    Args:
+        weight: `W`, shape (out, n).
+        gram: `A`, shape (n, n), positive semidefinite of any rank.
+        damping: As in `square_root`.
+
+    Returns:
+        `u` (out, k) with orthonormal columns and `s` (k,), descending, `k = min(out, n)`.
+    """
+    work = widen(weight)
+    scale, gram_scale = power_of_two_scale(work), power_of_two_scale(gram)
+    work, gram = work / scale, gram / gram_scale
+    if work.shape[0] <= work.shape[1]:
+        values, vectors = symmetric_eigen(work @ damped_gram(gram, damping=damping) @ work.mT)
+        u = vectors.flip(-1)
+    else:
+        root, _ = square_root(gram, damping=damping)
+        tall = work @ root
+        values, vectors = symmetric_eigen(tall.mT @ tall)
+        u, _ = torch.linalg.qr(tall @ vectors.flip(-1))
+    return u, values.flip(-1).sqrt() * scale * gram_scale.sqrt()
+
+
+def cholesky(gram: Tensor) -> Tensor:
+    """Lower triangular `L` with `LLᵀ = A + εI`, `ε` the least of 0, 1e-15, 1e-14, … of the mean eigenvalue that works.
+
+    Its leading blocks belong to the leading blocks of `A`, so one factor serves every leading block. Never fails: what
+    rounding made slightly indefinite is damped.
+
+    Args:
+        gram: `A`, shape (n, n), positive semidefinite up to rounding.
+    """
+    work = widen(gram)
+    mean = torch.diagonal(work).mean().clamp_min(torch.finfo(work.dtype).tiny)
+    shift = 0.0
+    while True:
+        damped_work = work.clone()
+        torch.diagonal(damped_work).add_(shift * mean)
+        factor, failed = torch.linalg.cholesky_ex(damped_work)
+        if not bool(failed) and bool(torch.isfinite(factor).all()):
+            result: Tensor = factor
+            return result
+        shift = shift * 10 if shift else 1e-15
