@@ -30,15 +30,56 @@ class Case:
 def _plain(network: str) -> list[Case]:
     """Without repair, at half the parameters: what the first release is measured by."""
     half = rf.Budget(params=0.5)
+    plain: dict[str, Any] = {"repair": None, "weighting": False}
+    white = [rf.WhitenedSVD()]
     return [
-        Case(network, half, "SVD, uniform", {"families": [rf.SVD()], "selector": rf.Uniform()}),
-        Case(network, half, "WhitenedSVD, uniform", {"families": [rf.WhitenedSVD()], "selector": rf.Uniform()}),
-        Case(network, half, "WhitenedSVD, global", {"families": [rf.WhitenedSVD()], "selector": rf.Lagrangian()}),
-        Case(network, half, "WhitenedSVD + SpatialSVD, best of both selectors"),
+        Case(network, half, "SVD, uniform", {"families": [rf.SVD()], "selector": rf.Uniform(), **plain}),
+        Case(network, half, "WhitenedSVD, uniform", {"families": white, "selector": rf.Uniform(), **plain}),
+        Case(network, half, "WhitenedSVD, global", {"families": white, "selector": rf.Lagrangian(), **plain}),
+        Case(network, half, "WhitenedSVD, weighted global", {"families": white, "repair": None}),
+        Case(network, half, "all families, weighted global", {"repair": None}),
+    ]
+
+
+def _lockstep() -> list[Case]:
+    """Default options: what the lockstep repair is measured by."""
+    return [
+        Case("resnet56", rf.Budget(params=0.7), "default"),
+        Case("resnet56", rf.Budget(params=0.5), "default"),
+        Case("resnet56", rf.Budget(params=0.3), "default"),
+        Case("resnet56", rf.Budget(macs=0.5), "default"),
+        Case("resnet20", rf.Budget(params=0.5), "default"),
+        Case("resnet20", rf.Budget(params=0.7), "default"),
+        Case("mobilenet_v1", rf.Budget(params=0.7), "default", samples=250),
+        Case(
+            "mobilenet_v1",
+            rf.Budget(params=0.7),
+            "WhitenedSVD, no repair, no weighting",
+            {"families": [rf.WhitenedSVD()], "repair": None, "weighting": False},
+            samples=250,
+        ),
+    ]
+
+
+def _parts() -> list[Case]:
+    """What each part of the road is worth, on ResNet-56 at half the parameters."""
+    half = rf.Budget(params=0.5)
+    return [
+        Case("resnet56", half, "default"),
+        Case("resnet56", half, "no repair", {"repair": None}),
+        Case("resnet56", half, "no weighting", {"weighting": False}),
+        Case("resnet56", half, "neither", {"repair": None, "weighting": False}),
+        Case("resnet56", half, "skip error not absorbed", {"repair": rf.Lockstep(absorb_skip=False)}),
+        Case("resnet56", half, "WhitenedSVD alone", {"families": [rf.WhitenedSVD()]}),
+        Case("resnet56", half, "SpatialSVD alone", {"families": [rf.SpatialSVD()]}),
+        Case("resnet56", half, "Tucker2 alone", {"families": [rf.Tucker2()]}),
+        Case("resnet56", half, "uniform", {"selector": rf.Uniform()}),
     ]
 
 
 CASES: dict[str, list[Case]] = {
+    "lockstep": _lockstep(),
+    "parts": _parts(),
     "no-repair-resnet56": _plain("resnet56"),
     "no-repair-resnet20": _plain("resnet20"),
 }
