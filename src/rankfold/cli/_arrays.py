@@ -22,7 +22,7 @@ def npz_batches(path: Path, options: DataOptions, dtype: torch.dtype, *, labels:
     import torch
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as cause:
         raise DataError(

@@ -260,7 +260,7 @@ def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, pr
             **request.options,
         )
     except SiteError as cause:
-        raise UsageError.of("--only/--exclude", cause) from cause
+        raise UsageError.of(f"--only or --exclude {cause.place}", cause) from cause
 
 
 def _as_json(done: Compressed, spec: ModelSpec, target: Path) -> dict[str, Any]:

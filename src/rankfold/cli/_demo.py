@@ -26,7 +26,7 @@ def demo(
         with stdout_kept_clean(wanted=json), shown() as progress:
             from rankfold.digits.demo import run
 
-            result = run(None if out is None else check_out(out, overwrite=False), progress=progress)
+            result = run(None if out is None else check_out(out, overwrite=None), progress=progress)
         emit(result.to_json() if json else result.text)
         if not result.ok:
             raise typer.Exit(FAILED)

@@ -110,7 +110,15 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
 
     place = f"{option} {text}"
     is_json = text.lstrip().startswith("{")
-    value = parse_json(text, place=place, error=UsageError) if is_json else _method_json(text, place)
+    if is_json:
+        try:
+            value = parse_json(text, place=place, error=UsageError)
+        except UsageError as cause:
+            raise UsageError(
+                place, law='JSON like {"name": "svd"}', got=cause.got, cure="mind the quotes of the shell"
+            ) from cause
+    else:
+        value = _method_json(text, place)
     try:
         return from_json(value, base, place=place)
     except RankfoldError as cause:

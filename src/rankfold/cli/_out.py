@@ -8,14 +8,14 @@ from pathlib import Path
 from rankfold.errors import WriteError
 
 
-def check_out(path: Path, *, overwrite: bool) -> Path:
+def check_out(path: Path, *, overwrite: bool | None) -> Path:
     """Whether a checkpoint can be written at a path, before minutes of work depend on it.
 
     `--overwrite` replaces a checkpoint of rankfold and nothing else: a directory that holds any other file stays.
 
     Args:
         path: Where it shall be.
-        overwrite: Whether a checkpoint there may be replaced.
+        overwrite: Whether a checkpoint there may be replaced; None for a command that never does.
 
     Returns:
         The absolute path, links followed.
@@ -32,7 +32,7 @@ def check_out(path: Path, *, overwrite: bool) -> Path:
             str(path),
             law="the output is a new or empty directory",
             got=f"one that holds {held[0]!r}",
-            cure="choose another --out, or add --overwrite to replace a checkpoint",
+            cure="choose another --out" + ("" if overwrite is None else ", or add --overwrite to replace a checkpoint"),
         )
     if held:
         from rankfold.checkpoint import CHECKSUMS, FILES

@@ -1,0 +1,82 @@
+"""`rankfold inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def test_inspect_lists_sites_and_the_whole_cost(cli: Any) -> None:
+    done = cli("inspect", "cli_networks:tiny", "cli_networks:images")
+    assert done.code == 0
+    for word in ("Tiny", "conv1", "conv2", "head", "16×16×3×3", "whole model: 2,902 params"):
+        assert word in done.out
+    assert done.err == ""
+
+
+def test_inspect_json_says_what_the_library_finds(cli: Any) -> None:
+    import cli_networks
+
+    import rankfold
+
+    sites = rankfold.find_sites(cli_networks.tiny(), cli_networks.images()[0])
+    found = cli("inspect", "cli_networks:tiny", "cli_networks:images", "--json").json
+    assert [site["path"] for site in found["sites"]] == [site.path for site in sites]
+    assert [site["macs"] for site in found["sites"]] == [site.macs for site in sites]
+    assert found["cost"] == sites.cost.amounts()
+    assert found["skips"] == [{"path": skip.path, "reason": skip.reason} for skip in sites.skips]
+
+
+def test_a_shape_gives_the_cost_of_data_of_that_shape(cli: Any) -> None:
+    by_shape = cli("inspect", "cli_networks:tiny", "--shape", "3,10,10", "--json").json
+    by_data = cli("inspect", "cli_networks:tiny", "cli_networks:images", "--json").json
+    assert by_shape["cost"] == by_data["cost"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["cli_networks:images", "--shape", "3,10,10"]])
+def test_one_of_data_and_shape_is_needed(arguments: list[str], cli: Any) -> None:
+    done = cli("inspect", "cli_networks:tiny", *arguments)
+    assert done.code == 2
+    assert "one of DATA and --shape" in done.err
+
+
+def test_a_checkpoint_is_inspected_by_its_factory(checkpoint: Path, cli: Any) -> None:
+    done = cli("inspect", checkpoint, "--factory", "cli_networks:tiny", "--shape", "3,10,10", "--json")
+    whole = cli("inspect", "cli_networks:tiny", "--shape", "3,10,10", "--json")
+    assert done.json["weights"] == "checkpoint"
+    assert done.json["cost"]["params"] <= 0.6 * whole.json["cost"]["params"]
+
+
+def test_json_is_alone_on_stdout_even_beside_a_talkative_factory(cli: Any) -> None:
+    done = cli("inspect", "cli_networks:talkative", "cli_networks:images", "--json")
+    assert done.json["class"] == "Tiny"
+    assert "a factory that prints" in done.err
+
+
+def test_data_that_does_not_fit_fails_without_a_traceback(cli: Any) -> None:
+    done = cli("inspect", "cli_networks:tiny", "cli_networks:wrong_shape")
+    assert (done.code, done.out) == (1, "")
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+
+
+def test_a_traceback_is_shown_when_asked_for(cli: Any) -> None:
+    done = cli("inspect", "cli_networks:failing", "--shape", "3,10,10", "--traceback")
+    assert done.code == 1
+    assert "Traceback" in done.err
+    assert "KeyError: 'no such checkpoint'" in done.err
+
+
+def test_ctrl_c_exits_with_130(cli: Any) -> None:
+    done = cli("inspect", "cli_networks:interrupted", "--shape", "3,10,10")
+    assert done.code == 130
+    assert "Ctrl-C" in done.err
+
+
+@pytest.mark.parametrize(("device", "message"), [("quda", "a device"), ("meta", "holds numbers")])
+def test_a_device_that_is_none_is_bad_usage(device: str, message: str, cli: Any) -> None:
+    done = cli("inspect", "cli_networks:tiny", "--shape", "3,10,10", "--device", device)
+    assert done.code == 2
+    assert message in done.err
