@@ -13,7 +13,7 @@ from rankfold.applying import carry_out
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, OptionError
-from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.graph.sites import Sites, Skip, check_model, find_sites
 from rankfold.graph.trace import Batch
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
@@ -116,7 +116,12 @@ def compress(
             curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair
         ),
     )
-    return job.finish([job.attempt(plan) for plan in tried])
+    with progress("candidates", len(tried)) as advance:
+        attempts = []
+        for plan in tried:
+            attempts.append(job.attempt(plan))
+            advance()
+    return job.finish(attempts)
 
 
 def execute(
@@ -146,7 +151,8 @@ def execute(
     check_plan(model, plan)
     job = _Job.start(model, data, progress)
     decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
-    job.sites = replace(job.sites, sites=decided)
+    left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)
+    job.sites = replace(job.sites, sites=decided, skips=(*job.sites.skips, *left))
     job.notes.append("a given plan was carried out")
     if plan.repair is not None and job.sites.graph.program is None:
         plan = replace(plan, repair=None)
