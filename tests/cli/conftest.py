@@ -68,26 +68,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def torchvision_importable() -> None:
-    """Skip where torchvision is missing; where it is built for another torch, define the schemas it stumbles over."""
-    pytest.importorskip("torchvision", exc_type=ModuleNotFoundError) if not _broken() else _define()
-
-
-def _broken() -> bool:
+def mended_torchvision() -> None:
+    """Where torchvision is built for another torch, define the schemas it stumbles over at import."""
     try:
-        import torchvision  # noqa: F401 - for its side effects
+        import torchvision
     except ModuleNotFoundError:
-        return False
+        return
     except RuntimeError:
-        return True
-    return False
-
-
-def _define() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    schemas = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _definitions.append(schemas)
-    import torchvision  # noqa: F401
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        schemas = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _definitions.append(schemas)
+        import torchvision  # noqa: F401

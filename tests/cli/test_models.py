@@ -254,9 +254,10 @@ def test_random_weights_are_said_to_be_random(text: str, cli: Any, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.usefixtures("torchvision_importable")
+@pytest.mark.usefixtures("mended_torchvision")
 @pytest.mark.parametrize("name", ["resnet18", "googlenet"])
 def test_a_torchvision_model_is_inspected(name: str, cli: Any) -> None:
+    pytest.importorskip("torchvision")
     done = cli("inspect", f"torchvision:{name}", "--shape", "3,64,64", "--json")
     assert done.code == 0, done.err
     assert len(done.json["sites"]) > 15
@@ -264,7 +265,7 @@ def test_a_torchvision_model_is_inspected(name: str, cli: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.usefixtures("torchvision_importable")
+@pytest.mark.usefixtures("mended_torchvision")
 def test_a_timm_model_is_inspected(cli: Any) -> None:
     pytest.importorskip("timm")
     done = cli("inspect", "timm:vit_tiny_patch16_224", "--shape", "3,224,224", "--json")

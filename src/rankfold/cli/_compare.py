@@ -77,7 +77,7 @@ def compare(
         options = DataOptions.parse(batch_size=batch_size, limit=limit, size=size, mean=mean, std=std, length=length)
         first, second = _parse(original, compressed, weights=weights, factory=factory)
         source = DataSpec.parse(data, options)
-        with stdout_kept_clean(wanted=json), shown() as progress:
+        with shown() as progress, stdout_kept_clean():
             result = _run((first, second), source, options, device=device, seed=seed, progress=progress)
         if json:
             emit_json(_as_json(result))

@@ -157,7 +157,7 @@ def compress(
         source = DataSpec.parse(data, data_options)
         target = check_out(out, overwrite=overwrite)
         bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
-        with stdout_kept_clean(wanted=json), shown() as progress:
+        with shown() as progress, stdout_kept_clean():
             request = _parse(bounds, family, selector, only, exclude, plan, positions, seed)
             done = _run(spec, source, data_options, request, device=device, progress=progress)
             from rankfold.checkpoint import save

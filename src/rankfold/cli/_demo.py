@@ -23,7 +23,7 @@ def demo(
 ) -> None:
     """Compress a small trained network to half its size, compare it on held-out digits, save it and load it again."""
     with exit_codes(show_traceback=traceback):
-        with stdout_kept_clean(wanted=json), shown() as progress:
+        with shown() as progress, stdout_kept_clean():
             from rankfold.digits.demo import run
 
             result = run(None if out is None else check_out(out, overwrite=None), progress=progress)

@@ -53,7 +53,7 @@ def inspect(
             )
         source = None if data is None else DataSpec.parse(data, options)
         sample = None if shape is None else parse_numbers(shape, int, option="--shape")
-        with stdout_kept_clean(wanted=json), shown() as progress, progress("trace", None):
+        with shown() as progress, stdout_kept_clean(), progress("trace", None):
             sites = _find(spec, source, sample, options, device=device, seed=seed)
         if json:
             emit_json({"model": model, "weights": spec.origin, "notes": list(spec.notes), **_as_json(sites)})

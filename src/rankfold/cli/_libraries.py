@@ -95,8 +95,9 @@ def load_huggingface(directory: Path) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         named = (getattr(config, "architectures", None) or [None])[0]
-        cls = transformers.AutoModel if named is None else getattr(transformers, named, None)
-        if cls is None or (named is not None and not issubclass(cls, transformers.PreTrainedModel)):
+        cls: Any = transformers.AutoModel if named is None else getattr(transformers, named, None)
+        is_model = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
+        if named is not None and not is_model:
             raise LoadError(
                 str(directory / "config.json"),
                 law="architectures names a model of the installed transformers",

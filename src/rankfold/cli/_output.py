@@ -41,10 +41,7 @@ def _finite(value: Any) -> Any:
 
 
 @contextmanager
-def stdout_kept_clean(*, wanted: bool) -> Iterator[None]:
-    """While work is done for `--json`, let what other code prints go to stderr."""
-    if not wanted:
-        yield
-        return
+def stdout_kept_clean() -> Iterator[None]:
+    """While work is done, let what other code prints go to stderr: stdout is for the result alone."""
     with redirect_stdout(sys.stderr):
         yield

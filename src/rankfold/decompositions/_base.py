@@ -17,6 +17,9 @@ from rankfold.linalg.spectrum import weighted_energy
 from rankfold.registry import name_of
 
 
+CONSTANT = 1e-6  # share of the second moment below which a covariance is nothing but rounding
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     """What calibration inputs say about one group of a site, as plain tensors in the work dtype.
@@ -39,6 +42,9 @@ class Moments:
     def metric(self, method: object) -> Tensor:
         """The Gram that output errors are measured in: the covariance where a bias can absorb the mean, else `A`.
 
+        A covariance whose trace is below 1e-6 of the second moment's is zero: the inputs are constant, and what the
+        subtraction leaves is the rounding of float32 products.
+
         Raises:
             DataError: No input Gram was collected.
         """
@@ -50,7 +56,9 @@ class Moments:
                 cure="pass data, or statistics collected with rankfold.collect",
             )
         if self.bias and self.mean is not None:
-            return self.gram - torch.outer(self.mean, self.mean)
+            covariance = self.gram - torch.outer(self.mean, self.mean)
+            constant = covariance.trace() <= CONSTANT * self.gram.trace()
+            return torch.where(constant, 0.0, covariance)
         return self.gram
 
 

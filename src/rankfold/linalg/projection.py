@@ -128,7 +128,7 @@ def _projected(weight: Tensor, metric: Tensor, basis: Tensor) -> tuple[Tensor, T
     half = (unit @ scaled.reshape(a, b * a * b)).reshape(k, b, a, b)
     inner = (half.movedim(2, 3) @ unit.mT).movedim(3, 2).reshape(k * b, k * b)
     outer = (weight / power_of_two_scale(weight)).reshape(out, a * b) @ half.reshape(k * b, a * b).mT
-    seen = torch.diagonal(inner).reshape(k, b).mean(1).sqrt()
+    seen = torch.diagonal(inner).reshape(k, b).mean(1).clamp_min(0).sqrt()  # rounding can make a variance negative
     seen = torch.where(seen > 0, seen, 1.0)
     inverse = (1 / seen).repeat_interleave(b)
     return inner * inverse[:, None] * inverse, outer * inverse, (seen * norms[:, 0])[:, None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankfold.errors import NumericsError
 from rankfold.linalg.precision import power_of_two_scale, widen
 
 
@@ -149,20 +150,31 @@ def left_spectrum(weight: Tensor, gram: Tensor, *, damping: float) -> tuple[Tens
 
 
 def cholesky(gram: Tensor) -> Tensor:
-    """Lower triangular `L` with `LLᵀ = A + εI`, `ε` the least of 0, 1e-15, 1e-14, … of the mean eigenvalue that works.
+    """Lower triangular `L` with `LLᵀ = A + εI`, `ε` the least of 0, 1e-15, 1e-14, … of the largest element that works.
 
-    Its leading blocks belong to the leading blocks of `A`, so one factor serves every leading block. Never fails: what
-    rounding made slightly indefinite is damped.
+    Its leading blocks belong to the leading blocks of `A`, so one factor serves every leading block. What rounding made
+    indefinite is damped; a finite matrix never fails, since `ε` of n times the largest element is always enough.
 
     Args:
         gram: `A`, shape (n, n), positive semidefinite up to rounding.
+
+    Raises:
+        NumericsError: An element is NaN or infinite.
     """
     work = widen(gram)
-    mean = torch.diagonal(work).mean().clamp_min(torch.finfo(work.dtype).tiny)
+    if not bool(torch.isfinite(work).all()):
+        raise NumericsError(
+            f"Gram of shape {tuple(gram.shape)}",
+            law="every element is finite",
+            got=f"{int((~torch.isfinite(work)).sum())} NaN or infinite",
+            cure="look at the moments it was made from",
+        )
+    largest = work.abs().amax()
+    unit = torch.where(largest > 0, largest, 1.0)
     shift = 0.0
     while True:
         damped_work = work.clone()
-        torch.diagonal(damped_work).add_(shift * mean)
+        torch.diagonal(damped_work).add_(shift * unit)
         factor, failed = torch.linalg.cholesky_ex(damped_work)
         if not bool(failed) and bool(torch.isfinite(factor).all()):
             result: Tensor = factor
