@@ -16,7 +16,6 @@ from rankfold.linalg.precision import widen
 from rankfold.linalg.spectrum import weighted_energy
 from rankfold.registry import name_of
 
-
 CONSTANT = 1e-6  # share of the second moment below which a covariance is nothing but rounding
 
 
