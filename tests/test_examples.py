@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rankfold.testing import DecompositionConformance
 
 import rankfold as rf
 from rankfold import registry
 from rankfold.cli._app import app
 from rankfold.digits import make_model
+from rankfold.testing import DecompositionConformance
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
