@@ -59,6 +59,28 @@ def test_families_and_selector_reach_the_plan(cli: Any, tmp_path: Path) -> None:
     assert "head" not in [one["site"] for one in plan["decisions"]]
 
 
+@pytest.mark.parametrize(
+    ("words", "repair"),
+    [
+        ([], {"name": "lockstep", "ridge": 1e-3}),
+        (["--repair", "lockstep(ridge=0.5)"], {"name": "lockstep", "ridge": 0.5}),
+        (["--repair", "none"], None),
+    ],
+)
+def test_the_repair_reaches_the_plan(words: list[str], repair: dict[str, Any] | None, cli: Any, tmp_path: Path) -> None:
+    done = cli(*TINY, "--params", "0.7", *words, "--out", tmp_path / "small", "--json")
+    assert done.code == 0, done.err
+    found = done.json["plan"]["repair"]
+    assert (found is None) == (repair is None)
+    assert repair is None or {name: found[name] for name in repair} == repair
+
+
+def test_weighting_can_be_left_out(cli: Any, tmp_path: Path) -> None:
+    words = (*TINY, "--params", "0.7", "--json", "--out")
+    assert "gradient_samples" in cli(*words, tmp_path / "weighted").json["plan"]["calibration"]
+    assert "gradient_samples" not in cli(*words, tmp_path / "plain", "--no-weighting").json["plan"]["calibration"]
+
+
 def test_only_chooses_sites(cli: Any, tmp_path: Path) -> None:
     done = cli(*TINY, "--params", "0.9", "--only", "conv*", "--out", tmp_path / "small", "--json")
     assert [one["site"] for one in done.json["plan"]["decisions"]] == ["conv1", "conv2"]
@@ -101,6 +123,7 @@ def test_keyword_data_is_understood(cli: Any, tmp_path: Path) -> None:
         (["--params", "half"], "'half'"),
         (["--params", "0.5", "--family", "whitened"], "did you mean 'whitened-svd'"),
         (["--params", "0.5", "--selector", "unifrom"], "did you mean 'uniform'"),
+        (["--params", "0.5", "--repair", "lokstep"], "did you mean 'lockstep'"),
         (["--params", "0.5", "--only", "cnv1"], "did you mean 'conv1'"),
         (["--params", "0.5", "--exclude", "no.*"], "no.*"),
         (["--params", "0.5", "--positions", "0"], "--positions 0"),

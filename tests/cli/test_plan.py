@@ -56,11 +56,18 @@ def test_seed_and_positions_of_the_plan_can_be_overruled(checkpoint: Path, cli: 
     assert done.json["plan"]["calibration"]["positions"] is None
 
 
-@pytest.mark.parametrize("option", ["--params", "--macs", "--bytes", "--family", "--selector", "--only", "--exclude"])
-def test_a_plan_says_all_that_other_options_say(option: str, checkpoint: Path, cli: Any, tmp_path: Path) -> None:
-    done = cli(*TINY, "--plan", checkpoint / "plan.json", option, "0.5", "--out", tmp_path / "small")
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"--{name}", "0.5"] for name in ("params", "macs", "bytes")),
+        *([f"--{name}", "uniform"] for name in ("family", "selector", "repair", "only", "exclude")),
+        ["--no-weighting"],
+    ],
+)
+def test_a_plan_says_all_that_other_options_say(words: list[str], checkpoint: Path, cli: Any, tmp_path: Path) -> None:
+    done = cli(*TINY, "--plan", checkpoint / "plan.json", *words, "--out", tmp_path / "small")
     assert done.code == 2
-    assert f"got {option}" in done.err
+    assert f"got {words[0]} ·" in done.err
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,9 @@ from rankfold.progress import Progress
 if TYPE_CHECKING:
     from torch import nn
 
-    from rankfold.decompositions import Decomposition
     from rankfold.pipeline import Compressed
     from rankfold.plan import Plan
-    from rankfold.ranks import Budget, RankSelector
+    from rankfold.ranks import Budget
 
 BUDGET = "Budget: at least one; all hold for the whole model"
 CHOICE = "Choice"
@@ -39,6 +38,24 @@ def _list_methods(wanted: bool) -> None:
 
         emit(listing())
         raise typer.Exit
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The options of the panel "Choice" as typed, but for the plan."""
+
+    family: list[str] | None
+    selector: str | None
+    repair: str | None
+    weighting: bool
+    only: list[str] | None
+    exclude: list[str] | None
+
+    @property
+    def given(self) -> list[str]:
+        """Those that were typed."""
+        words = [f"--{name}" for name in ("family", "selector", "repair", "only", "exclude") if getattr(self, name)]
+        return words if self.weighting else [*words, "--no-weighting"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +111,25 @@ def compress(
             help="How ranks are chosen; without it two are tried and the better one on held-out inputs is taken.",
         ),
     ] = None,
+    repair: Annotated[
+        str | None,
+        typer.Option(
+            "--repair",
+            metavar="METHOD",
+            show_default="lockstep",
+            rich_help_panel=CHOICE,
+            help='How layers are solved again after the choice, or "none".',
+        ),
+    ] = None,
+    weighting: Annotated[
+        bool,
+        typer.Option(
+            " /--no-weighting",
+            show_default=False,
+            rich_help_panel=CHOICE,
+            help="Take every layer's error as it is, not by what the output feels of it (saves a backward pass).",
+        ),
+    ] = True,
     only: Annotated[
         list[str] | None,
         typer.Option("--only", metavar="PATTERN", rich_help_panel=CHOICE, help="Layers to compress; again for more."),
@@ -144,7 +180,7 @@ def compress(
             callback=_list_methods,
             is_eager=True,
             rich_help_panel=CHOICE,
-            help="Print every family and selector with its options, and stop.",
+            help="Print every family, selector and repair with its options, and stop.",
         ),
     ] = False,
 ) -> None:
@@ -158,7 +194,8 @@ def compress(
         target = check_out(out, overwrite=overwrite)
         bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
         with shown() as progress, stdout_kept_clean():
-            request = _parse(bounds, family, selector, only, exclude, plan, positions, seed)
+            choice = Choice(family, selector, repair, weighting, only, exclude)
+            request = _parse(bounds, choice, plan, positions, seed)
             done = _run(spec, source, data_options, request, device=device, progress=progress)
             from rankfold.checkpoint import save
 
@@ -170,35 +207,34 @@ def compress(
 
 
 def _parse(
-    bounds: dict[str, str | None],
-    families: list[str] | None,
-    selector: str | None,
-    only: list[str] | None,
-    exclude: list[str] | None,
-    plan: Path | None,
-    positions: str | None,
-    seed: int | None,
+    bounds: dict[str, str | None], choice: Choice, plan: Path | None, positions: str | None, seed: int | None
 ) -> Request:
     from rankfold.decompositions import Decomposition
     from rankfold.ranks import RankSelector
+    from rankfold.repair import Lockstep
 
     if positions is not None:
         parse_positions(positions)
     if plan is not None:
-        given = {**bounds, "family": families, "selector": selector, "only": only, "exclude": exclude}
-        beside = [f"--{name}" for name, value in given.items() if value]
+        beside = [f"--{name}" for name, value in bounds.items() if value] + choice.given
         if beside:
             raise UsageError(
                 f"--plan {plan}", law="a plan says all that they say", got=", ".join(beside), cure="leave them out"
             )
         return Request({}, _read_plan(plan), positions, seed)
-    options: dict[str, Any] = {"budget": _budget(bounds), "exclude": exclude or (), "only": only or None}
-    if families:
-        methods: list[Decomposition] = [parse_method(text, Decomposition, option="--family") for text in families]
-        options["families"] = methods
-    if selector is not None:
-        chosen: RankSelector = parse_method(selector, RankSelector, option="--selector")
-        options["selector"] = chosen
+    options: dict[str, Any] = {
+        "budget": _budget(bounds),
+        "weighting": choice.weighting,
+        "exclude": choice.exclude or (),
+        "only": choice.only or None,
+    }
+    if choice.family:
+        options["families"] = [parse_method(text, Decomposition, option="--family") for text in choice.family]
+    if choice.selector is not None:
+        options["selector"] = parse_method(choice.selector, RankSelector, option="--selector")
+    if choice.repair is not None:
+        none = choice.repair == "none"
+        options["repair"] = None if none else parse_method(choice.repair, Lockstep, option="--repair")
     return Request(options, None, positions, seed)
 
 

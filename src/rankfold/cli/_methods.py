@@ -1,4 +1,4 @@
-"""What `--family` and `--selector` can be given, as the methods' own docstrings say it."""
+"""What `--family`, `--selector` and `--repair` can be given, as the methods' own docstrings say it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ WIDTH = 100
 
 
 def listing() -> str:
-    """Every registered family and selector with its options and their defaults."""
+    """Every registered family, selector and repair with its options and their defaults."""
     import rankfold.decompositions
     import rankfold.ranks
+    import rankfold.repair
     from rankfold.registry import lookup, names
 
     axes = (
         ("families, for --family", rankfold.decompositions.Decomposition),
         ("selectors, for --selector", rankfold.ranks.RankSelector),
+        ("repairs, for --repair", rankfold.repair.Lockstep),
     )
     lines: list[str] = []
     for title, base in axes:

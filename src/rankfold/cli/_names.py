@@ -104,7 +104,8 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
         UsageError: No registered name, an unknown option, or a value the method refuses.
     """
     import rankfold.decompositions
-    import rankfold.ranks  # noqa: F401 - both fill the registry
+    import rankfold.ranks
+    import rankfold.repair  # noqa: F401 - all three fill the registry
     from rankfold.registry import from_json
     from rankfold.serialization import parse_json
 
