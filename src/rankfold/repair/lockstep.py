@@ -74,7 +74,7 @@ def lockstep(
         The new layers and buffers, ready to be installed.
 
     Raises:
-        TraceError: There is no graph to walk.
+        TraceError: There is no graph to walk, or a layer to be changed is not found in it.
     """
     program = sites.graph.program
     if program is None:
@@ -91,6 +91,15 @@ def lockstep(
         result.parts.append(to_device(part, device))
         result.held.append(torch.tensor([row % every == every - 1 for row in rows]))
     calls = find_calls(program, sites)
+    reached = {call.path for call in calls}
+    missed = [decision.site for decision in plan.changes if decision.site not in reached]
+    if missed:
+        raise TraceError(
+            repr(missed[0]),
+            law="every layer that the plan changes is called in the traced graph",
+            got="no call that lockstep repair knows",
+            cure="pass repair=None, or exclude the layer; please report it",
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     solver = SiteSolver(modules, plan, options, stats, result.held)
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
