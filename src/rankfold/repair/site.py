@@ -22,6 +22,7 @@ from rankfold.repair.moments import PairMoments
 from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
 from rankfold.statistics import Statistics
+from rankfold.statistics.collect import chunks
 
 LEAST_POSITIONS = 16384
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
@@ -171,9 +172,8 @@ class SiteSolver:
             for moments, chosen in ((fit, ~mask), (held, mask)):
                 if bool(chosen.any()):
                     rows = chosen.to(inputs.device)
-                    moments.update(
-                        adapter.patches(layer, inputs[rows], positions), adapter.outputs(layer, target[rows], positions)
-                    )
+                    for patches, outputs in chunks(adapter, layer, inputs[rows], target[rows], positions):
+                        moments.update(patches, outputs)
         if not bool(torch.isfinite(fit.xx).all() and torch.isfinite(fit.yx).all()):
             raise NumericsError(
                 repr(arrival.call.path),

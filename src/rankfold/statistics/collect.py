@@ -130,7 +130,7 @@ class _Feeder:
         inputs: Tensor = args[0]
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
-        for part, out in _chunks(self._adapter, layer, inputs, output if reads else None, chosen):
+        for part, out in chunks(self._adapter, layer, inputs, output if reads else None, chosen):
             for statistic in self.statistics:
                 statistic.update(part, out)
 
@@ -156,7 +156,7 @@ class _Feeder:
                 )
 
 
-def _chunks(
+def chunks(
     adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
     """Patches and outputs of a few samples, or of some positions of one, so that no chunk is over `CHUNK_BYTES`."""
