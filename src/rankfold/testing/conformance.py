@@ -1,0 +1,44 @@
+"""The conformance cases: the contract of every axis, as a check that ships with the package."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from rankfold.testing.decompositions import WeightLaws
+from rankfold.testing.devices import devices
+from rankfold.testing.matrices import HARD_WEIGHTS, MOMENTS
+from rankfold.testing.shells import ShellLaws
+
+
+class DecompositionConformance(WeightLaws, ShellLaws):
+    """Every law a decomposition keeps. Inherit it, name your method, and run pytest:
+
+        class TestMyMethod(rankfold.testing.DecompositionConformance):
+            method = MyMethod()
+
+    All cases run on the CPU and, where there is one, on a CUDA device.
+
+    Attributes:
+        method: An instance of the method; make one class an interesting combination of options.
+        shapes: Canonical shapes that the laws are looked at on; those the method refuses are left out.
+        layers: Names of the toy layers likewise.
+        variations: For an option that is no bool, int or float: another value, for the law that it changes something.
+        idle: Options that this instance is documented not to read.
+        tolerance: What two float64 results of one size may differ by.
+    """
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Parametrise by device, by the hard inputs, and by the options of the method."""
+        options = [field.name for field in dataclasses.fields(self.method)]  # type: ignore[arg-type]
+        choices: dict[str, list[Any]] = {
+            "device": devices(),
+            "weight_kind": list(HARD_WEIGHTS),
+            "moments_kind": list(MOMENTS),
+            "option": [name for name in options if name not in self.idle],
+        }
+        for name, values in choices.items():
+            if name in metafunc.fixturenames:
+                metafunc.parametrize(name, values)

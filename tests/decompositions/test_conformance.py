@@ -1,0 +1,50 @@
+"""Every method of ours keeps the laws that rankfold.testing ships."""
+
+from __future__ import annotations
+
+from rankfold.decompositions import SVD, SpatialSVD, WhitenedSVD
+from rankfold.testing import DecompositionConformance
+
+
+class TestSVD(DecompositionConformance):
+    method = SVD()
+
+
+class TestMirroredSVD(DecompositionConformance):
+    method = SVD(mirrored=True)
+
+
+class TestWhitenedSVD(DecompositionConformance):
+    method = WhitenedSVD()
+
+
+class TestMirroredWhitenedSVD(DecompositionConformance):
+    method = WhitenedSVD(mirrored=True)
+
+
+class TestSpatialSVD(DecompositionConformance):
+    method = SpatialSVD()
+
+
+class TestPlainSpatialSVD(DecompositionConformance):
+    method = SpatialSVD(whitened=False)
+    idle = frozenset({"damping"})
+
+
+FEW = ((12, 20), (20, 12), (8, 6, 3, 3))
+FEW_LAYERS = ("linear on tokens", "conv2d grouped", "conv2d same, reflect")
+
+
+class TestUndampedWhitenedSVD(DecompositionConformance):
+    method = WhitenedSVD(damping=0.0)
+    shapes, layers = FEW, FEW_LAYERS
+
+
+class TestUndampedMirroredWhitenedSVD(DecompositionConformance):
+    method = WhitenedSVD(mirrored=True, damping=0.0)
+    shapes, layers = FEW, FEW_LAYERS
+
+
+class TestUndampedSpatialSVD(DecompositionConformance):
+    method = SpatialSVD(damping=0.0)
+    shapes, layers = FEW, FEW_LAYERS

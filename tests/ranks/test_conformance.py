@@ -1,0 +1,43 @@
+"""Every selector of ours keeps the laws that rankfold.testing ships."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from rankfold.ranks import Energy, Lagrangian, Option, Rounded, Uniform
+from rankfold.testing import SelectorConformance
+
+
+class TestLagrangian(SelectorConformance):
+    selector = Lagrangian()
+
+
+class TestEnergy(SelectorConformance):
+    selector = Energy()
+
+
+class TestUniform(SelectorConformance):
+    selector = Uniform()
+
+    def allowed(self, options: Sequence[Option], option: Option) -> bool:
+        return option.method is None or option.method == options[1].method
+
+
+class TestRounded(SelectorConformance):
+    selector = Rounded(multiple=4)
+    variations: ClassVar = {"multiple": 2, "selector": Uniform()}
+
+    def allowed(self, options: Sequence[Option], option: Option) -> bool:
+        return option.rank is None or (isinstance(option.rank, int) and option.rank % 4 == 0)
+
+
+class TestRoundedUniform(SelectorConformance):
+    selector = Rounded(Uniform(), multiple=2)
+    variations: ClassVar = {"multiple": 1, "selector": Lagrangian()}
+
+    def allowed(self, options: Sequence[Option], option: Option) -> bool:
+        if option.rank is None:
+            return True
+        even = [each for each in options[1:] if isinstance(each.rank, int) and each.rank % 2 == 0]
+        return any(option is each for each in even) and option.method == even[0].method
