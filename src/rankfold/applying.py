@@ -12,6 +12,7 @@ from rankfold.curves import needed
 from rankfold.errors import DataError
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch
+from rankfold.graph.values import Spill
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
@@ -73,6 +74,7 @@ def carry_out(
     sites: Sites,
     stats: Statistics | None,
     batches: Iterable[Batch],
+    spill: Spill | None = None,
     progress: Progress = silent,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Carry a plan out on a model that was looked at already: with its repair where it names one.
@@ -84,6 +86,7 @@ def carry_out(
         sites: Of the original.
         stats: What the plan's methods read.
         batches: Calibration inputs, read where the plan names a repair.
+        spill: Where a repair keeps its values; None is in memory, without a limit.
         progress: Told about every site.
 
     Returns:
@@ -97,7 +100,15 @@ def carry_out(
         return install_shells(target, plan, filler(stats)), ()
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
     repaired = lockstep(
-        model, sites, plan, list(batches), options=options, stats=stats, every=HELD_OUT, progress=progress
+        model,
+        sites,
+        plan,
+        list(batches),
+        options=options,
+        stats=stats,
+        every=HELD_OUT,
+        spill=spill,
+        progress=progress,
     )
     result = install(target, repaired)
     worst = self_check(result, repaired)

@@ -15,6 +15,7 @@ from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, OptionError
 from rankfold.graph.sites import Sites, Skip, check_model, find_sites
 from rankfold.graph.trace import Batch
+from rankfold.graph.values import Memory, Spill, parse_memory
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
@@ -63,6 +64,7 @@ def compress(
     exclude: Sequence[str] = (),
     positions: int | None = POSITIONS,
     seed: int = 0,
+    memory: Memory = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Compress a trained network under one budget, without training it.
@@ -86,6 +88,9 @@ def compress(
             seed; None is all. On the ResNets we measured, 32 to 128 gave the accuracy of all of them at a third of
             the cost.
         seed: Seed of everything that is drawn; the same seed gives the same bits on one machine.
+        memory: Most bytes that activations may take, as an int or a text such as "512MB" (1 MB is 2²⁰ bytes). Half of
+            them are for the values that the repair carries from layer to layer; what is beyond lies in nameless
+            temporary files. It changes no bit of the result. None is no limit.
         progress: Told about every step of every stage.
 
     Returns:
@@ -102,7 +107,8 @@ def compress(
             "repair", law="an instance of Lockstep, or None", got=repr(repair), cure="try rankfold.Lockstep()"
         )
     check_families(families)
-    job = _Job.start(model, data, progress, only=only, exclude=exclude)
+    limit = parse_memory(memory)
+    job = _Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     if job.sites.graph.program is None:
         repair = None
     job.collect(needed(families), positions=positions, seed=seed, gradient_samples=SAMPLES if weighting else None)
@@ -129,6 +135,7 @@ def execute(
     data: Any,
     plan: Plan,
     *,
+    memory: Memory = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Carry out a plan that is there already, and report on it as `compress` does.
@@ -139,6 +146,7 @@ def execute(
         model: The original; left untouched.
         data: Calibration inputs.
         plan: The plan, edited or not; its `seed` and `calibration` say how statistics are collected.
+        memory: As for `compress`.
         progress: Told about every step.
 
     Returns:
@@ -149,7 +157,7 @@ def execute(
         SiteError: It decides on a layer that is no site.
     """
     check_plan(model, plan)
-    job = _Job.start(model, data, progress)
+    job = _Job.start(model, data, progress, limit=parse_memory(memory))
     decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
     left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)
     job.sites = replace(job.sites, sites=decided, skips=(*job.sites.skips, *left))
@@ -190,6 +198,7 @@ class _Job:
     notes: list[str]
     clock: _Clock
     progress: Progress
+    limit: int | None
 
     @classmethod
     def start(
@@ -200,6 +209,7 @@ class _Job:
         *,
         only: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
+        limit: int | None = None,
     ) -> _Job:
         """Check the inputs and find the sites."""
         check_model(model)
@@ -215,7 +225,7 @@ class _Job:
             notes.append(
                 f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
             )
-        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress)
+        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, limit)
 
     def collect(
         self, statistics: Sequence[str], *, positions: int | None, seed: int, gradient_samples: int | None
@@ -264,6 +274,7 @@ class _Job:
                 sites=self.sites,
                 stats=self.stats,
                 batches=self.batches,
+                spill=Spill(None if self.limit is None else self.limit // 2),
                 progress=self.progress,
             )
             return _Attempt(compare(self.model, compressed, self.judged), compressed, plan, remarks)

@@ -14,6 +14,7 @@ from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
 from rankfold.graph.trace import Batch, device_of, evaluating, run, take, to_device
+from rankfold.graph.values import Spill
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.repair.options import Lockstep
@@ -56,6 +57,7 @@ def lockstep(
     options: Lockstep,
     stats: Statistics | None,
     every: int,
+    spill: Spill | None = None,
     progress: Progress = silent,
 ) -> Repaired:
     """One lockstep pass over the whole network: about two forward passes, plus the moments and solves.
@@ -68,6 +70,7 @@ def lockstep(
         options: The repair's options.
         stats: Statistics of the original, for the unrepaired layers and the output weighting.
         every: One sample in this many is held out: never fitted on.
+        spill: Where values are kept; None is in memory, without a limit.
         progress: Told about every site.
 
     Returns:
@@ -108,7 +111,7 @@ def lockstep(
             advance()
             return solved.layer
 
-        result.outputs = Walk(program, model, calls, result.parts, solve, result.buffers).run()
+        result.outputs = Walk(program, model, calls, result.parts, solve, result.buffers, spill).run()
     return result
 
 
