@@ -18,6 +18,7 @@ from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
 from rankfold.repair import Lockstep
 from rankfold.repair.lockstep import install, lockstep, self_check
+from rankfold.repair.site import Recall, always_solve
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
@@ -75,6 +76,7 @@ def carry_out(
     stats: Statistics | None,
     batches: Iterable[Batch],
     spill: Spill | None = None,
+    recall: Recall = always_solve,
     progress: Progress = silent,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Carry a plan out on a model that was looked at already: with its repair where it names one.
@@ -87,6 +89,7 @@ def carry_out(
         stats: What the plan's methods read.
         batches: Calibration inputs, read where the plan names a repair.
         spill: Where a repair keeps its values; None is in memory, without a limit.
+        recall: How a repair solves a site, or finds it solved.
         progress: Told about every site.
 
     Returns:
@@ -108,6 +111,7 @@ def carry_out(
         stats=stats,
         every=HELD_OUT,
         spill=spill,
+        recall=recall,
         progress=progress,
     )
     result = install(target, repaired)

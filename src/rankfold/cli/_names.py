@@ -212,6 +212,20 @@ def parse_numbers(text: str, kind: type[int] | type[float], *, option: str) -> t
     return numbers
 
 
+def parse_limit(text: str | None) -> int | None:
+    """Bytes of a memory limit; None for none.
+
+    Raises:
+        UsageError: No size such as 512MB.
+    """
+    from rankfold.graph.values import parse_memory
+
+    try:
+        return parse_memory(text)
+    except OptionError as cause:
+        raise UsageError.of(f"--memory {text}", cause, cure="try --memory 512MB") from cause
+
+
 def parse_positions(text: str) -> int | None:
     """How many positions a sample to look at; "all" is None.
 

@@ -60,7 +60,7 @@ OnSite: TypeAlias = Callable[[Arrival], nn.Module]
 
 
 class Walk:
-    """The interpreter. It keeps the values that are live at a site, of both networks, and frees each after its last use.
+    """The interpreter. It keeps what is live at a site, of both networks, and frees each value after its last use.
 
     From one site to the next every micro-batch is walked on its own, so that values used only in between exist for
     one micro-batch at a time.

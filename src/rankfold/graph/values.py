@@ -165,7 +165,7 @@ class Values(Sequence[Any]):
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The elements of a tensor that fills its storage, in the order they lie in memory, as NumPy bytes without a copy."""
+    """The elements of a tensor that fills its storage, in the order they lie in memory: NumPy bytes without a copy."""
     flat = tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
     return flat.view(torch.uint8).numpy()
 

@@ -18,7 +18,7 @@ from rankfold.graph.values import Spill
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.repair.options import Lockstep
-from rankfold.repair.site import SiteSolver
+from rankfold.repair.site import Recall, SiteSolver, always_solve
 from rankfold.statistics import Statistics
 from rankfold.surgery import swap
 
@@ -58,6 +58,7 @@ def lockstep(
     stats: Statistics | None,
     every: int,
     spill: Spill | None = None,
+    recall: Recall = always_solve,
     progress: Progress = silent,
 ) -> Repaired:
     """One lockstep pass over the whole network: about two forward passes, plus the moments and solves.
@@ -71,6 +72,7 @@ def lockstep(
         stats: Statistics of the original, for the unrepaired layers and the output weighting.
         every: One sample in this many is held out: never fitted on.
         spill: Where values are kept; None is in memory, without a limit.
+        recall: Solves a site, or gives a solution that is there already.
         progress: Told about every site.
 
     Returns:
@@ -99,8 +101,8 @@ def lockstep(
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
 
         def solve(arrival: Arrival) -> nn.Module:
-            solved = solver.solve(arrival)
             path = arrival.call.path
+            solved = recall(path, lambda: solver.solve(arrival))
             if solved.layer is not modules[path]:
                 result.layers[path] = solved.layer
             if solved.errors is not None:
