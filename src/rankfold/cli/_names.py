@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rankfold.cli._errors import LoadError, UsageError, first_line
-from rankfold.errors import RankfoldError, near_matches
+from rankfold.errors import OptionError, RankfoldError, near_matches
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 _CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?", re.DOTALL)

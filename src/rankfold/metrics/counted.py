@@ -32,7 +32,7 @@ def count_macs(model: nn.Module, example: Batch) -> int:
     """Multiply-accumulates per sample, as torch's own counter sees them (half its FLOPs).
 
     Matrix products of attention count too. The model runs once on one sample, or, where it cannot, on the batch. Fused
-    kernels of attention and of `nn.TransformerEncoderLayer` that the counter cannot see into are switched off meanwhile.
+    kernels (attention, `nn.TransformerEncoderLayer`) that the counter cannot see into are switched off meanwhile.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from rankfold.errors import SelfCheckError, TraceError
+from rankfold.errors import NumericsError, SelfCheckError, TraceError
 from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
@@ -142,6 +142,7 @@ def self_check(model: nn.Module, repaired: Repaired) -> float:
     Raises:
         SelfCheckError: It is above 1e-4 (in half precision: above 64 steps of the dtype), or the outputs differ in
             structure.
+        NumericsError: The interpreter's outputs are not finite.
     """
     worst = 0.0
     if repaired.outputs is None:
@@ -159,6 +160,13 @@ def self_check(model: nn.Module, repaired: Repaired) -> float:
                 target = theirs[rows.to(theirs.device)].double()
                 if target.shape != mine.shape:
                     raise _unequal(model, f"an output of shape {tuple(mine.shape)}", f"{tuple(target.shape)}")
+                if not bool(torch.isfinite(target).all()):
+                    raise NumericsError(
+                        f"output of {type(model).__name__}",
+                        law="every output on the calibration data is finite",
+                        got="NaN or infinity on a held-out sample",
+                        cure="look at the calibration data",
+                    )
                 allowed = max(TOLERANCE, 64 * torch.finfo(theirs.dtype).eps)
                 difference = float((mine.double() - target).norm() / target.norm().clamp_min(1e-30))
                 if not difference <= allowed:

@@ -184,13 +184,14 @@ class SiteSolver:
                     rows = chosen.to(inputs.device)
                     for patches, outputs in chunks(adapter, layer, inputs[rows], target[rows], positions):
                         moments.update(patches, outputs)
-        if not bool(torch.isfinite(fit.xx).all() and torch.isfinite(fit.yx).all()):
-            raise NumericsError(
-                repr(arrival.call.path),
-                law="every activation of both networks is finite",
-                got="NaN or infinity",
-                cure="look at the calibration data, or exclude the layers before this one",
-            )
+        for moments, part in ((fit, "fitted"), (held, "held-out")):
+            if not bool(torch.isfinite(moments.xx).all() and torch.isfinite(moments.yx).all()):
+                raise NumericsError(
+                    repr(arrival.call.path),
+                    law="every activation of both networks is finite",
+                    got=f"NaN or infinity in {_not_finite(arrival, part)}",
+                    cure="look at that sample, or exclude the layers before this one",
+                )
         return fit, held
 
     def _positions(
@@ -231,3 +232,14 @@ class SiteSolver:
         )
         fill_shell(shell, chosen.factors, bias)
         return shell
+
+
+def _not_finite(arrival: Arrival, part: str) -> str:
+    """The first sample, from 1 in the order of the data, with an activation that is not finite."""
+    before = 0
+    for inputs, target in zip(arrival.inputs.compressed, arrival.outputs, strict=True):
+        for row in range(min(len(inputs), len(target))):
+            if not bool(torch.isfinite(inputs[row]).all() and torch.isfinite(target[row]).all()):
+                return f"sample {before + row + 1} of the calibration data"
+        before += len(inputs)
+    return f"the sums over the {part} samples"

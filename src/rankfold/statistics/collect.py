@@ -17,7 +17,7 @@ from rankfold.layers import Adapter, adapter_for
 from rankfold.progress import Progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
-from rankfold.statistics.data import as_batches, digest
+from rankfold.statistics.data import as_batches, digest, numbered
 from rankfold.statistics.store import Statistics
 
 CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
@@ -65,10 +65,11 @@ def collect(
         for index, site in enumerate(sites)
     ]
     handles = [feeder.module.register_forward_hook(feeder) for feeder in feeders] if kinds else []
-    device, samples, number, sha = device_of(model), 0, 0, hashlib.sha256()
+    device, samples, looked_at, sha = device_of(model), 0, 0, hashlib.sha256()
     try:
         with evaluating(model), progress("statistics", _length(batches)) as advance:
-            for number, batch in enumerate(batches, start=1):
+            for number, batch in numbered(batches):
+                looked_at += 1
                 samples += batch_size(batch)
                 sha.update(digest(batch))
                 _forward(model, to_device(batch, device), number)
@@ -90,7 +91,7 @@ def collect(
         )
     manifest = {
         "samples": samples,
-        "batches": number,
+        "batches": looked_at,
         "sha256": sha.hexdigest(),
         "positions": positions,
         "seed": seed,
