@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +157,14 @@ class _Feeder:
                 )
 
 
+@overload
+def chunks(
+    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor, positions: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor]]: ...
+@overload
+def chunks(
+    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor | None]]: ...
 def chunks(
     adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
