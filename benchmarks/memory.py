@@ -1,8 +1,8 @@
 """Peak memory of a compression: `python -m benchmarks.memory [--network resnet56] [--samples 4096] [--json FILE]`.
 
 Every setting runs in a process of its own, on real weights and real calibration images. The peak is that of the
-resident memory above what the process holds just before the call: model, calibration images and libraries, after one
-forward pass of one batch. A sampler notes in which stage the peak was reached.
+resident memory above what the process holds just before the call: model, calibration images and libraries (those of
+the tracer too), after one forward pass of one batch. A sampler notes in which stage the peak was reached.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ def measured(network: str, samples: int, params: float, memory: str | None, *, o
     del loaded
     with torch.inference_mode():
         model(calibration[0])
+    rf.find_sites(model, calibration[0])
     peaks = Peaks()
     resting = resident()
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest resident memory starts anew

@@ -216,7 +216,7 @@ class _Job:
     notes: list[str]
     clock: _Clock
     progress: Progress
-    limit: int | None
+    spill: Spill
     work: Work = field(default_factory=Work)
 
     @classmethod
@@ -232,7 +232,8 @@ class _Job:
     ) -> _Job:
         """Check the inputs and find the sites."""
         check_model(model)
-        batches, clock, notes = as_batches(data), _Clock(), []
+        spill = Spill(None if limit is None else limit // 2)
+        batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
         example = next(iter(batches))
         with progress("trace", None):
             sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
@@ -244,7 +245,7 @@ class _Job:
             notes.append(
                 f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
             )
-        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, limit)
+        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill)
 
     def collect(
         self, statistics: Sequence[str], *, positions: int | None, seed: int, gradient_samples: int | None
@@ -293,7 +294,7 @@ class _Job:
                 sites=self.sites,
                 stats=self.stats,
                 batches=self.batches,
-                spill=Spill(None if self.limit is None else self.limit // 2),
+                spill=self.spill,
                 recall=self.work.sites(self.model, plan) if plan.repair is not None else always_solve,
                 progress=self.progress,
             )
@@ -351,9 +352,14 @@ def _candidates(selectors: Sequence[RankSelector], make: Callable[[RankSelector]
 
 
 class _Clock:
-    """Wall-clock seconds a stage."""
+    """Wall-clock seconds a stage.
 
-    def __init__(self) -> None:
+    Args:
+        after: Called after each stage.
+    """
+
+    def __init__(self, after: Callable[[], None]) -> None:
+        self._after = after
         self.seconds: dict[str, float] = {}
 
     def time(self, stage: str, work: Callable[[], T]) -> T:
@@ -362,4 +368,5 @@ class _Clock:
         try:
             return work()
         finally:
+            self._after()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -124,6 +124,7 @@ class Walk:
                         self._solve(self._calls[node])
                     for dead in [each for each in self._live if last[each] <= step]:
                         del self._live[dead]
+                    self._spill.tidy()
         return self._live[output]
 
     def _solve(self, call: Call) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, Sequence
@@ -65,6 +67,13 @@ class Spill:
     def has_room(self, size: int) -> bool:
         """Whether so many bytes more may be in memory."""
         return self._limit is None or self.held + size <= self._limit
+
+    def tidy(self) -> None:
+        """Where there is a limit, give memory that was freed back to the system (glibc keeps it otherwise)."""
+        if self._limit is not None and sys.platform == "linux":
+            trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps nothing
+            if trim is not None:
+                trim(0)
 
     def open(self) -> IO[bytes]:
         """A new nameless file."""
