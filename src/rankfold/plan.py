@@ -15,7 +15,7 @@ from rankfold.registry import from_json, to_json
 from rankfold.serialization import canonical_json, parse_json, read_json
 
 VERSION = 1
-ERROR = "relative squared output error "  # how a selector's reason begins; the number follows
+ERROR = "predicted error "  # how a selector's reason begins; the number follows
 
 
 @dataclass(frozen=True)
