@@ -12,11 +12,13 @@ from rankfold.curves import needed
 from rankfold.errors import DataError
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch
+from rankfold.graph.values import Spill
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
 from rankfold.repair import Lockstep
 from rankfold.repair.lockstep import install, lockstep, self_check
+from rankfold.repair.site import Recall, always_solve
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
@@ -73,6 +75,8 @@ def carry_out(
     sites: Sites,
     stats: Statistics | None,
     batches: Iterable[Batch],
+    spill: Spill | None = None,
+    recall: Recall = always_solve,
     progress: Progress = silent,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Carry a plan out on a model that was looked at already: with its repair where it names one.
@@ -84,6 +88,8 @@ def carry_out(
         sites: Of the original.
         stats: What the plan's methods read.
         batches: Calibration inputs, read where the plan names a repair.
+        spill: Where a repair keeps its values; None is in memory, without a limit.
+        recall: How a repair solves a site, or finds it solved.
         progress: Told about every site.
 
     Returns:
@@ -97,7 +103,16 @@ def carry_out(
         return install_shells(target, plan, filler(stats)), ()
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
     repaired = lockstep(
-        model, sites, plan, list(batches), options=options, stats=stats, every=HELD_OUT, progress=progress
+        model,
+        sites,
+        plan,
+        list(batches),
+        options=options,
+        stats=stats,
+        every=HELD_OUT,
+        spill=spill,
+        recall=recall,
+        progress=progress,
     )
     result = install(target, repaired)
     worst = self_check(result, repaired)

@@ -67,6 +67,10 @@ class WriteError(RankfoldError, OSError):
     """An output directory that exists already or cannot be written."""
 
 
+class WorkDirError(RankfoldError, ValueError):
+    """A work directory that is of another model, other data or other options."""
+
+
 class TraceError(RankfoldError, RuntimeError):
     """A model whose forward could not be run or traced on the example."""
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
@@ -14,7 +15,8 @@ from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, OptionError
 from rankfold.graph.sites import Sites, Skip, check_model, find_sites
-from rankfold.graph.trace import Batch
+from rankfold.graph.trace import Batch, device_of
+from rankfold.graph.values import Memory, Spill, parse_memory
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
@@ -23,12 +25,14 @@ from rankfold.planning import make_plan
 from rankfold.progress import Progress, silent
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
 from rankfold.repair import Lockstep
+from rankfold.repair.site import always_solve
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
 from rankfold.statistics.gradients import SAMPLES, collect_gradients
 from rankfold.surgery import check_plan, copied
+from rankfold.work import Work, facts_of
 
 DEFAULT_REPAIR = Lockstep()
 POSITIONS = 64  # a sample, for the statistics
@@ -63,6 +67,8 @@ def compress(
     exclude: Sequence[str] = (),
     positions: int | None = POSITIONS,
     seed: int = 0,
+    work_dir: str | Path | None = None,
+    memory: Memory = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Compress a trained network under one budget, without training it.
@@ -86,6 +92,12 @@ def compress(
             seed; None is all. On the ResNets we measured, 32 to 128 gave the accuracy of all of them at a third of
             the cost.
         seed: Seed of everything that is drawn; the same seed gives the same bits on one machine.
+        work_dir: A directory that keeps finished statistics, gradients, curves and solved layers. A run that was killed
+            and is started again with the same arguments goes on from there and gives the same bits; another budget,
+            selector or repair takes over what does not depend on it.
+        memory: Most bytes that activations may take, as an int or a text such as "512MB" (1 MB is 2²⁰ bytes). Half of
+            them are for the values that the repair carries from layer to layer; what is beyond lies in nameless
+            temporary files. It changes no bit of the result. None is no limit.
         progress: Told about every step of every stage.
 
     Returns:
@@ -94,6 +106,7 @@ def compress(
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
         BudgetError: The budget cannot be met; the smallest reachable value is named.
+        WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
     """
     if not isinstance(budget, Budget):
         raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
@@ -102,13 +115,24 @@ def compress(
             "repair", law="an instance of Lockstep, or None", got=repr(repair), cure="try rankfold.Lockstep()"
         )
     check_families(families)
-    job = _Job.start(model, data, progress, only=only, exclude=exclude)
+    limit = parse_memory(memory)
+    job = _Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     if job.sites.graph.program is None:
         repair = None
+    if work_dir is not None:
+        facts = facts_of(
+            model, job.sites, job.batches, families=families, weighting=weighting, positions=positions, seed=seed
+        )
+        job.work = Work.open(work_dir, facts, device_of(model))
     job.collect(needed(families), positions=positions, seed=seed, gradient_samples=SAMPLES if weighting else None)
     stats = job.stats
     curves = job.clock.time(
-        "curves", lambda: measure(model, stats, sites=job.sites, families=families, progress=progress)
+        "curves",
+        lambda: job.work.curves(
+            job.sites,
+            families,
+            lambda: measure(model, stats, sites=job.sites, families=families, progress=progress),
+        ),
     )
     tried = _candidates(
         [Lagrangian(), Uniform()] if selector is None else [selector],
@@ -129,6 +153,7 @@ def execute(
     data: Any,
     plan: Plan,
     *,
+    memory: Memory = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Carry out a plan that is there already, and report on it as `compress` does.
@@ -139,6 +164,7 @@ def execute(
         model: The original; left untouched.
         data: Calibration inputs.
         plan: The plan, edited or not; its `seed` and `calibration` say how statistics are collected.
+        memory: As for `compress`.
         progress: Told about every step.
 
     Returns:
@@ -149,7 +175,7 @@ def execute(
         SiteError: It decides on a layer that is no site.
     """
     check_plan(model, plan)
-    job = _Job.start(model, data, progress)
+    job = _Job.start(model, data, progress, limit=parse_memory(memory))
     decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
     left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)
     job.sites = replace(job.sites, sites=decided, skips=(*job.sites.skips, *left))
@@ -190,6 +216,8 @@ class _Job:
     notes: list[str]
     clock: _Clock
     progress: Progress
+    spill: Spill
+    work: Work = field(default_factory=Work)
 
     @classmethod
     def start(
@@ -200,10 +228,12 @@ class _Job:
         *,
         only: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
+        limit: int | None = None,
     ) -> _Job:
         """Check the inputs and find the sites."""
         check_model(model)
-        batches, clock, notes = as_batches(data), _Clock(), []
+        spill = Spill(None if limit is None else limit // 2)
+        batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
         example = next(iter(batches))
         with progress("trace", None):
             sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
@@ -215,7 +245,7 @@ class _Job:
             notes.append(
                 f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
             )
-        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress)
+        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill)
 
     def collect(
         self, statistics: Sequence[str], *, positions: int | None, seed: int, gradient_samples: int | None
@@ -234,7 +264,7 @@ class _Job:
                 progress=self.progress,
             )
 
-        self.stats = self.clock.time("statistics", moments)
+        self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
         if gradient_samples is None:
             return
 
@@ -249,7 +279,7 @@ class _Job:
                 progress=self.progress,
             )
 
-        why = self.clock.time("gradients", gradients)
+        why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients))
         if why is not None:
             self.notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
 
@@ -264,6 +294,8 @@ class _Job:
                 sites=self.sites,
                 stats=self.stats,
                 batches=self.batches,
+                spill=self.spill,
+                recall=self.work.sites(self.model, plan) if plan.repair is not None else always_solve,
                 progress=self.progress,
             )
             return _Attempt(compare(self.model, compressed, self.judged), compressed, plan, remarks)
@@ -320,9 +352,14 @@ def _candidates(selectors: Sequence[RankSelector], make: Callable[[RankSelector]
 
 
 class _Clock:
-    """Wall-clock seconds a stage."""
+    """Wall-clock seconds a stage.
 
-    def __init__(self) -> None:
+    Args:
+        after: Called after each stage.
+    """
+
+    def __init__(self, after: Callable[[], None]) -> None:
+        self._after = after
         self.seconds: dict[str, float] = {}
 
     def time(self, stage: str, work: Callable[[], T]) -> T:
@@ -331,4 +368,5 @@ class _Clock:
         try:
             return work()
         finally:
+            self._after()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -219,6 +219,37 @@ def _check_free(path: Path, names: set[str], *, overwrite: bool) -> None:
         )
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it appears whole or not at all, in a folder that is made where it is missing.
+
+    A process killed on the way leaves at most a hidden sibling (`.NAME.…`).
+
+    Raises:
+        WriteError: It cannot be written.
+    """
+    scratch: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        scratch = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.chmod(0o666 & ~_umask())
+        scratch.replace(path)
+        _flush(path.parent)
+    except OSError as cause:
+        if scratch is not None:
+            scratch.unlink(missing_ok=True)
+        raise WriteError(
+            str(path),
+            law="the file can be written",
+            got=str(cause),
+            cure="check the permissions and the free space",
+        ) from cause
+
+
 def _swap(scratch: Path, path: Path) -> None:
     """Rename `scratch` to `path`, moving what is there aside first and removing it last."""
     if not path.exists():

@@ -127,6 +127,7 @@ def test_keyword_data_is_understood(cli: Any, tmp_path: Path) -> None:
         (["--params", "0.5", "--only", "cnv1"], "did you mean 'conv1'"),
         (["--params", "0.5", "--exclude", "no.*"], "no.*"),
         (["--params", "0.5", "--positions", "0"], "--positions 0"),
+        (["--params", "0.5", "--memory", "much"], "--memory much"),
         (["--params", "0.5", "--seed", "-1"], "--seed"),
         (["--params", "0.5", "--parms", "1"], "--parms"),
         (["--plan", "nowhere.json"], "no such file"),
@@ -204,3 +205,31 @@ def test_in_a_pipe_there_is_no_progress_bar(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["weights"] == "factory"
+
+
+def test_the_work_directory_is_kept_and_refuses_other_work(cli: Any, tmp_path: Path) -> None:
+    words = (*TINY, "--params", "0.7", "--work-dir", tmp_path / "work")
+    first = cli(*words, "--out", tmp_path / "first")
+    assert first.code == 0, first.err
+    assert (tmp_path / "work" / "curves.json").is_file()
+    assert cli(*words, "--out", tmp_path / "again").code == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "again")]
+    assert weights[0] == weights[1]
+    other = cli(*words, "--seed", "5", "--out", tmp_path / "other")
+    assert other.code == 1
+    assert "seed: 5 where the work is of 0" in other.err
+
+
+def test_a_memory_limit_changes_no_bit(cli: Any, tmp_path: Path) -> None:
+    for name, words in (("free", []), ("bound", ["--memory", "1KB"])):
+        done = cli(*TINY, "--params", "0.7", *words, "--out", tmp_path / name)
+        assert done.code == 0, done.err
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("free", "bound")]
+    assert weights[0] == weights[1]
+
+
+def test_a_plan_takes_no_work_directory(cli: Any, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    done = cli(*TINY, "--plan", tmp_path / "plan.json", "--work-dir", tmp_path / "work", "--out", tmp_path / "small")
+    assert done.code == 2
+    assert "--work-dir" in done.err

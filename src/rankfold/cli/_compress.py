@@ -13,7 +13,7 @@ from rankfold.cli import _options as o
 from rankfold.cli._data import DataOptions, DataSpec
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
-from rankfold.cli._names import parse_bound, parse_method, parse_positions
+from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_positions
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
 from rankfold.cli._progress import expected, shown, totalled
@@ -67,12 +67,14 @@ class Request:
         plan: The plan, or None.
         positions: As typed, or None.
         seed: As typed, or None.
+        memory: Most bytes of activations, or None.
     """
 
     options: dict[str, Any]
     plan: Plan | None
     positions: str | None
     seed: int | None
+    memory: int | None = None
 
 
 def compress(
@@ -153,6 +155,23 @@ def compress(
             help='Pixels or tokens a sample to look at, or "all".',
         ),
     ] = None,
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--work-dir",
+            metavar="DIR",
+            help="Keep what is finished here; a run that was killed goes on from it, another budget reuses it.",
+        ),
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory",
+            metavar="SIZE",
+            show_default="no limit",
+            help="Most memory for activations, e.g. 512MB; what is beyond lies in temporary files.",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -195,7 +214,7 @@ def compress(
         bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
         with shown() as progress, stdout_kept_clean():
             choice = Choice(family, selector, repair, weighting, only, exclude)
-            request = _parse(bounds, choice, plan, positions, seed)
+            request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
             done = _run(spec, source, data_options, request, device=device, progress=progress)
             from rankfold.checkpoint import save
 
@@ -207,7 +226,13 @@ def compress(
 
 
 def _parse(
-    bounds: dict[str, str | None], choice: Choice, plan: Path | None, positions: str | None, seed: int | None
+    bounds: dict[str, str | None],
+    choice: Choice,
+    plan: Path | None,
+    positions: str | None,
+    seed: int | None,
+    work_dir: Path | None,
+    memory: str | None,
 ) -> Request:
     from rankfold.decompositions import Decomposition
     from rankfold.ranks import RankSelector
@@ -215,18 +240,21 @@ def _parse(
 
     if positions is not None:
         parse_positions(positions)
+    limit = parse_limit(memory)
     if plan is not None:
         beside = [f"--{name}" for name, value in bounds.items() if value] + choice.given
+        beside += ["--work-dir"] if work_dir is not None else []
         if beside:
             raise UsageError(
                 f"--plan {plan}", law="a plan says all that they say", got=", ".join(beside), cure="leave them out"
             )
-        return Request({}, _read_plan(plan), positions, seed)
+        return Request({}, _read_plan(plan), positions, seed, limit)
     options: dict[str, Any] = {
         "budget": _budget(bounds),
         "weighting": choice.weighting,
         "exclude": choice.exclude or (),
         "only": choice.only or None,
+        "work_dir": work_dir,
     }
     if choice.family:
         options["families"] = [parse_method(text, Decomposition, option="--family") for text in choice.family]
@@ -235,7 +263,7 @@ def _parse(
     if choice.repair is not None:
         none = choice.repair == "none"
         options["repair"] = None if none else parse_method(choice.repair, Lockstep, option="--repair")
-    return Request(options, None, positions, seed)
+    return Request(options, None, positions, seed, limit)
 
 
 def _read_plan(path: Path) -> Plan:
@@ -285,13 +313,14 @@ def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, pr
         plan = request.plan if request.seed is None else replace(request.plan, seed=request.seed)
         if request.positions is not None:
             plan = replace(plan, calibration={**plan.calibration, "positions": parse_positions(request.positions)})
-        return execute(network, batches, plan, progress=progress)
+        return execute(network, batches, plan, memory=request.memory, progress=progress)
     try:
         return compress_model(
             network,
             batches,
             positions=parse_positions(request.positions or POSITIONS),
             seed=request.seed or 0,
+            memory=request.memory,
             progress=progress,
             **request.options,
         )

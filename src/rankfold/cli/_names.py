@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rankfold.cli._errors import LoadError, UsageError, first_line
-from rankfold.errors import RankfoldError, near_matches
+from rankfold.errors import OptionError, RankfoldError, near_matches
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 _CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?", re.DOTALL)
@@ -210,6 +210,20 @@ def parse_numbers(text: str, kind: type[int] | type[float], *, option: str) -> t
             f"{option} {text}", law="numbers between commas", got=repr(text), cure=f"for example {option} {example}"
         )
     return numbers
+
+
+def parse_limit(text: str | None) -> int | None:
+    """Bytes of a memory limit; None for none.
+
+    Raises:
+        UsageError: No size such as 512MB.
+    """
+    from rankfold.graph.values import parse_memory
+
+    try:
+        return parse_memory(text)
+    except OptionError as cause:
+        raise UsageError.of(f"--memory {text}", cause, cure="try --memory 512MB") from cause
 
 
 def parse_positions(text: str) -> int | None:

@@ -15,17 +15,16 @@ from torch.utils import _pytree
 
 from rankfold.graph.regions import Call, schedule
 from rankfold.graph.trace import Batch, split_batch
-
-Values: TypeAlias = list[Any]  # one entry a micro-batch
+from rankfold.graph.values import Spill, Values
 
 
 @dataclass(eq=False)
 class Pair:
-    """A node's value in both networks, a list with one entry a micro-batch.
+    """A node's value in both networks, one entry a micro-batch.
 
     Attributes:
         original: In the original.
-        compressed: In the compressed network; the same list object while nothing before it was changed.
+        compressed: In the compressed network; the same object while nothing before it was changed.
     """
 
     original: Values
@@ -61,7 +60,10 @@ OnSite: TypeAlias = Callable[[Arrival], nn.Module]
 
 
 class Walk:
-    """The interpreter. It holds every live value of both networks, and frees each after its last use.
+    """The interpreter. It keeps what is live at a site, of both networks, and frees each value after its last use.
+
+    From one site to the next every micro-batch is walked on its own, so that values used only in between exist for
+    one micro-batch at a time.
 
     Args:
         program: The functional program.
@@ -71,6 +73,7 @@ class Walk:
         on_site: Called once at every site; returns the layer that takes its place in the compressed network.
         overrides: Tensors of the compressed network by name, where they differ from the original's; `on_site` may add
             to it.
+        spill: Where values are kept.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Walk:
         batches: Sequence[Batch],
         on_site: OnSite,
         overrides: dict[str, Tensor],
+        spill: Spill | None = None,
     ) -> None:
         self._program = program
         self._calls = {call.exit: call for call in calls}
@@ -88,6 +92,7 @@ class Walk:
         self._on_site = on_site
         self._overrides = overrides
         self._batches = batches
+        self._spill = Spill() if spill is None else spill
         self._tensors = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
@@ -104,57 +109,111 @@ class Walk:
             The outputs of both networks, as the program returns them (flat).
         """
         last = self._last_uses()
-        output: Pair | None = None
-        with torch.no_grad():
-            inputs = self._user_inputs()
-            for step, node in enumerate(self._order):
-                if node.op == "placeholder":
-                    if node in inputs:
-                        self._live[node] = inputs[node]
-                elif node.op == "output":
-                    output = self._evaluate(node, lambda args, kwargs: args[0])
-                elif node in self._calls:
-                    self._live[node] = self._site(node)
-                elif node.op == "call_function":
-                    self._live[node] = self._evaluate(node, _calling(node.target))
-                elif node.op == "get_attr":
-                    value = _attribute(self._program.graph_module, str(node.target))
-                    same = [value] * len(self._batches)
-                    self._live[node] = Pair(same, same)
-                for dead in last.get(step, ()):
-                    self._live.pop(dead, None)
+        output = next((node for node in self._order if node.op == "output"), None)
         if output is None:
             raise RuntimeError("the program has no output node")
-        return output
+        last[output] = len(self._order)
+        with torch.no_grad():
+            self._live.update(self._user_inputs())
+            start, site = 0, None
+            for step, node in enumerate(self._order):
+                if node in self._calls or node is output:
+                    self._stretch(range(start, step + 1), site, last)
+                    start, site = step + 1, node if node in self._calls else None
+                    if site is not None:
+                        self._solve(self._calls[node])
+                    for dead in [each for each in self._live if last[each] <= step]:
+                        del self._live[dead]
+                    self._spill.tidy()
+        return self._live[output]
 
-    def _site(self, node: Node) -> Pair:
-        """Compute the original's output, have the site solved at its first call, and run the new layer."""
-        call = self._calls[node]
-        original = self._evaluate(node, _calling(node.target), only_original=True).original
-        inputs = self._live[call.entry]
-        if call.path not in self._layers:
-            skip = self._live.get(call.skip) if call.skip is not None else None
-            arrival = Arrival(call, inputs, original, skip, self._tensor)
-            self._layers[call.path] = self._on_site(arrival)
-        layer = self._layers[call.path]
-        return Pair(original, [layer(value) for value in inputs.compressed])
+    def _solve(self, call: Call) -> None:
+        """Have a site solved at its first call."""
+        if call.path in self._layers:
+            return
+        skip = self._live.get(call.skip) if call.skip is not None else None
+        arrival = Arrival(call, self._live[call.entry], self._live[call.exit].original, skip, self._tensor)
+        self._layers[call.path] = self._on_site(arrival)
 
-    def _evaluate(self, node: Node, function: Callable[[Any, Any], Any], *, only_original: bool = False) -> Pair:
-        inside = node in self._inside and node not in self._calls
-        read = [self._live[arg] for arg in node.all_input_nodes if arg in self._live]
-        touched = any(not pair.same for pair in read) or any(
-            self._names.get(arg) in self._overrides for arg in node.all_input_nodes
-        )
-        original = [function(*self._arguments(node, i, compressed=False)) for i in range(len(self._batches))]
-        if not touched or only_original or inside:
-            return Pair(original, original)
-        return Pair(original, [function(*self._arguments(node, i, compressed=True)) for i in range(len(self._batches))])
+    def _stretch(self, steps: range, site: Node | None, last: dict[Node, int]) -> None:
+        """Walk from one site to the next, micro-batch by micro-batch.
 
-    def _arguments(self, node: Node, index: int, *, compressed: bool) -> tuple[Any, Any]:
-        def value(argument: Node) -> Any:
+        Args:
+            steps: Steps of the order, the next site's own included.
+            site: The site before, whose new layer is run first; None at the start.
+            last: Step of the last use of every node.
+        """
+        nodes = [node for node in (self._order[step] for step in steps) if self._is_computed(node)]
+        changed = self._changed(nodes, site)
+        end = self._calls.get(self._order[steps.stop - 1])
+        asked = set() if end is None else {end.entry, end.exit, end.skip}
+        computed = {*nodes, site}
+        kept = {node for node in computed if node is not None and (last[node] >= steps.stop or node in asked)}
+        originals = {node: self._spill.values() for node in kept if node is not site}
+        compressed = {node: self._spill.values() for node in kept & changed}
+        dying = [node for node in self._live if last[node] < steps.stop and node not in asked]
+        for index in range(len(self._batches)):
+            here: dict[Node, tuple[Any, Any]] = {}
+            if site is not None:
+                here[site] = self._installed(site, index)
+            for step in steps:
+                node = self._order[step]
+                if node not in computed:
+                    continue
+                here[node] = self._both(node, index, here, both=node in changed)
+                for argument in {node, *node.all_input_nodes} - kept:
+                    if last.get(argument, -1) == step:
+                        here.pop(argument, None)
+            for node, values in originals.items():
+                values.append(here[node][0])
+            for node, values in compressed.items():
+                values.append(here[node][1])
+            for node in dying:
+                self._live[node].original.release(index)
+                self._live[node].compressed.release(index)
+        for node in kept:
+            original = self._live[node].original if node is site else originals[node]
+            self._live[node] = Pair(original, compressed.get(node, original))
+
+    def _is_computed(self, node: Node) -> bool:
+        return node.op in ("output", "call_function", "get_attr") and node not in self._live
+
+    def _changed(self, nodes: Sequence[Node], site: Node | None) -> set[Node]:
+        """Those nodes, and the site before them, whose value in the compressed network is another."""
+        changed = set() if site is None else {site}
+        for node in nodes:
+            if node in self._inside:
+                continue
+            for argument in node.all_input_nodes:
+                pair = self._live.get(argument)
+                stored = pair is not None and argument is not site and not pair.same
+                if stored or argument in changed or self._names.get(argument) in self._overrides:
+                    changed.add(node)
+        return changed
+
+    def _installed(self, site: Node, index: int) -> tuple[Any, Any]:
+        """A solved site's output in both networks."""
+        call = self._calls[site]
+        return self._live[site].original[index], self._layers[call.path](self._live[call.entry].compressed[index])
+
+    def _both(self, node: Node, index: int, here: dict[Node, tuple[Any, Any]], *, both: bool) -> tuple[Any, Any]:
+        """A node's value in both networks; the same object where it is not another."""
+        for argument in node.all_input_nodes:
             pair = self._live.get(argument)
-            if pair is not None:
-                return (pair.compressed if compressed else pair.original)[index]
+            if pair is not None and argument not in here:
+                value = pair.original[index]
+                here[argument] = value, value if pair.same else pair.compressed[index]
+        if node.op == "get_attr":
+            value = _attribute(self._program.graph_module, str(node.target))
+            return value, value
+        function = _returned if node.op == "output" else _calling(node.target)
+        original = function(*self._arguments(node, here, compressed=False))
+        return original, function(*self._arguments(node, here, compressed=True)) if both else original
+
+    def _arguments(self, node: Node, here: dict[Node, tuple[Any, Any]], *, compressed: bool) -> tuple[Any, Any]:
+        def value(argument: Node) -> Any:
+            if argument in here:
+                return here[argument][1 if compressed else 0]
             name = self._names[argument]
             if compressed and name in self._overrides:
                 return self._overrides[name]
@@ -178,26 +237,23 @@ class Walk:
         result = {}
         for position, name in enumerate(names):
             if isinstance(name, str) and name in nodes:
-                values = [leaf[position] for leaf in leaves]
+                values = Spill().values(leaf[position] for leaf in leaves)  # the caller's own: no limit is for them
                 result[nodes[name]] = Pair(values, values)
         return result
 
-    def _last_uses(self) -> dict[int, list[Node]]:
-        """For every step the nodes whose value is not read after it."""
+    def _last_uses(self) -> dict[Node, int]:
+        """For every node the step of its last use; a site's input is used by its new layer, one step after it."""
         at: dict[Node, int] = {}
         for step, node in enumerate(self._order):
-            at[node] = step
+            at[node] = max(at.get(node, step), step)
             for argument in node.all_input_nodes:
-                at[argument] = step
+                at[argument] = max(at[argument], step)
             call = self._calls.get(node)
             if call is not None:
-                at[call.entry] = step
+                at[call.entry] = max(at[call.entry], step + 1)
                 if call.skip is not None and call.skip in at:
                     at[call.skip] = max(at[call.skip], step)
-        dead: dict[int, list[Node]] = {}
-        for node, step in at.items():
-            dead.setdefault(step, []).append(node)
-        return dead
+        return at
 
 
 def _tensor_names(program: ExportedProgram) -> dict[Node, str]:
@@ -218,6 +274,11 @@ def _calling(target: Any) -> Callable[[Any, Any], Any]:
     return lambda args, kwargs: target(*args, **kwargs)
 
 
+def _returned(args: Any, kwargs: Any) -> Any:
+    """What the output node returns."""
+    return args[0]
+
+
 def _attribute(module: Any, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name)
@@ -232,6 +293,10 @@ def micro_batches(batches: Iterator[Batch], size: int) -> Iterator[tuple[Batch, 
     for batch in batches:
         whole = batch_size(batch)
         parts = -(-whole // size)
+        if parts == 1:
+            yield batch, range(start, start + whole)  # as it is: no second copy of the data
+            start += whole
+            continue
         for chunk in torch.arange(whole).chunk(parts):
             yield take(batch, chunk), range(start + int(chunk[0]), start + int(chunk[-1]) + 1)
         start += whole

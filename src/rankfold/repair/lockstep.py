@@ -14,10 +14,11 @@ from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
 from rankfold.graph.trace import Batch, device_of, evaluating, run, take, to_device
+from rankfold.graph.values import Spill
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.repair.options import Lockstep
-from rankfold.repair.site import SiteSolver
+from rankfold.repair.site import Recall, SiteSolver, always_solve
 from rankfold.statistics import Statistics
 from rankfold.surgery import swap
 
@@ -56,6 +57,8 @@ def lockstep(
     options: Lockstep,
     stats: Statistics | None,
     every: int,
+    spill: Spill | None = None,
+    recall: Recall = always_solve,
     progress: Progress = silent,
 ) -> Repaired:
     """One lockstep pass over the whole network: about two forward passes, plus the moments and solves.
@@ -68,6 +71,8 @@ def lockstep(
         options: The repair's options.
         stats: Statistics of the original, for the unrepaired layers and the output weighting.
         every: One sample in this many is held out: never fitted on.
+        spill: Where values are kept; None is in memory, without a limit.
+        recall: Solves a site, or gives a solution that is there already.
         progress: Told about every site.
 
     Returns:
@@ -105,8 +110,8 @@ def lockstep(
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
 
         def solve(arrival: Arrival) -> nn.Module:
-            solved = solver.solve(arrival)
             path = arrival.call.path
+            solved = recall(path, lambda: solver.solve(arrival))
             if solved.layer is not modules[path]:
                 result.layers[path] = solved.layer
             if solved.errors is not None:
@@ -117,7 +122,7 @@ def lockstep(
             advance()
             return solved.layer
 
-        result.outputs = Walk(program, model, calls, result.parts, solve, result.buffers).run()
+        result.outputs = Walk(program, model, calls, result.parts, solve, result.buffers, spill).run()
     return result
 
 

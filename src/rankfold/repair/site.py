@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from rankfold.repair.moments import PairMoments
 from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
 from rankfold.statistics import Statistics
+from rankfold.statistics.collect import chunks
 
 LEAST_POSITIONS = 16384
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
@@ -42,6 +45,14 @@ class Solved:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     errors: tuple[float, float] | None = None
     repaired: bool = False
+
+
+Recall: TypeAlias = Callable[[str, Callable[[], Solved]], Solved]  # (path, how to solve it) → its solution
+
+
+def always_solve(path: str, solve: Callable[[], Solved]) -> Solved:
+    """The recall of a pass that keeps nothing."""
+    return solve()
 
 
 @dataclass(eq=False)
@@ -171,9 +182,8 @@ class SiteSolver:
             for moments, chosen in ((fit, ~mask), (held, mask)):
                 if bool(chosen.any()):
                     rows = chosen.to(inputs.device)
-                    moments.update(
-                        adapter.patches(layer, inputs[rows], positions), adapter.outputs(layer, target[rows], positions)
-                    )
+                    for patches, outputs in chunks(adapter, layer, inputs[rows], target[rows], positions):
+                        moments.update(patches, outputs)
         for moments, part in ((fit, "fitted"), (held, "held-out")):
             if not bool(torch.isfinite(moments.xx).all() and torch.isfinite(moments.yx).all()):
                 raise NumericsError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class _Feeder:
         inputs: Tensor = args[0]
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
-        for part, out in _chunks(self._adapter, layer, inputs, output if reads else None, chosen):
+        for part, out in chunks(self._adapter, layer, inputs, output if reads else None, chosen):
             for statistic in self.statistics:
                 statistic.update(part, out)
 
@@ -157,7 +157,15 @@ class _Feeder:
                 )
 
 
-def _chunks(
+@overload
+def chunks(
+    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor, positions: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor]]: ...
+@overload
+def chunks(
+    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
+) -> Iterable[tuple[Tensor, Tensor | None]]: ...
+def chunks(
     adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
 ) -> Iterable[tuple[Tensor, Tensor | None]]:
     """Patches and outputs of a few samples, or of some positions of one, so that no chunk is over `CHUNK_BYTES`."""

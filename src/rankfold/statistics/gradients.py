@@ -18,7 +18,7 @@ from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.store import Statistics
 
 SAMPLES = 256  # samples looked at; one probe each
-BATCH = 64  # samples in memory at once
+BATCH = 32  # samples in memory at once
 
 
 def collect_gradients(
