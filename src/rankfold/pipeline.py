@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from rankfold.applying import carry_out
@@ -27,6 +28,7 @@ from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.distributed import together, world
 from rankfold.statistics.gradients import SAMPLES, collect_gradients
 from rankfold.surgery import check_plan, copied
 
@@ -50,6 +52,7 @@ class Compressed:
     report: Report
 
 
+@together
 def compress(
     model: nn.Module,
     data: Any,
@@ -70,6 +73,10 @@ def compress(
     One in ten calibration samples is held out and never fitted on. With `selector=None` two plans are made, one by
     `Lagrangian()` and one by `Uniform()`, both are carried out, and the one whose outputs on the held-out samples are
     closer to the original's is returned.
+
+    Where torch.distributed is initialised with several processes, all of them call this with the same arguments: each
+    runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A
+    process that fails ends the others.
 
     Args:
         model: The trained network; left untouched, its training mode too.
@@ -94,6 +101,7 @@ def compress(
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
         BudgetError: The budget cannot be met; the smallest reachable value is named.
+        DistributedError: Another process failed or is gone, or was given other arguments.
     """
     if not isinstance(budget, Budget):
         raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
@@ -105,10 +113,12 @@ def compress(
     job = _Job.start(model, data, progress, only=only, exclude=exclude)
     if job.sites.graph.program is None:
         repair = None
+    chosen_by = [type(method).__name__ for method in (*families, selector)]
+    world().agree("options", repr((chosen_by, budget, repair, weighting, positions, seed)))
     job.collect(needed(families), positions=positions, seed=seed, gradient_samples=SAMPLES if weighting else None)
     stats = job.stats
     curves = job.clock.time(
-        "curves", lambda: measure(model, stats, sites=job.sites, families=families, progress=progress)
+        "curves", lambda: measure(model, stats, sites=job.sites, families=families, progress=progress, world=world())
     )
     tried = _candidates(
         [Lagrangian(), Uniform()] if selector is None else [selector],
@@ -124,6 +134,7 @@ def compress(
     return job.finish(attempts)
 
 
+@together
 def execute(
     model: nn.Module,
     data: Any,
@@ -207,6 +218,7 @@ class _Job:
         example = next(iter(batches))
         with progress("trace", None):
             sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
+        world().agree("model", repr((sites.fingerprint, [site.path for site in sites], sites.graph.reason is None)))
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
         judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
@@ -232,6 +244,7 @@ class _Job:
                 positions=positions,
                 seed=seed,
                 progress=self.progress,
+                world=world(),
             )
 
         self.stats = self.clock.time("statistics", moments)
@@ -247,6 +260,7 @@ class _Job:
                 samples=gradient_samples,
                 seed=seed,
                 progress=self.progress,
+                world=world(),
             )
 
         why = self.clock.time("gradients", gradients)
@@ -255,6 +269,8 @@ class _Job:
 
     def attempt(self, plan: Plan) -> _Attempt:
         """Carry a plan out on a copy and compare it on the held-out samples."""
+
+        world().agree("plan", plan.to_json())
 
         def work() -> _Attempt:
             compressed, remarks = carry_out(
@@ -265,8 +281,9 @@ class _Job:
                 stats=self.stats,
                 batches=self.batches,
                 progress=self.progress,
+                world=world(),
             )
-            return _Attempt(compare(self.model, compressed, self.judged), compressed, plan, remarks)
+            return _Attempt(compare(self.model, compressed, self.judged, world=world()), compressed, plan, remarks)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
@@ -284,7 +301,7 @@ class _Job:
         )
         example = next(iter(self.batches))
         with self.progress("latency", None):
-            latency = self.clock.time("latency", lambda: latency_ratio(self.model, best.model, example))
+            latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, example))
         report = Report(
             self.sites.model,
             rows(self.sites, best.plan),
@@ -300,6 +317,16 @@ class _Job:
             environment(),
         )
         return Compressed(best.model, best.plan, report)
+
+
+def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:
+    """Measured by the first process while all others wait, so that none disturbs it."""
+    together_with = world()
+    latency = torch.zeros(1, dtype=torch.float64)
+    if together_with.owns(0):
+        latency[0] = latency_ratio(original, compressed, example)
+    together_with.broadcast_([latency], 0)
+    return float(latency)
 
 
 def _candidates(selectors: Sequence[RankSelector], make: Callable[[RankSelector], Plan]) -> list[Plan]:

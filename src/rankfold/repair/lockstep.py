@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from rankfold.errors import SelfCheckError, TraceError
+from rankfold.errors import DistributedError, SelfCheckError, TraceError
 from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
@@ -17,8 +17,9 @@ from rankfold.graph.trace import Batch, device_of, evaluating, run, take, to_dev
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.repair.options import Lockstep
-from rankfold.repair.site import SiteSolver
+from rankfold.repair.site import Share, SiteSolver
 from rankfold.statistics import Statistics
+from rankfold.statistics.distributed import ALONE, World
 from rankfold.surgery import swap
 
 TOLERANCE = 1e-4  # relative, float32: the module handed back against the interpreter
@@ -57,6 +58,7 @@ def lockstep(
     stats: Statistics | None,
     every: int,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> Repaired:
     """One lockstep pass over the whole network: about two forward passes, plus the moments and solves.
 
@@ -69,12 +71,14 @@ def lockstep(
         stats: Statistics of the original, for the unrepaired layers and the output weighting.
         every: One sample in this many is held out: never fitted on.
         progress: Told about every site.
+        world: The processes that share the micro-batches and solve in turns; all get the same layers.
 
     Returns:
         The new layers and buffers, ready to be installed.
 
     Raises:
         TraceError: There is no graph to walk.
+        DistributedError: There are fewer micro-batches than processes.
     """
     program = sites.graph.program
     if program is None:
@@ -87,12 +91,23 @@ def lockstep(
     device = device_of(model)
     size = options.batch if sites.graph.static_batch is None else sites.graph.static_batch
     result = Repaired()
-    for part, rows in micro_batches(iter(batches), size):
-        result.parts.append(to_device(part, device))
-        result.held.append(torch.tensor([row % every == every - 1 for row in rows]))
+    numbers, samples, number = [], 0, 0
+    for number, (part, rows) in enumerate(micro_batches(iter(batches), size), start=1):
+        samples += len(rows)
+        if world.owns(number - 1):
+            numbers.append(number - 1)
+            result.parts.append(to_device(part, device))
+            result.held.append(torch.tensor([row % every == every - 1 for row in rows]))
+    if number < world.size:
+        raise DistributedError(
+            "data",
+            law=f"at least as many micro-batches (of at most {size} samples) as processes",
+            got=f"{number} for {world.size} processes",
+            cure="pass more data or a smaller Lockstep(batch=...), or start fewer processes",
+        )
     calls = find_calls(program, sites)
     modules = dict(model.named_modules(remove_duplicate=False))
-    solver = SiteSolver(modules, plan, options, stats, result.held)
+    solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, samples, world))
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
 
         def solve(arrival: Arrival) -> nn.Module:
@@ -128,7 +143,7 @@ def install(model: nn.Module, repaired: Repaired) -> nn.Module:
     return swap(model, replaced)
 
 
-def self_check(model: nn.Module, repaired: Repaired) -> float:
+def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> float:
     """Run the compressed module on held-out samples and compare with the interpreter's compressed side.
 
     Returns:
@@ -159,7 +174,9 @@ def self_check(model: nn.Module, repaired: Repaired) -> float:
                 if not difference <= allowed:
                     raise _unequal(model, f"a relative difference of {difference:.3g}", f"at most {allowed:.3g}")
                 worst = max(worst, difference)
-    return worst
+    largest = torch.tensor([worst], dtype=torch.float64)
+    world.largest_([largest])
+    return float(largest)
 
 
 def _unequal(model: nn.Module, got: str, wanted: str) -> SelfCheckError:

@@ -22,6 +22,8 @@ from rankfold.repair.moments import PairMoments
 from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
 from rankfold.statistics import Statistics
+from rankfold.statistics.distributed import ALONE, World
+from rankfold.statistics.draws import generator
 
 LEAST_POSITIONS = 16384
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
@@ -62,6 +64,23 @@ class _Candidate:
         return total
 
 
+@dataclass(eq=False)
+class Share:
+    """What one process walks of the calibration set.
+
+    Attributes:
+        held: For each of its micro-batches, which samples are held out.
+        numbers: For each of them, its number among those of all processes.
+        samples: Samples of all processes.
+        world: The processes.
+    """
+
+    held: list[Tensor]
+    numbers: list[int]
+    samples: int
+    world: World = ALONE
+
+
 class SiteSolver:
     """Solves one site after another; holds what all of them need.
 
@@ -70,7 +89,7 @@ class SiteSolver:
         plan: What becomes of each site.
         options: The repair's options.
         stats: Statistics of the original.
-        held: For each micro-batch, which samples are held out.
+        share: The micro-batches walked here.
     """
 
     def __init__(
@@ -79,9 +98,10 @@ class SiteSolver:
         plan: Plan,
         options: Lockstep,
         stats: Statistics | None,
-        held: list[Tensor],
+        share: Share,
     ) -> None:
-        self._modules, self._plan, self._options, self._stats, self._held = modules, plan, options, stats, held
+        self._modules, self._plan, self._options, self._stats, self._share = modules, plan, options, stats, share
+        self._turn = 0
 
     def solve(self, arrival: Arrival) -> Solved:
         """Solve a site: ridge, factorise in the metric of the compressed inputs, judge on held-out samples."""
@@ -95,6 +115,42 @@ class SiteSolver:
             return Solved(layer)
         fit, held = self._moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
+        turn, self._turn = self._turn, self._turn + 1
+        mine = self._share.world.owns(turn)
+        solved = self._solved(decision, layer, adapter, norm, fit, held) if mine else None
+        return solved if self._share.world.size == 1 and solved else self._given(solved, decision, layer, norm, turn)
+
+    def _given(
+        self, solved: Solved | None, decision: Decision, layer: nn.Module, norm: str | None, turn: int
+    ) -> Solved:
+        """What the process whose turn it is has solved, in every process.
+
+        Sites are solved one after the other, so sharing them out saves no time; but one solve that all are given is
+        the same bits everywhere, also on unequal machines, and costs less than the sums of the moments did.
+        """
+        told = torch.zeros(3, dtype=torch.float64)
+        if solved is None:
+            new = copy.deepcopy(layer) if decision.method is None else self._shell(layer, decision)
+        else:
+            new = solved.layer
+            if solved.errors is not None:
+                told = torch.tensor([*solved.errors, float(solved.repaired)], dtype=torch.float64)
+        buffers = {} if norm is None else {norm: self._buffer(norm).clone()}
+        if solved is not None:
+            buffers.update(solved.buffers)
+        self._share.world.broadcast_([told, *new.parameters(), *new.buffers(), *buffers.values()], turn)
+        before, after, repaired = told.tolist()
+        return Solved(new, buffers if repaired else {}, (before, after), bool(repaired))
+
+    def _solved(
+        self,
+        decision: Decision,
+        layer: nn.Module,
+        adapter: Adapter,
+        norm: str | None,
+        fit: PairMoments,
+        held: PairMoments,
+    ) -> Solved:
         repaired = self._repaired(decision, layer, adapter, fit, absorbs=norm is not None)
         plain = self._unrepaired(decision, layer, adapter)
         judge = held if held.count else fit
@@ -104,8 +160,7 @@ class SiteSolver:
             return Solved(self._build(layer, adapter, decision, plain), {}, (errors[0], errors[0]))
         buffers = {}
         if norm is not None and repaired.bias is not None:
-            module, _, buffer = norm.rpartition(".")
-            mean = tensor(self._modules[module], buffer)
+            mean = self._buffer(norm)
             # (x + b − m)·s = (x − (m − b))·s: the norm's running mean takes the bias the layer does not have.
             buffers[norm] = (widen(mean) - repaired.bias).to(mean.dtype)
         return Solved(self._build(layer, adapter, decision, repaired), buffers, errors, repaired=True)
@@ -159,13 +214,11 @@ class SiteSolver:
         shape = (geometry.groups, geometry.features, geometry.canonical_shape[0])
         fit, held = (PairMoments.zeros(*shape, first.device) for _ in range(2))
         scale = self._inverse_scale(arrival)
-        samples = sum(len(mask) for mask in self._held)
-        generator = torch.Generator().manual_seed(self._plan.seed)
         for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
             if scale is not None and arrival.skip is not None:
                 target = target + (arrival.skip.original[i] - arrival.skip.compressed[i]) * scale
-            positions = self._positions(adapter, layer, inputs, samples, generator)
-            mask = self._held[i]
+            positions = self._positions(adapter, layer, inputs, self._share.numbers[i])
+            mask = self._share.held[i]
             if inputs.shape[0] != len(mask):  # tokens of all samples in one axis: no sample can be told apart
                 mask = torch.zeros(inputs.shape[0], dtype=torch.bool)
             for moments, chosen in ((fit, ~mask), (held, mask)):
@@ -174,6 +227,8 @@ class SiteSolver:
                     moments.update(
                         adapter.patches(layer, inputs[rows], positions), adapter.outputs(layer, target[rows], positions)
                     )
+        fit.sum_over(self._share.world)
+        held.sum_over(self._share.world)
         if not bool(torch.isfinite(fit.xx).all() and torch.isfinite(fit.yx).all()):
             raise NumericsError(
                 repr(arrival.call.path),
@@ -183,17 +238,15 @@ class SiteSolver:
             )
         return fit, held
 
-    def _positions(
-        self, adapter: Adapter, layer: nn.Module, inputs: Tensor, samples: int, generator: torch.Generator
-    ) -> Tensor | None:
+    def _positions(self, adapter: Adapter, layer: nn.Module, inputs: Tensor, number: int) -> Tensor | None:
         size, _ = adapter.sample_size(layer, inputs)
         geometry = adapter.geometry(layer)
         available = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
         least = max(LEAST_POSITIONS, self._options.samples_per_feature * geometry.features)
-        wanted = -(-least // samples)
+        wanted = -(-least // self._share.samples)
         if available <= wanted:
             return None
-        return torch.randperm(available, generator=generator)[:wanted].sort().values
+        return torch.randperm(available, generator=generator(self._plan.seed, number))[:wanted].sort().values
 
     def _inverse_scale(self, arrival: Arrival) -> Tensor | float | None:
         """`1/a` of the steps to the residual `add`; None where no error of a skip branch is to be taken up."""
@@ -216,8 +269,21 @@ class SiteSolver:
                 if bias is not None:
                     tensor(new, "bias").copy_(bias)
             return new
-        shell = build_shell(
-            adapter.geometry(layer), decision.method.form, decision.rank, device=weight.device, dtype=weight.dtype
-        )
+        shell = self._shell(layer, decision)
         fill_shell(shell, chosen.factors, bias)
         return shell
+
+    def _shell(self, layer: nn.Module, decision: Decision) -> nn.Sequential:
+        """The shell a decision asks for, still empty."""
+        adapter = adapter_for(layer)
+        if adapter is None or decision.method is None or decision.rank is None:
+            raise TypeError(f"{decision.site} was not checked")
+        weight = adapter.canonical(layer)
+        return build_shell(
+            adapter.geometry(layer), decision.method.form, decision.rank, device=weight.device, dtype=weight.dtype
+        )
+
+    def _buffer(self, name: str) -> Tensor:
+        """A buffer of the original."""
+        module, _, buffer = name.rpartition(".")
+        return tensor(self._modules[module], buffer)
