@@ -140,7 +140,7 @@ def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:
         return curves
     flat = torch.tensor([value for curve in curves for value in (*curve.errors, curve.energy)], dtype=torch.float64)
     world.sum_([flat])
-    parts = flat.split([len(curve.errors) + 1 for curve in curves])
+    parts = torch.split(flat, [len(curve.errors) + 1 for curve in curves])
     return [
         replace(curve, errors=tuple(part[:-1].tolist()), energy=float(part[-1]))
         for curve, part in zip(curves, parts, strict=True)
