@@ -17,8 +17,8 @@ families = [rf.WhitenedSVD()]
 stats = rf.collect(model, images, sites=sites, statistics=rf.needed(families), positions=32)
 curves = rf.measure(model, stats, sites=sites, families=families)
 
-# 3. A plan, as a file.
-plan = rf.make_plan(curves, budget=rf.Budget(params=0.5), selector=rf.Lagrangian())
+# 3. A plan, as a file. It also says that layers are to be repaired when it is carried out.
+plan = rf.make_plan(curves, budget=rf.Budget(params=0.5), selector=rf.Lagrangian(), repair=rf.Lockstep())
 file = Path("plan.json")
 file.write_text(plan.to_json(), encoding="utf-8")
 
@@ -35,6 +35,6 @@ file.write_text(json.dumps(edited), encoding="utf-8")
 changed = rf.Plan.load(file)
 for name, each in (("as planned", plan), ("edited", changed)):
     cost = rf.plan_cost(sites, each)
-    small = rf.apply(model, each, stats=stats)
+    small = rf.apply(model, each, images, stats=stats)  # the repair reads the images again
     seen = rf.compare(model, small, held_out())
     print(f"{name:<11} {cost.params:>7,} params  {cost.macs:>9,} MACs  same decision on {seen.agreement:.1%}")

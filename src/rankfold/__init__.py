@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rankfold.report import Report
     from rankfold.statistics import Statistic, Statistics
     from rankfold.statistics.collect import collect
+    from rankfold.statistics.gradients import collect_gradients
     from rankfold.surgery import merge
 
 _HOME = {
@@ -49,6 +50,7 @@ _HOME = {
     "rankfold.report": ("Report",),
     "rankfold.statistics": ("Statistic", "Statistics"),
     "rankfold.statistics.collect": ("collect",),
+    "rankfold.statistics.gradients": ("collect_gradients",),
     "rankfold.surgery": ("merge",),
 }
 _WHERE = {name: module for module, exported in _HOME.items() for name in exported}
@@ -88,6 +90,7 @@ __all__ = [
     "apply",
     "apply_",
     "collect",
+    "collect_gradients",
     "compare",
     "compress",
     "execute",

@@ -12,7 +12,14 @@ from torch import nn
 
 from rankfold.errors import CheckpointError, WriteError
 from rankfold.plan import Plan
-from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
+from rankfold.serialization import (
+    canonical_json,
+    check_json_size,
+    read_json,
+    sha256_file,
+    write_directory,
+    write_text,
+)
 from rankfold.surgery import check_plan, install_shells
 
 if TYPE_CHECKING:
@@ -32,7 +39,7 @@ def save(out: Compressed, path: str | Path, *, overwrite: bool = False) -> None:
     Args:
         out: From `compress`.
         path: A new or empty directory.
-        overwrite: Replace a directory that is there.
+        overwrite: Replace a checkpoint that is there; a directory that holds any other file stays.
 
     Raises:
         WriteError: The directory is taken or cannot be written; nothing half-written is left.
@@ -130,6 +137,9 @@ def verify(path: str | Path) -> Path:
                 got="no such file",
                 cure="copy the whole directory again",
             )
+    for name in FILES:
+        if name.endswith(".json"):
+            check_json_size(folder / name)
     head: Any = read_json(folder / CHECKSUMS)
     if not isinstance(head, dict) or head.get("version") != VERSION or not isinstance(head.get("sha256"), dict):
         raise CheckpointError(

@@ -15,6 +15,7 @@ from rankfold.registry import from_json, to_json
 from rankfold.serialization import canonical_json, parse_json, read_json
 
 VERSION = 1
+ERROR = "predicted error "  # how a selector's reason begins; the number follows
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Plan:
 
     @classmethod
     def _read(cls, value: Any, place: str) -> Plan:
-        if isinstance(value, dict) and value.get("version") != VERSION:
+        if isinstance(value, dict) and (type(value.get("version")) is not int or value["version"] != VERSION):
             raise PlanError(
                 place,
                 law=f"a plan of version {VERSION}",
@@ -141,8 +142,12 @@ class Plan:
             "budget": dict,
             "seed": int,
             "calibration": dict,
+            "selector": dict,
+            "repair": dict,
         }
         for key, kind in kinds.items():
+            if keys.get(key) is None and key in {"selector", "repair"}:
+                continue
             if key in keys and (not isinstance(keys[key], kind) or isinstance(keys[key], bool)):
                 raise PlanError(
                     f"{place}.{key}", law=f"a JSON {kind.__name__}", got=repr(keys[key])[:60], cure="correct it"
@@ -153,7 +158,10 @@ class Plan:
         skips = []
         for i, item in enumerate(keys.get("skips", [])):
             own = _object(item, f"{place}.skips[{i}]", required={"path", "reason"})
-            skips.append(Skip(str(own["path"]), str(own["reason"])))
+            if not isinstance(own["path"], str) or not isinstance(own["reason"], str):
+                got = f"{own['path']!r}, {own['reason']!r}"[:60]
+                raise PlanError(f"{place}.skips[{i}]", law="path and reason are strings", got=got, cure="correct them")
+            skips.append(Skip(own["path"], own["reason"]))
         paths = [decision.site for decision in decisions]
         double = next((path for path in paths if paths.count(path) > 1), None)
         if double is not None:

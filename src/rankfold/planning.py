@@ -8,7 +8,7 @@ from typing import Any
 from rankfold.errors import OptionError, PlanError
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.cost import Cost, dense_cost, site_cost
-from rankfold.plan import Decision, Plan
+from rankfold.plan import ERROR, Decision, Plan
 from rankfold.ranks import Budget, Curves, Lagrangian, RankSelector
 from rankfold.registry import to_json
 from rankfold.repair import Lockstep
@@ -56,7 +56,7 @@ def make_plan(
         if option.method is None:
             decisions.append(Decision(site.path, why="dense: nothing smaller was worth its error"))
         else:
-            why = f"relative squared output error {option.error:.3g}"
+            why = f"{ERROR}{option.error:.3g}"
             decisions.append(Decision(site.path, option.method, option.rank, why))
     sites = curves.sites
     plan = Plan(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -54,6 +56,10 @@ def parse_json(text: str, *, place: str, error: type[RankfoldError] = Checkpoint
             refuse("a JSON object names each key once", f"{next(n for n in names if names.count(n) > 1)!r} twice")
         return result
 
+    def finite(digits: str) -> float:
+        number = float(digits)
+        return number if math.isfinite(number) else refuse("every number is finite", digits[:20])
+
     depth = _depth(text)
     if depth > MAX_JSON_DEPTH:
         refuse(f"JSON is nested at most {MAX_JSON_DEPTH} deep", f"depth {depth}")
@@ -61,9 +67,12 @@ def parse_json(text: str, *, place: str, error: type[RankfoldError] = Checkpoint
         return json.loads(
             text,
             object_pairs_hook=unique,
+            parse_float=finite,
             parse_constant=lambda name: refuse("every number is finite", name),
         )
-    except (json.JSONDecodeError, RecursionError) as cause:
+    except RankfoldError:
+        raise
+    except (ValueError, RecursionError) as cause:  # ValueError: also an int of more digits than Python reads
         raise error(
             place, law="the file holds valid JSON", got=str(cause), cure="restore the file from a copy"
         ) from cause
@@ -94,24 +103,45 @@ def _depth(text: str) -> int:
 
 
 def read_json(path: Path, *, error: type[RankfoldError] = CheckpointError) -> Any:
-    """Read a JSON file of at most 64 MiB; its size is looked at before a byte is read."""
+    """Read a JSON file of at most 64 MiB; its size is looked at before a byte is read.
+
+    Args:
+        path: The file.
+        error: The class to raise.
+
+    Returns:
+        The parsed value.
+    """
+    check_json_size(path, error=error)
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise error(
-                str(path),
-                law=f"a JSON file holds at most {MAX_JSON_BYTES} bytes",
-                got=f"{size} bytes",
-                cure="this is no file that rankfold wrote; restore it from a copy",
-            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as cause:
         raise error(str(path), law="the file exists", got="no such file", cure="check the path") from cause
-    except (UnicodeDecodeError, IsADirectoryError) as cause:
+    except (UnicodeDecodeError, OSError) as cause:
         raise error(
             str(path), law="the file holds UTF-8 text", got=str(cause), cure="restore it from a copy"
         ) from cause
     return parse_json(text, place=str(path), error=error)
+
+
+def check_json_size(path: Path, *, error: type[RankfoldError] = CheckpointError) -> None:
+    """Refuse a file that is too large for a JSON file of ours, without reading it, and one that has no size.
+
+    Args:
+        path: The file; one that is not there passes.
+        error: The class to raise.
+    """
+    if path.exists() and not path.is_file():
+        kind = "a directory" if path.is_dir() else "a device or pipe"
+        raise error(str(path), law="the path of a JSON file", got=kind, cure="check the path")
+    size = path.stat().st_size if path.exists() else 0
+    if size > MAX_JSON_BYTES:
+        raise error(
+            str(path),
+            law=f"a JSON file holds at most {MAX_JSON_BYTES} bytes",
+            got=f"{size} bytes",
+            cure="this is no file that rankfold wrote; restore it from a copy",
+        )
 
 
 def sha256_file(path: Path) -> str:
@@ -129,20 +159,15 @@ def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *
     Args:
         path: The directory to create. It must not exist, or be empty, unless `overwrite`.
         writers: File name to a function that writes the file it is given.
-        overwrite: Replace an existing directory (moved aside first, removed last).
+        overwrite: Replace an existing directory (moved aside first, removed last), if it holds nothing but files of
+            the names in `writers`: nobody's other files are lost.
 
     Raises:
         WriteError: The directory is taken, or cannot be written (read-only, full disk).
     """
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if taken and not overwrite:
-        raise WriteError(
-            str(path),
-            law="the output is a new or empty directory",
-            got="one with files in it",
-            cure="choose another path, or pass overwrite=True",
-        )
+    _check_free(path, set(writers), overwrite=overwrite)
     scratch: Path | None = None
+    absent = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -154,16 +179,44 @@ def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *
         scratch.chmod(0o777 & ~_umask())
         _swap(scratch, path)
         _flush(path.parent)
-    except OSError as cause:
+    except BaseException as cause:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for folder in absent:  # the innermost first
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(cause, RankfoldError) or not isinstance(cause, OSError):
+            raise
         raise WriteError(
             str(path),
             law="the output directory can be written",
             got=str(cause),
             cure="check the permissions and the free space; nothing was left behind",
         ) from cause
-    finally:
-        if scratch is not None and scratch.exists():
-            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_free(path: Path, names: set[str], *, overwrite: bool) -> None:
+    """Refuse a file, and a directory with files in it unless all of them may be replaced."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise WriteError(str(path), law="the output is a directory", got="a file", cure="choose another path")
+    held = sorted(file.name for file in path.iterdir())
+    if held and not overwrite:
+        raise WriteError(
+            str(path),
+            law="the output is a new or empty directory",
+            got=f"one with files in it, such as {held[0]!r}",
+            cure="choose another path, or pass overwrite=True",
+        )
+    foreign = [name for name in held if name not in names]
+    if foreign:
+        raise WriteError(
+            str(path),
+            law=f"overwrite=True replaces nothing but {', '.join(sorted(names))}",
+            got=f"a directory that also holds {foreign[0]!r}",
+            cure="choose another path, or move that away",
+        )
 
 
 def _swap(scratch: Path, path: Path) -> None:

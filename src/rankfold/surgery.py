@@ -14,7 +14,7 @@ from rankfold.decompositions import factorise
 from rankfold.errors import ModelError, PlanError, near_matches
 from rankfold.factors import Factors
 from rankfold.graph.sites import Site, fingerprint
-from rankfold.layers import Geometry, adapter_for, build_shell, dense_geometry, fill_shell, tensor
+from rankfold.layers import Geometry, adapter_for, build_shell, dense_geometry, fill_shell, stages, tensor
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.statistics import Statistics
@@ -26,8 +26,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
     """Check a plan against a model before anything is changed.
 
     Raises:
-        PlanError: The plan is of another model, names a module that is not there or no layer of a known kind, or asks
-            for a rank the layer cannot have.
+        PlanError: The plan is of another model, names a module that is not there or no layer of a known kind, decides
+            twice on a module with two names, or asks for a rank the layer cannot have.
     """
     if plan.fingerprint != fingerprint(model):
         raise PlanError(
@@ -37,6 +37,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             cure="make a plan for this model",
         )
     modules = dict(model.named_modules(remove_duplicate=False))
+    decided: dict[int, str] = {}
     for decision in plan.decisions:
         if decision.site not in modules:
             raise PlanError(
@@ -46,6 +47,14 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 cure=near_matches(decision.site, modules),
             )
         module = modules[decision.site]
+        other = decided.setdefault(id(module), decision.site)
+        if other != decision.site:
+            raise PlanError(
+                repr(decision.site),
+                law="one decision a module",
+                got=f"another one at {other!r}, which is the same module",
+                cure="remove one of the two",
+            )
         adapter = adapter_for(module)
         if adapter is None:
             raise PlanError(
@@ -170,7 +179,7 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     modules = dict(model.named_modules(remove_duplicate=False))
     for decision in plan.changes:
         shell = modules.get(decision.site)
-        if not isinstance(shell, nn.Sequential) or any(adapter_for(layer) is None for layer in shell):
+        if not _is_shell(shell, decision):
             raise PlanError(
                 repr(decision.site),
                 law="a shell that the plan made",
@@ -186,6 +195,20 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         geometries = [part.geometry(layer) for part, layer in zip(parts, shell.children(), strict=True)]
         replaced[id(shell)] = _dense(list(shell.children()), geometries)
     return swap(model, replaced)
+
+
+def _is_shell(module: nn.Module | None, decision: Decision) -> bool:
+    """Whether a module is built as the decision's form and rank say."""
+    if not isinstance(module, nn.Sequential) or not len(module) or decision.method is None or decision.rank is None:
+        return False
+    adapters = [adapter_for(layer) for layer in module]
+    parts = [part.geometry(layer) for part, layer in zip(adapters, module, strict=True) if part is not None]
+    if len(parts) != len(adapters):
+        return False
+    try:
+        return list(stages(dense_geometry(parts), decision.method.form, decision.rank)) == parts
+    except PlanError:
+        return False
 
 
 def _dense(layers: list[nn.Module], geometries: list[Geometry]) -> nn.Module:

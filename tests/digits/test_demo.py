@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import rankfold as rf
-from rankfold.digits import demo, held_out, make_model, trained
+from rankfold.digits import calibration, demo, held_out, make_model, trained
 from rankfold.errors import WriteError
 
 STAGES = []
@@ -25,6 +25,16 @@ def watching(stage, steps):
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     return demo.run(tmp_path_factory.mktemp("demo") / "digits", progress=watching)
+
+
+def test_on_a_fifth_of_the_scans_the_demo_keeps_its_budget_and_its_bits(monkeypatch):
+    few = calibration()[:2]
+    monkeypatch.setattr(demo, "calibration", lambda: few)
+    seen = demo.run()
+    assert seen.ok, seen.text
+    assert seen.report.after.params <= seen.report.before.params // 2
+    assert seen.report.after.macs <= seen.report.before.macs // 2
+    assert seen.bit_equal
 
 
 @pytest.mark.slow

@@ -49,8 +49,10 @@ def address(tensor: Tensor) -> int:
     return -id(tensor)
 
 
-def why_unfit(path: str, module: nn.Module) -> str | None:
+def why_unfit(module: nn.Module) -> str | None:
     """Why a module's own make-up rules it out; None where nothing does, or where it holds nothing of two axes."""
+    if isinstance(module, parametrize.ParametrizationList):
+        return None  # its owner is named
     own = dict(module.named_parameters(recurse=False))
     if any(is_lazy(parameter) for parameter in own.values()):
         return "lazy: the weight has no shape yet, and the forward does not reach it"
@@ -107,7 +109,8 @@ def why_entangled(path: str, module: nn.Module, aliases: tuple[str, ...], contex
 
 def _why_packed(module: nn.Module) -> str | None:
     """For a module without parameters: whether it keeps a weight in another guise."""
-    if hasattr(module, "_packed_params") or callable(getattr(module, "weight", None)):
+    weight = getattr(module, "weight", None)
+    if callable(weight) and not isinstance(weight, nn.Module):
         return "quantised: the weight is packed"
     for name, buffer in module.named_buffers(recurse=False):
         if "weight" in name and buffer.ndim >= 2:

@@ -159,8 +159,8 @@ def find_sites(
     check_model(model)
     layers = {
         id(module): (module, adapter)
-        for path, module, _ in paths_of(model)
-        if why_unfit(path, module) is None and (adapter := adapter_for(module)) is not None
+        for _, module, _ in paths_of(model)
+        if why_unfit(module) is None and (adapter := adapter_for(module)) is not None
     }
     macs = _macs(model, example)
     seen = observe(model, example, layers)
@@ -168,7 +168,7 @@ def find_sites(
     context = Context.of(model, graph, seen)
     sites, skips = [], []
     for path, module, aliases in paths_of(model):
-        reason = why_unfit(path, module)
+        reason = why_unfit(module)
         if reason is None and id(module) in layers:
             reason = why_entangled(path, module, aliases, context)
         if reason is not None:
@@ -256,7 +256,7 @@ def check_model(model: nn.Module) -> None:
             )
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-        if not plain or not parameter.is_floating_point():
+        if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:
             continue
         # 8-bit floats know no isfinite
         finite = torch.isfinite(parameter.float() if parameter.element_size() == 1 else parameter)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -94,12 +95,21 @@ def take(batch: Batch, index: Tensor) -> Batch:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The model's inputs of a batch, on a device."""
+    return _mapped(batch, lambda tensor: tensor.to(device))
+
+
+def _cloned(batch: Batch) -> Batch:
+    """The model's inputs of a batch in memory of their own."""
+    return _mapped(batch, torch.clone)
+
+
+def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     args, kwargs = split_batch(batch)
 
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
+    def through(value: Any) -> Any:
+        return function(value) if isinstance(value, Tensor) else value
 
-    return move(args[0]) if args else {name: move(value) for name, value in kwargs.items()}
+    return through(args[0]) if args else {name: through(value) for name, value in kwargs.items()}
 
 
 def run(model: nn.Module, batch: Batch) -> Any:
@@ -143,16 +153,15 @@ def trace(model: nn.Module, example: Batch) -> Graph:
     device = device_of(model)
     pair = to_device(take(example, torch.arange(2) % batch_size(example)), device)
     batch = pair if _runs(model, pair) else to_device(example, device)  # some models fix their batch size
-    args, kwargs = split_batch(batch)
-    free: Any = tuple(_free_batch(args)) if args else _free_batch(kwargs)
     reason = ""
-    for shapes in (free, None) if batch is pair else (None,):
+    for free in (True, False) if batch is pair else (False,):
+        args, kwargs = split_batch(_cloned(batch))  # the exporter marks its inputs
+        shapes: Any = (tuple(_free_batch(args)) if args else _free_batch(kwargs)) if free else None
         try:
-            with evaluating(model), _tensor_outputs(model), warnings.catch_warnings(), _quiet_logs():
-                warnings.simplefilter("ignore")
+            with evaluating(model), _tensor_outputs(model), _quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 program = program.run_decompositions({})
-            return Graph(program, static_batch=None if shapes is not None else batch_size(batch))
+            return Graph(program, static_batch=None if free else batch_size(batch))
         except Exception as cause:  # noqa: BLE001 - whatever the exporter throws, the hook road still serves
             lines = str(cause).strip().splitlines()
             reason = f"torch.export failed ({': '.join([type(cause).__name__, *lines[:1]])[:300]})"
@@ -225,12 +234,14 @@ def _free_batch(values: tuple[Any, ...] | dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _quiet_logs() -> Iterator[None]:
-    """Keep the exporter's own log lines off the terminal while it tries."""
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings, log lines and graphs of failed attempts off the terminal while it tries."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)

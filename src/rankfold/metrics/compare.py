@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import DataError, NumericsError
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
-from rankfold.statistics.data import as_batches
+from rankfold.statistics.data import as_batches, numbered
 from rankfold.statistics.distributed import ALONE, World
 
 
@@ -114,29 +114,29 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: Wor
 
     Raises:
         DataError: No data, or outputs of different shapes.
-        NumericsError: An output of the compressed model is not finite where the original's is.
+        NumericsError: An output of either model is not finite; the batch is named.
     """
     tally = _Tally()
     with evaluating(original), evaluating(compressed):
-        for batch in _shares(as_batches(data), tally, world):
+        for number, batch in _shares(as_batches(data), tally, world):
             first, logits = output_tensor(run(original, to_device(batch, device_of(original))))
             second, _ = output_tensor(run(compressed, to_device(batch, device_of(compressed))))
-            tally.add(batch, first, second.to(first.device), logits)
+            tally.add(number, batch, first, second.to(first.device), logits)
     tally.sum_over(world)
     return tally.result()
 
 
-def _shares(batches: Iterable[Batch], tally: _Tally, world: World) -> Iterator[Batch]:
-    """This process's samples of every batch: an even, consecutive part of each."""
-    for batch in batches:
+def _shares(batches: Iterable[Batch], tally: _Tally, world: World) -> Iterator[tuple[int, Batch]]:
+    """This process's samples of every batch, an even, consecutive part of each, and the batch's number."""
+    for number, batch in numbered(batches):
         if world.size == 1:
-            yield batch
+            yield number, batch
             continue
         parts = torch.arange(batch_size(batch)).tensor_split(world.size)
         for rank, part in enumerate(parts):
             tally.open_part()
             if rank == world.rank and len(part):
-                yield _with_labels(batch, part)
+                yield number, _with_labels(batch, part)
 
 
 def _with_labels(batch: Batch, rows: Tensor) -> Batch:
@@ -159,7 +159,7 @@ class _Tally:
         self.parts: list[int] = []  # examples of each part, where several processes share the data
         self.logits, self.sequence, self.wide = True, False, True
 
-    def add(self, batch: Batch, first: Tensor, second: Tensor, logits: bool) -> None:
+    def add(self, number: int, batch: Batch, first: Tensor, second: Tensor, logits: bool) -> None:
         """Add one batch of outputs."""
         if first.shape != second.shape:
             raise DataError(
@@ -168,13 +168,17 @@ class _Tally:
                 got=f"{tuple(first.shape)} and {tuple(second.shape)}",
                 cure="compare a model with its own compression",
             )
-        if bool(torch.isfinite(first).all()) and not bool(torch.isfinite(second).all()):
-            raise NumericsError(
-                "compressed output",
-                law="finite where the original's is",
-                got="NaN or infinity",
-                cure="look at the site errors in the report",
-            )
+        for whose, output, cure in (
+            ("original", first, "look at that batch, or at the model's weights"),
+            ("compressed", second, "look at the site errors in the report"),
+        ):
+            if not bool(torch.isfinite(output).all()):
+                raise NumericsError(
+                    f"output of the {whose} model",
+                    law="every output is finite",
+                    got=f"NaN or infinity in batch {number}",
+                    cure=cure,
+                )
         a, b = (x.double().reshape(-1, x.shape[-1] if x.ndim > 1 else 1) for x in (first, second))
         self.logits &= logits
         self.samples += batch_size(batch)

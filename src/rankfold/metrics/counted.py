@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -30,14 +31,13 @@ def count_bytes(model: nn.Module) -> int:
 def count_macs(model: nn.Module, example: Batch) -> int:
     """Multiply-accumulates per sample, as torch's own counter sees them (half its FLOPs).
 
-    Matrix products of attention count too. The model runs once on one sample, or, where it cannot, on the batch. The
-    fused kernel that `nn.TransformerEncoderLayer` may take in eval mode is opaque to the counter, so it is switched off
-    meanwhile.
+    Matrix products of attention count too. The model runs once on one sample, or, where it cannot, on the batch. Fused
+    kernels (attention, `nn.TransformerEncoderLayer`) that the counter cannot see into are switched off meanwhile.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             samples = run_one(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from rankfold.errors import DistributedError, SelfCheckError, TraceError
+from rankfold.errors import DistributedError, NumericsError, SelfCheckError, TraceError
 from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
@@ -91,11 +91,14 @@ def lockstep(
     device = device_of(model)
     size = options.batch if sites.graph.static_batch is None else sites.graph.static_batch
     result = Repaired()
-    numbers, samples, number = [], 0, 0
+    numbers: list[int] = []
+    starts: list[int] = []
+    samples = number = 0
     for number, (part, rows) in enumerate(micro_batches(iter(batches), size), start=1):
         samples += len(rows)
         if world.owns(number - 1):
             numbers.append(number - 1)
+            starts.append(rows.start)
             result.parts.append(to_device(part, device))
             result.held.append(torch.tensor([row % every == every - 1 for row in rows]))
     if number < world.size:
@@ -107,7 +110,7 @@ def lockstep(
         )
     calls = find_calls(program, sites)
     modules = dict(model.named_modules(remove_duplicate=False))
-    solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, samples, world))
+    solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, starts, samples, world))
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
 
         def solve(arrival: Arrival) -> nn.Module:
@@ -152,6 +155,7 @@ def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> fl
     Raises:
         SelfCheckError: It is above 1e-4 (in half precision: above 64 steps of the dtype), or the outputs differ in
             structure.
+        NumericsError: The interpreter's outputs are not finite.
     """
     worst = 0.0
     if repaired.outputs is None:
@@ -169,6 +173,13 @@ def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> fl
                 target = theirs[rows.to(theirs.device)].double()
                 if target.shape != mine.shape:
                     raise _unequal(model, f"an output of shape {tuple(mine.shape)}", f"{tuple(target.shape)}")
+                if not bool(torch.isfinite(target).all()):
+                    raise NumericsError(
+                        f"output of {type(model).__name__}",
+                        law="every output on the calibration data is finite",
+                        got="NaN or infinity on a held-out sample",
+                        cure="look at the calibration data",
+                    )
                 allowed = max(TOLERANCE, 64 * torch.finfo(theirs.dtype).eps)
                 difference = float((mine.double() - target).norm() / target.norm().clamp_min(1e-30))
                 if not difference <= allowed:

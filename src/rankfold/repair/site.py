@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -71,12 +72,14 @@ class Share:
     Attributes:
         held: For each of its micro-batches, which samples are held out.
         numbers: For each of them, its number among those of all processes.
+        starts: For each of them, the place of its first sample in the whole set.
         samples: Samples of all processes.
         world: The processes.
     """
 
     held: list[Tensor]
     numbers: list[int]
+    starts: list[int]
     samples: int
     world: World = ALONE
 
@@ -229,13 +232,14 @@ class SiteSolver:
                     )
         fit.sum_over(self._share.world)
         held.sum_over(self._share.world)
-        if not bool(torch.isfinite(fit.xx).all() and torch.isfinite(fit.yx).all()):
-            raise NumericsError(
-                repr(arrival.call.path),
-                law="every activation of both networks is finite",
-                got="NaN or infinity",
-                cure="look at the calibration data, or exclude the layers before this one",
-            )
+        for moments, part in ((fit, "fitted"), (held, "held-out")):
+            if not bool(torch.isfinite(moments.xx).all() and torch.isfinite(moments.yx).all()):
+                raise NumericsError(
+                    repr(arrival.call.path),
+                    law="every activation of both networks is finite",
+                    got=f"NaN or infinity in {_not_finite(arrival, part, self._share.starts)}",
+                    cure="look at that sample, or exclude the layers before this one",
+                )
         return fit, held
 
     def _positions(self, adapter: Adapter, layer: nn.Module, inputs: Tensor, number: int) -> Tensor | None:
@@ -287,3 +291,12 @@ class SiteSolver:
         """A buffer of the original."""
         module, _, buffer = name.rpartition(".")
         return tensor(self._modules[module], buffer)
+
+
+def _not_finite(arrival: Arrival, part: str, starts: Sequence[int]) -> str:
+    """The first sample, from 1 in the order of the data, with an activation that is not finite."""
+    for start, inputs, target in zip(starts, arrival.inputs.compressed, arrival.outputs, strict=True):
+        for row in range(min(len(inputs), len(target))):
+            if not bool(torch.isfinite(inputs[row]).all() and torch.isfinite(target[row]).all()):
+                return f"sample {start + row + 1} of the calibration data"
+    return f"the sums over the {part} samples"

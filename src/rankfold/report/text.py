@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from rankfold.plan import ERROR
+
 if TYPE_CHECKING:
     from rankfold.graph.sites import Sites
     from rankfold.report.data import Report
@@ -35,7 +37,7 @@ def render(report: Report, *, width: int = 110) -> str:
         if row.before is None or row.after is None:
             continue
         rank = "" if row.rank is None else str(row.rank)
-        error = row.why.rpartition(" ")[2] if row.rank is not None else ""
+        error = row.why.removeprefix(ERROR) if row.why.startswith(ERROR) else ""
         table.add_row(
             row.path or "(the model)",
             "×".join(map(str, row.shape)),
@@ -85,7 +87,9 @@ def _change(before: int, after: int) -> str:
 
 
 def _print(table: Table, width: int) -> str:
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
+    console = Console(
+        file=io.StringIO(), width=width, color_system=None, force_terminal=False, markup=False, emoji=False
+    )
     console.print(table)
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return "\n".join(line.rstrip() for line in text.rstrip().splitlines())

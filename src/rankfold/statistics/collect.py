@@ -19,7 +19,7 @@ from rankfold.linalg.precision import work_dtype
 from rankfold.progress import Progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
-from rankfold.statistics.data import as_batches, digest
+from rankfold.statistics.data import as_batches, digest, numbered
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import generator
 from rankfold.statistics.store import Statistics
@@ -72,11 +72,12 @@ def collect(
         for index, site in enumerate(sites)
     ]
     handles = [feeder.module.register_forward_hook(feeder) for feeder in feeders] if kinds else []
-    device, samples, number, sha = device_of(model), 0, 0, hashlib.sha256()
+    device, samples, looked_at, sha = device_of(model), 0, 0, hashlib.sha256()
     piece = 0
     try:
         with evaluating(model), progress("statistics", _length(batches)) as advance:
-            for number, batch in enumerate(batches, start=1):
+            for number, batch in numbered(batches):
+                looked_at += 1
                 samples += batch_size(batch)
                 sha.update(digest(batch))
                 for part, _ in micro_batches(iter([batch]), PIECE):
@@ -105,7 +106,7 @@ def collect(
         )
     manifest = {
         "samples": samples,
-        "batches": number,
+        "batches": looked_at,
         "sha256": sha.hexdigest(),
         "positions": positions,
         "seed": seed,

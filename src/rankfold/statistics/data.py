@@ -32,23 +32,33 @@ class Split:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of this part; empty ones are left out."""
+        return (batch for _, batch in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, Batch]]:
+        """Each batch with the number, from 1, that it has in the whole data."""
         start = 0
-        for batch in self.data:
+        for number, batch in enumerate(self.data, start=1):
             size = batch_size(batch)
             index = torch.arange(size)
             chosen = ((index + start) % self.every == self.every - 1) == self.held_out
             start += size
             if bool(chosen.any()):
-                yield take(batch, index[chosen])
+                yield number, take(batch, index[chosen])
+
+
+def numbered(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Each batch with its number from 1; batches of a `Split` keep the number they have in the whole data."""
+    return data.numbered() if isinstance(data, Split) else enumerate(data, start=1)
 
 
 def as_batches(data: Any) -> Iterable[Batch]:
     """Data as a re-iterable of batches; a bare tensor or dict of tensors is one batch.
 
     Raises:
-        DataError: Not iterable, exhausted after one pass (a generator), or empty.
+        DataError: Not iterable, exhausted after one pass (a generator), empty, or without a sample in its first batch.
     """
     if isinstance(data, (Tensor, dict)):
+        batch_size(data)
         return [data]
     if isinstance(data, Iterator) or not hasattr(data, "__iter__"):
         raise DataError(

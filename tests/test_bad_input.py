@@ -1,0 +1,272 @@
+"""Bad input: each is refused with place, law, values and cure, and the model is as it was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankfold as rf
+from rankfold.errors import BudgetError, DataError, ModelError, NumericsError, OptionError, SiteError, TraceError
+from rankfold.metrics.counted import count
+
+BUDGET = rf.Budget(params=0.7)
+
+
+def network() -> nn.Sequential:
+    """A perceptron with a dropout, in training mode."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Linear(12, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 6)
+        )
+
+
+def inputs(samples: int = 24) -> Tensor:
+    return torch.randn(samples, 12, generator=torch.Generator().manual_seed(4))
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """State, modes, hooks and the global generator are the same afterwards."""
+    before, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    modules, generator = list(model.modules()), torch.get_rng_state()
+    yield
+    assert [id(module) for module in model.modules()] == [id(module) for module in modules]
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert all(
+        torch.equal(value.nan_to_num(7.0), before[name].nan_to_num(7.0)) for name, value in model.state_dict().items()
+    )
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def refused(error: type[Exception], message: str, model: nn.Module, data: Any, **options: Any) -> None:
+    with untouched(model), pytest.raises(error, match=message):
+        rf.compress(model, data, **{"budget": BUDGET, **options})
+
+
+# The selection.
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"only": ["33"]},
+            SiteError,
+            r"^'33' · a selection names layers of the model · got no match · did you mean '3'\?",
+        ),
+        ({"exclude": ["0", "layer.*"]}, SiteError, r"^'layer\.\*' · .* · got no match · possible are '0', '3', '5'"),
+        ({"only": "3"}, OptionError, r"^only · a list of paths or patterns · got '3' · try only=\['3'\]"),
+    ],
+)
+def test_an_unknown_path_in_a_selection_names_near_matches(
+    options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    refused(error, message, network(), inputs(), **options)
+
+
+# The model.
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
+    model = network()
+    with torch.no_grad():
+        model[3].weight[2, :2] = value
+    refused(
+        ModelError, r"^3\.weight · every weight is finite · got 2 of 256 NaN or infinite · look at", model, inputs()
+    )
+
+
+def test_a_model_on_meta_is_refused_by_the_tensor() -> None:
+    with pytest.raises(
+        ModelError, match=r"^0\.weight · every tensor is on a real device · got a tensor on meta · load"
+    ):
+        rf.compress(network().to("meta"), inputs(), budget=BUDGET)
+
+
+def test_a_state_dict_is_no_model() -> None:
+    with pytest.raises(ModelError, match=r"^model · an nn\.Module · got OrderedDict · pass the module itself"):
+        rf.compress(network().state_dict(), inputs(), budget=BUDGET)  # type: ignore[arg-type]
+
+
+# The data.
+
+
+def with_nan(sample: int) -> list[Tensor]:
+    """Batches of four, one with a NaN."""
+    data = inputs()
+    data[sample, 5] = float("nan")
+    return list(data.split(4))
+
+
+@pytest.mark.parametrize("repair", [None, rf.Lockstep()])
+@pytest.mark.parametrize(("sample", "batch"), [(0, 1), (13, 4)])
+def test_activations_that_are_not_finite_name_site_and_batch(
+    sample: int, batch: int, repair: rf.Lockstep | None
+) -> None:
+    message = rf"^'0' · every activation is finite · got NaN or infinity in the input-gram of batch {batch} · look at"
+    refused(NumericsError, message, network(), with_nan(sample), repair=repair)
+
+
+def test_a_batch_keeps_its_number_where_one_before_it_is_held_out_whole() -> None:
+    data = inputs()
+    data[11] = float("nan")
+    refused(NumericsError, "of batch 12 ·", network(), list(data.split(1)), repair=None)
+
+
+@pytest.mark.parametrize(
+    ("repair", "message"),
+    [
+        (None, r"^output of the original model · every output is finite · got NaN or infinity in batch 3 · look at"),
+        (rf.Lockstep(), r"every .* is finite · got NaN or infinity .*(sample 10|held-out) .*· look at"),
+    ],
+)
+def test_a_held_out_sample_that_is_not_finite_is_refused(repair: rf.Lockstep | None, message: str) -> None:
+    refused(NumericsError, message, network(), with_nan(9), repair=repair)
+
+
+class Overflowing(nn.Module):
+    """Its second layer sees infinities where an input is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.second(torch.exp(self.first(x)))
+        return result
+
+
+def test_activations_that_overflow_name_the_first_site_that_sees_them() -> None:
+    data = inputs()
+    data[6] = 1e6
+    refused(NumericsError, r"^'second' · .* of batch 2 ·", Overflowing(), list(data.split(4)))
+
+
+def _generator() -> Iterator[Tensor]:
+    yield inputs()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], r"^data · at least one batch · got none · check the folder or loader"),
+        (torch.zeros(0, 12), r"^data · .* at least one sample along its first axis · got shape \(0, 12\)"),
+        ([torch.zeros(0, 12)], r"^data · .* at least one sample along its first axis · got shape \(0, 12\)"),
+        ([inputs(), torch.zeros(0, 12)], r"at least one sample along its first axis · got shape \(0, 12\)"),
+        ([{}], r"^data · a batch is a tensor, a tuple .*, or a dict .* · got dict"),
+        ([{"x": 3}], r"a dict batch holds at least one tensor · got keys \['x'\]"),
+        ([[1.0, 2.0]], r"^data · a batch is a tensor, .* · got list"),
+        (
+            _generator(),
+            r"^data · a re-iterable of batches · got a generator, which gives its batches only once · pass a",
+        ),
+        (map(torch.Tensor.float, [inputs()]), r"a re-iterable of batches · got a map, which"),
+        (None, r"a re-iterable of batches · got NoneType"),
+    ],
+    ids=["list", "tensor", "batch", "later batch", "dict", "no tensor", "numbers", "generator", "map", "none"],
+)
+def test_data_that_is_none_is_refused(data: Any, message: str) -> None:
+    refused(DataError, message, network(), data)
+
+
+def test_a_batch_of_the_wrong_shape_is_refused_with_its_shape() -> None:
+    message = (
+        r"^Sequential · the model runs on a batch of the data · got .* for inputs \{'0': \(8, 11\)\} · check the shape"
+    )
+    refused(TraceError, message, network(), torch.zeros(8, 11))
+
+
+def test_a_later_batch_of_the_wrong_shape_is_refused_by_its_number() -> None:
+    message = r"^batch 3 · the model runs on every batch of the data · got .* · give all batches the shape of the first"
+    refused(TraceError, message, network(), [inputs(8), inputs(8), torch.zeros(8, 11)])
+
+
+def test_a_keyword_that_the_model_does_not_take_is_refused_by_name() -> None:
+    refused(TraceError, r"unexpected keyword argument 'pixels'.*'pixels': \(24, 12\)", network(), {"pixels": inputs()})
+
+
+# The budget and other options.
+
+
+@pytest.mark.parametrize("name", ["params", "macs", "bytes"])
+@pytest.mark.parametrize("bound", [0, 0.0, -1, -0.5, 1.5, True, False, float("nan"), float("inf"), "0.5"])
+def test_a_bound_that_is_no_fraction_and_no_number_is_refused(name: str, bound: Any) -> None:
+    message = (
+        rf"^Budget\.{name} · a kept fraction in \(0, 1\] \(float\) or an absolute .* · got {bound!r} · .*{name}=0\.5"
+    )
+    with pytest.raises(BudgetError, match=message):
+        rf.Budget(**{name: bound})
+
+
+def test_a_budget_without_a_bound_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"^Budget · at least one bound · got none · .*Budget\(params=0\.5\)"):
+        rf.Budget()
+
+
+@pytest.mark.parametrize("resource", ["params", "macs", "bytes"])
+def test_an_infeasible_budget_names_the_smallest_value_which_is_feasible(resource: str) -> None:
+    model, data = network().eval(), inputs()
+    with untouched(model), pytest.raises(BudgetError, match=rf"^Budget\.{resource} · .* · raise the bound") as caught:
+        rf.compress(model, data, budget=rf.Budget(**{resource: 1}), repair=None, weighting=False)
+    smallest = caught.value.smallest[resource]
+    assert f"{resource} at most 1 where the smallest is {smallest} (" in str(caught.value)
+    sites = rf.find_sites(model, data)
+    curves = rf.measure(model, sites=sites, families=[rf.SVD()])
+    plan = rf.make_plan(curves, budget=rf.Budget(**{resource: smallest}))
+    assert count(rf.apply(model, plan), data).amounts()[resource] == smallest
+    with pytest.raises(BudgetError, match=f"smallest is {smallest} "):
+        rf.make_plan(curves, budget=rf.Budget(**{resource: smallest - 1}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.5}, r"^budget · a rankfold\.Budget · got 0\.5 · try rankfold\.Budget\(params=0\.5\)"),
+        ({"families": []}, r"^families · at least one method · got none · try \["),
+        (
+            {"families": [rf.SVD]},
+            r"^families · instances of methods · got <class .*SVD'> · try SVD\(\) with parentheses",
+        ),
+        ({"selector": rf.Uniform}, r"^selector · an instance of RankSelector · got <class"),
+        ({"repair": True}, r"^repair · an instance of Lockstep, or None · got True · try rankfold\.Lockstep\(\)"),
+        ({"positions": 0}, r"^positions · an int of at least 1, or None · got 0"),
+        ({"positions": True}, r"^positions · an int of at least 1, or None · got True"),
+    ],
+)
+def test_an_option_of_another_kind_is_refused(options: dict[str, Any], message: str) -> None:
+    refused(OptionError, message, network(), inputs(), **options)
+
+
+# A model in training mode.
+
+
+def _compress(model: nn.Module) -> nn.Module:
+    return rf.compress(model, inputs(), budget=BUDGET).model
+
+
+def _compress_plainly(model: nn.Module) -> nn.Module:
+    return rf.compress(model, inputs(), budget=BUDGET, repair=None, weighting=False).model
+
+
+@pytest.mark.parametrize("compress", [_compress, _compress_plainly])
+def test_a_model_in_training_mode_is_traced_in_eval_and_left_in_its_modes(
+    compress: Callable[[nn.Module], nn.Module],
+) -> None:
+    model = network().train()
+    model[5].eval()
+    with untouched(model):
+        result = compress(model)
+    assert [module.training for module in result.children()] == [module.training for module in model.children()]
+    assert result.training
+    assert all(module.training for index, child in enumerate(result) if index != 5 for module in child.modules())
+    twin = compress(copy.deepcopy(model).eval())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(result.parameters(), twin.parameters(), strict=True))
