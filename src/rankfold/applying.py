@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from rankfold.errors import DataError
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch
 from rankfold.graph.values import Spill
-from rankfold.plan import Plan
+from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
 from rankfold.repair import Lockstep
@@ -22,8 +23,9 @@ from rankfold.repair.site import Recall, always_solve
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.gradients import collect_gradients
-from rankfold.surgery import check_plan, copied, filler, install_shells
+from rankfold.surgery import Fill, check_plan, copied, filler, install_shells
 
 
 def apply(
@@ -78,6 +80,7 @@ def carry_out(
     spill: Spill | None = None,
     recall: Recall = always_solve,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Carry a plan out on a model that was looked at already: with its repair where it names one.
 
@@ -91,6 +94,7 @@ def carry_out(
         spill: Where a repair keeps its values; None is in memory, without a limit.
         recall: How a repair solves a site, or finds it solved.
         progress: Told about every site.
+        world: The processes that share the calibration inputs and the sites.
 
     Returns:
         The root of the changed model, and remarks for the report.
@@ -100,7 +104,7 @@ def carry_out(
     """
     check_plan(model, plan)
     if plan.repair is None:
-        return install_shells(target, plan, filler(stats)), ()
+        return install_shells(target, plan, shared_out(filler(stats), world)), ()
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
     repaired = lockstep(
         model,
@@ -113,9 +117,10 @@ def carry_out(
         spill=spill,
         recall=recall,
         progress=progress,
+        world=world,
     )
     result = install(target, repaired)
-    worst = self_check(result, repaired)
+    worst = self_check(result, repaired, world)
     remarks = [f"self-check: the module equals the engine within {worst:.1e}"]
     if repaired.unrepaired:
         shown = ", ".join(repaired.unrepaired[:5])
@@ -124,6 +129,21 @@ def carry_out(
             f"repair made the held-out error larger and was not used at: {shown}" + (f" and {more} more" * (more > 0))
         )
     return result, tuple(remarks)
+
+
+def shared_out(fill: Fill, world: World) -> Fill:
+    """A fill in which the processes take turns and give each other what they filled."""
+    if world.size == 1:
+        return fill
+    number = itertools.count()
+
+    def shared(decision: Decision, layer: nn.Module, shell: nn.Sequential) -> None:
+        turn = next(number)
+        if world.owns(turn):
+            fill(decision, layer, shell)
+        world.broadcast_([*shell.parameters(), *shell.buffers()], turn)
+
+    return shared
 
 
 def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: list[str], plan: Plan) -> Statistics:

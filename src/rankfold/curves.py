@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, Tucker2, WhitenedSVD, output_errors
@@ -16,6 +17,7 @@ from rankfold.metrics.cost import site_cost
 from rankfold.progress import Progress, silent
 from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.statistics import Statistics
+from rankfold.statistics.distributed import ALONE, World
 
 DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tucker2())
 
@@ -27,6 +29,7 @@ def measure(
     sites: Sites,
     families: Sequence[Decomposition] = DEFAULT_FAMILIES,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> Curves:
     """For every site and family: what each rank costs and what error it makes.
 
@@ -41,6 +44,7 @@ def measure(
         sites: From `find_sites`.
         families: Methods to measure; at a site `Uniform` takes the first that has a case there.
         progress: Told about every site.
+        world: The processes that share the sites out among them; all get all curves.
 
     Returns:
         The curves.
@@ -54,11 +58,13 @@ def measure(
     curves: list[RankCurve] = []
     weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
     with progress("curves", len(sites)) as advance:
-        for site in sites:
+        for number, site in enumerate(sites):
             for method in families:
                 if method.refuses(site.geometry.canonical_shape) is None:
-                    curves.append(_curve(site, modules[site.path], method, stats, weighted=weighted))
+                    own = world.owns(number)
+                    curves.append(_curve(site, modules[site.path], method, stats, weighted=weighted, known=own))
             advance()
+    curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
     return Curves(sites, tuple(_scaled(curve, scale) for curve in curves))
 
@@ -110,21 +116,35 @@ def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics 
 
 
 def _curve(
-    site: Site, module: nn.Module, method: Decomposition, stats: Statistics | None, *, weighted: bool
+    site: Site, module: nn.Module, method: Decomposition, stats: Statistics | None, *, weighted: bool, known: bool
 ) -> RankCurve:
+    """The curve of one method at a site; where it is another process's to know, one of zeros."""
     adapter = adapter_for(module)
     if adapter is None:
         raise TypeError(f"{site.path} has no adapter")
     weight = widen(adapter.canonical(module))
     ranks = method.candidates(site.geometry.canonical_shape)
     summed, total = weight.new_zeros(len(ranks)), 0.0
-    for group in range(site.geometry.groups):
+    for group in range(site.geometry.groups if known else 0):
         relative, energy = output_errors(method, weight[group], moments_of(site, group, method, stats))
         summed += relative.to(summed) * energy
         total += energy
     errors = summed if weighted or total <= 0 else summed / total
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
     return RankCurve(site, method, tuple(ranks), costs, tuple(errors.tolist()), total)
+
+
+def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:
+    """Every process's curves, given that those it does not know are zero: the sum is exact."""
+    if world.size == 1:
+        return curves
+    flat = torch.tensor([value for curve in curves for value in (*curve.errors, curve.energy)], dtype=torch.float64)
+    world.sum_([flat])
+    parts = torch.split(flat, [len(curve.errors) + 1 for curve in curves])
+    return [
+        replace(curve, errors=tuple(part[:-1].tolist()), energy=float(part[-1]))
+        for curve, part in zip(curves, parts, strict=True)
+    ]
 
 
 def _mean_energy(curves: Sequence[RankCurve]) -> float:

@@ -79,6 +79,10 @@ class SelfCheckError(RankfoldError, RuntimeError):
     """A compressed module that does not compute what the engine computed."""
 
 
+class DistributedError(RankfoldError, RuntimeError):
+    """Several processes on one compression of which one failed, is gone, or was given something else."""
+
+
 class RegistryError(RankfoldError, LookupError):
     """A name that no registered method bears."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from rankfold.applying import carry_out
@@ -30,6 +31,7 @@ from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.distributed import together, world
 from rankfold.statistics.gradients import SAMPLES, collect_gradients
 from rankfold.surgery import check_plan, copied
 from rankfold.work import Work, facts_of
@@ -54,6 +56,7 @@ class Compressed:
     report: Report
 
 
+@together
 def compress(
     model: nn.Module,
     data: Any,
@@ -76,6 +79,10 @@ def compress(
     One in ten calibration samples is held out and never fitted on. With `selector=None` two plans are made, one by
     `Lagrangian()` and one by `Uniform()`, both are carried out, and the one whose outputs on the held-out samples are
     closer to the original's is returned.
+
+    Where torch.distributed is initialised with several processes, all of them call this with the same arguments: each
+    runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A
+    process that fails ends the others.
 
     Args:
         model: The trained network; left untouched, its training mode too.
@@ -107,6 +114,7 @@ def compress(
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
         BudgetError: The budget cannot be met; the smallest reachable value is named.
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
+        DistributedError: Another process failed or is gone, or was given other arguments.
     """
     if not isinstance(budget, Budget):
         raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
@@ -119,7 +127,13 @@ def compress(
     job = _Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     if job.sites.graph.program is None:
         repair = None
+    chosen_by = [type(method).__name__ for method in (*families, selector)]
+    world().agree("options", repr((chosen_by, budget, repair, weighting, positions, seed)))
     if work_dir is not None:
+        if world().size > 1:
+            raise OptionError(
+                "work_dir", law="one process", got=f"{world().size} processes", cure="leave work_dir out under torchrun"
+            )
         facts = facts_of(
             model, job.sites, job.batches, families=families, weighting=weighting, positions=positions, seed=seed
         )
@@ -131,7 +145,7 @@ def compress(
         lambda: job.work.curves(
             job.sites,
             families,
-            lambda: measure(model, stats, sites=job.sites, families=families, progress=progress),
+            lambda: measure(model, stats, sites=job.sites, families=families, progress=progress, world=world()),
         ),
     )
     tried = _candidates(
@@ -148,6 +162,7 @@ def compress(
     return job.finish(attempts)
 
 
+@together
 def execute(
     model: nn.Module,
     data: Any,
@@ -237,6 +252,7 @@ class _Job:
         example = next(iter(batches))
         with progress("trace", None):
             sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
+        world().agree("model", repr((sites.fingerprint, [site.path for site in sites], sites.graph.reason is None)))
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
         judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
@@ -262,6 +278,7 @@ class _Job:
                 positions=positions,
                 seed=seed,
                 progress=self.progress,
+                world=world(),
             )
 
         self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
@@ -277,6 +294,7 @@ class _Job:
                 samples=gradient_samples,
                 seed=seed,
                 progress=self.progress,
+                world=world(),
             )
 
         why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients))
@@ -285,6 +303,8 @@ class _Job:
 
     def attempt(self, plan: Plan) -> _Attempt:
         """Carry a plan out on a copy and compare it on the held-out samples."""
+
+        world().agree("plan", plan.to_json())
 
         def work() -> _Attempt:
             compressed, remarks = carry_out(
@@ -297,8 +317,9 @@ class _Job:
                 spill=self.spill,
                 recall=self.work.sites(self.model, plan) if plan.repair is not None else always_solve,
                 progress=self.progress,
+                world=world(),
             )
-            return _Attempt(compare(self.model, compressed, self.judged), compressed, plan, remarks)
+            return _Attempt(compare(self.model, compressed, self.judged, world=world()), compressed, plan, remarks)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
@@ -316,7 +337,7 @@ class _Job:
         )
         example = next(iter(self.batches))
         with self.progress("latency", None):
-            latency = self.clock.time("latency", lambda: latency_ratio(self.model, best.model, example))
+            latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, example))
         report = Report(
             self.sites.model,
             rows(self.sites, best.plan),
@@ -332,6 +353,16 @@ class _Job:
             environment(),
         )
         return Compressed(best.model, best.plan, report)
+
+
+def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:
+    """Measured by the first process while all others wait, so that none disturbs it."""
+    together_with = world()
+    latency = torch.zeros(1, dtype=torch.float64)
+    if together_with.owns(0):
+        latency[0] = latency_ratio(original, compressed, example)
+    together_with.broadcast_([latency], 0)
+    return float(latency)
 
 
 def _candidates(selectors: Sequence[RankSelector], make: Callable[[RankSelector], Plan]) -> list[Plan]:

@@ -17,6 +17,7 @@ from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_po
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
 from rankfold.cli._progress import expected, shown, totalled
+from rankfold.cli._together import joined
 from rankfold.errors import BudgetError, SiteError
 from rankfold.progress import Progress
 
@@ -212,13 +213,16 @@ def compress(
         source = DataSpec.parse(data, data_options)
         target = check_out(out, overwrite=overwrite)
         bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
-        with shown() as progress, stdout_kept_clean():
+        with joined(device) as first, shown(wanted=first) as progress, stdout_kept_clean():
             choice = Choice(family, selector, repair, weighting, only, exclude)
             request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
             done = _run(spec, source, data_options, request, device=device, progress=progress)
             from rankfold.checkpoint import save
 
-            save(done, target, overwrite=overwrite)
+            if first:
+                save(done, target, overwrite=overwrite)
+        if not first:
+            return
         if json:
             emit_json(_as_json(done, spec, target))
         else:

@@ -12,12 +12,12 @@ from rankfold.progress import Progress, silent
 
 
 @contextmanager
-def shown() -> Iterator[Progress]:
-    """A `Progress` that draws bars on stderr where that is a terminal, and the silent one elsewhere."""
+def shown(*, wanted: bool = True) -> Iterator[Progress]:
+    """A `Progress` that draws bars on stderr where they are wanted and that is a terminal; the silent one elsewhere."""
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not sys.stderr.isatty() or console.is_dumb_terminal:
+    if not wanted or not sys.stderr.isatty() or console.is_dumb_terminal:
         yield silent
         return
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn

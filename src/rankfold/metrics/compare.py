@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankfold.errors import DataError, NumericsError
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, split_batch, to_device
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, split_batch, take, to_device
 from rankfold.statistics.data import as_batches, numbered
+from rankfold.statistics.distributed import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def _check_labels(labels: Tensor, classes: int, number: int) -> None:
         )
 
 
-def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Comparison:
+def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: World = ALONE) -> Comparison:
     """Run both models over data and compare their outputs.
 
     Both run in eval mode and are left as they were. Memory is one batch of outputs. Comparison is in float64.
@@ -135,6 +136,7 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Comparison
         original: The original model.
         compressed: Another with outputs of the same shape.
         data: A re-iterable of batches, as for `compress`; labels, where there are any, give top-1 and top-5.
+        world: The processes that share the data, sample by sample; all get the whole comparison.
 
     Returns:
         The comparison.
@@ -145,11 +147,33 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any) -> Comparison
     """
     tally = _Tally()
     with evaluating(original), evaluating(compressed):
-        for number, batch in numbered(as_batches(data)):
+        for number, batch in _shares(as_batches(data), tally, world):
             first, logits = output_tensor(run(original, to_device(batch, device_of(original))))
             second, _ = output_tensor(run(compressed, to_device(batch, device_of(compressed))))
             tally.add(number, batch, first, second.to(first.device), logits)
+    tally.sum_over(world)
     return tally.result()
+
+
+def _shares(batches: Iterable[Batch], tally: _Tally, world: World) -> Iterator[tuple[int, Batch]]:
+    """This process's samples of every batch, an even, consecutive part of each, and the batch's number."""
+    for number, batch in numbered(batches):
+        if world.size == 1:
+            yield number, batch
+            continue
+        parts = torch.arange(batch_size(batch)).tensor_split(world.size)
+        for rank, part in enumerate(parts):
+            tally.open_part()
+            if rank == world.rank and len(part):
+                yield number, _with_labels(batch, part)
+
+
+def _with_labels(batch: Batch, rows: Tensor) -> Batch:
+    """Samples of a batch with their labels."""
+    label = labels_of(batch)
+    if label is None or isinstance(batch, Mapping) or label.shape[:1] != (batch_size(batch),):
+        return take(batch, rows)
+    return take(batch, rows), label[rows.to(label.device)]
 
 
 class _Tally:
@@ -161,6 +185,7 @@ class _Tally:
         self.hits = [[0, 0], [0, 0]]  # top-1, top-5 of original, compressed
         self.cross_entropy = [0.0, 0.0]
         self.changed: list[int] = []
+        self.parts: list[int] = []  # examples of each part, where several processes share the data
         self.logits, self.sequence, self.wide = True, False, True
 
     def add(self, number: int, batch: Batch, first: Tensor, second: Tensor, logits: bool) -> None:
@@ -189,6 +214,8 @@ class _Tally:
         same = a.argmax(1) == b.argmax(1)
         self.changed += (torch.nonzero(~same).flatten() + self.examples).tolist()
         self.examples += len(a)
+        if self.parts:
+            self.parts[-1] += len(a)
         self.agree += int(same.sum())
         log_a, log_b = F.log_softmax(a, 1), F.log_softmax(b, 1)
         self.kl += float((log_a.exp() * (log_a - log_b)).sum())
@@ -217,6 +244,36 @@ class _Tally:
             self.hits[0][which] += int(top[:, 0].sum())
             self.hits[1][which] += int(top.any(1).sum())
             self.cross_entropy[which] -= float(chosen.gather(1, labels[:, None]).sum())
+
+    def open_part(self) -> None:
+        """Tell that what comes next is another part of the data, which some process adds."""
+        self.parts.append(0)
+
+    def sum_over(self, world: World) -> None:
+        """Take in what all other processes added."""
+        if world.size == 1:
+            return
+        examples = torch.tensor(self.parts, dtype=torch.int64)
+        world.sum_([examples])
+        whole = torch.zeros(int(examples.sum()), dtype=torch.int64)
+        starts, seen = examples.cumsum(0) - examples, 0
+        for start, length in zip(starts.tolist(), self.parts, strict=True):
+            here = [index - seen + start for index in self.changed if seen <= index < seen + length]
+            whole[here] = 1
+            seen += length
+        counts = torch.tensor([self.samples, self.examples, self.agree, self.labelled, *self.hits[0], *self.hits[1]])
+        sums = torch.tensor([self.kl, self.error, self.energy, *self.cross_entropy], dtype=torch.float64)
+        extremes = torch.tensor(
+            [self.largest, float(self.sequence), float(not self.logits), float(not self.wide)], dtype=torch.float64
+        )
+        world.sum_([whole, counts, sums])
+        world.largest_([extremes])
+        self.changed = torch.nonzero(whole).flatten().tolist()
+        self.samples, self.examples, self.agree, self.labelled, *hits = counts.tolist()
+        self.hits = [hits[:2], hits[2:]]
+        self.kl, self.error, self.energy, *self.cross_entropy = sums.tolist()
+        self.largest = float(extremes[0])
+        self.sequence, self.logits, self.wide = bool(extremes[1]), not bool(extremes[2]), not bool(extremes[3])
 
     def result(self) -> Comparison:
         """The comparison over all that was added."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from rankfold.errors import NumericsError, SelfCheckError, TraceError
+from rankfold.errors import DistributedError, NumericsError, SelfCheckError, TraceError
 from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
@@ -18,8 +18,9 @@ from rankfold.graph.values import Spill
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.repair.options import Lockstep
-from rankfold.repair.site import Recall, SiteSolver, always_solve
+from rankfold.repair.site import Recall, Share, SiteSolver, always_solve
 from rankfold.statistics import Statistics
+from rankfold.statistics.distributed import ALONE, World
 from rankfold.surgery import swap
 
 TOLERANCE = 1e-4  # relative, float32: the module handed back against the interpreter
@@ -60,6 +61,7 @@ def lockstep(
     spill: Spill | None = None,
     recall: Recall = always_solve,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> Repaired:
     """One lockstep pass over the whole network: about two forward passes, plus the moments and solves.
 
@@ -74,12 +76,14 @@ def lockstep(
         spill: Where values are kept; None is in memory, without a limit.
         recall: Solves a site, or gives a solution that is there already.
         progress: Told about every site.
+        world: The processes that share the micro-batches and solve in turns; all get the same layers.
 
     Returns:
         The new layers and buffers, ready to be installed.
 
     Raises:
         TraceError: There is no graph to walk, or a layer to be changed is not found in it.
+        DistributedError: There are fewer micro-batches than processes.
     """
     program = sites.graph.program
     if program is None:
@@ -92,9 +96,23 @@ def lockstep(
     device = device_of(model)
     size = options.batch if sites.graph.static_batch is None else sites.graph.static_batch
     result = Repaired()
-    for part, rows in micro_batches(iter(batches), size):
-        result.parts.append(to_device(part, device))
-        result.held.append(torch.tensor([row % every == every - 1 for row in rows]))
+    numbers: list[int] = []
+    starts: list[int] = []
+    samples = number = 0
+    for number, (part, rows) in enumerate(micro_batches(iter(batches), size), start=1):
+        samples += len(rows)
+        if world.owns(number - 1):
+            numbers.append(number - 1)
+            starts.append(rows.start)
+            result.parts.append(to_device(part, device))
+            result.held.append(torch.tensor([row % every == every - 1 for row in rows]))
+    if number < world.size:
+        raise DistributedError(
+            "data",
+            law=f"at least as many micro-batches (of at most {size} samples) as processes",
+            got=f"{number} for {world.size} processes",
+            cure="pass more data or a smaller Lockstep(batch=...), or start fewer processes",
+        )
     calls = find_calls(program, sites)
     reached = {call.path for call in calls}
     missed = [decision.site for decision in plan.changes if decision.site not in reached]
@@ -106,7 +124,7 @@ def lockstep(
             cure="pass repair=None, or exclude the layer; please report it",
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    solver = SiteSolver(modules, plan, options, stats, result.held)
+    solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, starts, samples, world))
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
 
         def solve(arrival: Arrival) -> nn.Module:
@@ -142,7 +160,7 @@ def install(model: nn.Module, repaired: Repaired) -> nn.Module:
     return swap(model, replaced)
 
 
-def self_check(model: nn.Module, repaired: Repaired) -> float:
+def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> float:
     """Run the compressed module on held-out samples and compare with the interpreter's compressed side.
 
     Returns:
@@ -181,7 +199,9 @@ def self_check(model: nn.Module, repaired: Repaired) -> float:
                 if not difference <= allowed:
                     raise _unequal(model, f"a relative difference of {difference:.3g}", f"at most {allowed:.3g}")
                 worst = max(worst, difference)
-    return worst
+    largest = torch.tensor([worst], dtype=torch.float64)
+    world.largest_([largest])
+    return float(largest)
 
 
 def _unequal(model: nn.Module, got: str, wanted: str) -> SelfCheckError:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rankfold.linalg.precision import cross, gram, work_dtype
+from rankfold.statistics.distributed import World
 
 
 @dataclass(eq=False)
@@ -53,6 +54,12 @@ class PairMoments:
         self.x += inputs.sum(1, dtype=wide)
         self.y += targets.sum(1, dtype=wide)
         self.yy += targets.to(wide).square().sum((1, 2))
+
+    def sum_over(self, world: World) -> None:
+        """Take in the positions that all other processes saw."""
+        count = torch.tensor([self.count], dtype=torch.int64)
+        world.sum_([count, self.xx, self.yx, self.x, self.y, self.yy])
+        self.count = int(count)
 
     def error(self, group: int, weight: Tensor, bias: Tensor | None) -> float:
         """Mean squared error of an affine map against the target.

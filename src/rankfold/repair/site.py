@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
@@ -25,6 +25,8 @@ from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import chunks
+from rankfold.statistics.distributed import ALONE, World
+from rankfold.statistics.draws import generator
 
 LEAST_POSITIONS = 16384
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
@@ -73,6 +75,25 @@ class _Candidate:
         return total
 
 
+@dataclass(eq=False)
+class Share:
+    """What one process walks of the calibration set.
+
+    Attributes:
+        held: For each of its micro-batches, which samples are held out.
+        numbers: For each of them, its number among those of all processes.
+        starts: For each of them, the place of its first sample in the whole set.
+        samples: Samples of all processes.
+        world: The processes.
+    """
+
+    held: list[Tensor]
+    numbers: list[int]
+    starts: list[int]
+    samples: int
+    world: World = ALONE
+
+
 class SiteSolver:
     """Solves one site after another; holds what all of them need.
 
@@ -81,7 +102,7 @@ class SiteSolver:
         plan: What becomes of each site.
         options: The repair's options.
         stats: Statistics of the original.
-        held: For each micro-batch, which samples are held out.
+        share: The micro-batches walked here.
     """
 
     def __init__(
@@ -90,9 +111,10 @@ class SiteSolver:
         plan: Plan,
         options: Lockstep,
         stats: Statistics | None,
-        held: list[Tensor],
+        share: Share,
     ) -> None:
-        self._modules, self._plan, self._options, self._stats, self._held = modules, plan, options, stats, held
+        self._modules, self._plan, self._options, self._stats, self._share = modules, plan, options, stats, share
+        self._turn = 0
 
     def solve(self, arrival: Arrival) -> Solved:
         """Solve a site: ridge, factorise in the metric of the compressed inputs, judge on held-out samples."""
@@ -106,6 +128,42 @@ class SiteSolver:
             return Solved(layer)
         fit, held = self._moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
+        turn, self._turn = self._turn, self._turn + 1
+        mine = self._share.world.owns(turn)
+        solved = self._solved(decision, layer, adapter, norm, fit, held) if mine else None
+        return solved if self._share.world.size == 1 and solved else self._given(solved, decision, layer, norm, turn)
+
+    def _given(
+        self, solved: Solved | None, decision: Decision, layer: nn.Module, norm: str | None, turn: int
+    ) -> Solved:
+        """What the process whose turn it is has solved, in every process.
+
+        Sites are solved one after the other, so sharing them out saves no time; but one solve that all are given is
+        the same bits everywhere, also on unequal machines, and costs less than the sums of the moments did.
+        """
+        told = torch.zeros(3, dtype=torch.float64)
+        if solved is None:
+            new = copy.deepcopy(layer) if decision.method is None else self._shell(layer, decision)
+        else:
+            new = solved.layer
+            if solved.errors is not None:
+                told = torch.tensor([*solved.errors, float(solved.repaired)], dtype=torch.float64)
+        buffers = {} if norm is None else {norm: self._buffer(norm).clone()}
+        if solved is not None:
+            buffers.update(solved.buffers)
+        self._share.world.broadcast_([told, *new.parameters(), *new.buffers(), *buffers.values()], turn)
+        before, after, repaired = told.tolist()
+        return Solved(new, buffers if repaired else {}, (before, after), bool(repaired))
+
+    def _solved(
+        self,
+        decision: Decision,
+        layer: nn.Module,
+        adapter: Adapter,
+        norm: str | None,
+        fit: PairMoments,
+        held: PairMoments,
+    ) -> Solved:
         repaired = self._repaired(decision, layer, adapter, fit, absorbs=norm is not None)
         plain = self._unrepaired(decision, layer, adapter)
         judge = held if held.count else fit
@@ -115,8 +173,7 @@ class SiteSolver:
             return Solved(self._build(layer, adapter, decision, plain), {}, (errors[0], errors[0]))
         buffers = {}
         if norm is not None and repaired.bias is not None:
-            module, _, buffer = norm.rpartition(".")
-            mean = tensor(self._modules[module], buffer)
+            mean = self._buffer(norm)
             # (x + b − m)·s = (x − (m − b))·s: the norm's running mean takes the bias the layer does not have.
             buffers[norm] = (widen(mean) - repaired.bias).to(mean.dtype)
         return Solved(self._build(layer, adapter, decision, repaired), buffers, errors, repaired=True)
@@ -170,13 +227,11 @@ class SiteSolver:
         shape = (geometry.groups, geometry.features, geometry.canonical_shape[0])
         fit, held = (PairMoments.zeros(*shape, first.device) for _ in range(2))
         scale = self._inverse_scale(arrival)
-        samples = sum(len(mask) for mask in self._held)
-        generator = torch.Generator().manual_seed(self._plan.seed)
         for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
             if scale is not None and arrival.skip is not None:
                 target = target + (arrival.skip.original[i] - arrival.skip.compressed[i]) * scale
-            positions = self._positions(adapter, layer, inputs, samples, generator)
-            mask = self._held[i]
+            positions = self._positions(adapter, layer, inputs, self._share.numbers[i])
+            mask = self._share.held[i]
             if inputs.shape[0] != len(mask):  # tokens of all samples in one axis: no sample can be told apart
                 mask = torch.zeros(inputs.shape[0], dtype=torch.bool)
             for moments, chosen in ((fit, ~mask), (held, mask)):
@@ -184,27 +239,27 @@ class SiteSolver:
                     rows = chosen.to(inputs.device)
                     for patches, outputs in chunks(adapter, layer, inputs[rows], target[rows], positions):
                         moments.update(patches, outputs)
+        fit.sum_over(self._share.world)
+        held.sum_over(self._share.world)
         for moments, part in ((fit, "fitted"), (held, "held-out")):
             if not bool(torch.isfinite(moments.xx).all() and torch.isfinite(moments.yx).all()):
                 raise NumericsError(
                     repr(arrival.call.path),
                     law="every activation of both networks is finite",
-                    got=f"NaN or infinity in {_not_finite(arrival, part)}",
+                    got=f"NaN or infinity in {_not_finite(arrival, part, self._share.starts)}",
                     cure="look at that sample, or exclude the layers before this one",
                 )
         return fit, held
 
-    def _positions(
-        self, adapter: Adapter, layer: nn.Module, inputs: Tensor, samples: int, generator: torch.Generator
-    ) -> Tensor | None:
+    def _positions(self, adapter: Adapter, layer: nn.Module, inputs: Tensor, number: int) -> Tensor | None:
         size, _ = adapter.sample_size(layer, inputs)
         geometry = adapter.geometry(layer)
         available = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
         least = max(LEAST_POSITIONS, self._options.samples_per_feature * geometry.features)
-        wanted = -(-least // samples)
+        wanted = -(-least // self._share.samples)
         if available <= wanted:
             return None
-        return torch.randperm(available, generator=generator)[:wanted].sort().values
+        return torch.randperm(available, generator=generator(self._plan.seed, number))[:wanted].sort().values
 
     def _inverse_scale(self, arrival: Arrival) -> Tensor | float | None:
         """`1/a` of the steps to the residual `add`; None where no error of a skip branch is to be taken up."""
@@ -227,19 +282,30 @@ class SiteSolver:
                 if bias is not None:
                     tensor(new, "bias").copy_(bias)
             return new
-        shell = build_shell(
-            adapter.geometry(layer), decision.method.form, decision.rank, device=weight.device, dtype=weight.dtype
-        )
+        shell = self._shell(layer, decision)
         fill_shell(shell, chosen.factors, bias)
         return shell
 
+    def _shell(self, layer: nn.Module, decision: Decision) -> nn.Sequential:
+        """The shell a decision asks for, still empty."""
+        adapter = adapter_for(layer)
+        if adapter is None or decision.method is None or decision.rank is None:
+            raise TypeError(f"{decision.site} was not checked")
+        weight = adapter.canonical(layer)
+        return build_shell(
+            adapter.geometry(layer), decision.method.form, decision.rank, device=weight.device, dtype=weight.dtype
+        )
 
-def _not_finite(arrival: Arrival, part: str) -> str:
+    def _buffer(self, name: str) -> Tensor:
+        """A buffer of the original."""
+        module, _, buffer = name.rpartition(".")
+        return tensor(self._modules[module], buffer)
+
+
+def _not_finite(arrival: Arrival, part: str, starts: Sequence[int]) -> str:
     """The first sample, from 1 in the order of the data, with an activation that is not finite."""
-    before = 0
-    for inputs, target in zip(arrival.inputs.compressed, arrival.outputs, strict=True):
+    for start, inputs, target in zip(starts, arrival.inputs.compressed, arrival.outputs, strict=True):
         for row in range(min(len(inputs), len(target))):
             if not bool(torch.isfinite(inputs[row]).all() and torch.isfinite(target[row]).all()):
-                return f"sample {before + row + 1} of the calibration data"
-        before += len(inputs)
+                return f"sample {start + row + 1} of the calibration data"
     return f"the sums over the {part} samples"

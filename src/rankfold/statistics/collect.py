@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import DataError, NumericsError, OptionError, TraceError
+from rankfold.graph.lockstep import micro_batches
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import Adapter, adapter_for
+from rankfold.linalg.precision import work_dtype
 from rankfold.progress import Progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
 from rankfold.statistics.data import as_batches, digest, numbered
+from rankfold.statistics.distributed import ALONE, World
+from rankfold.statistics.draws import generator
 from rankfold.statistics.store import Statistics
 
+PIECE = 128  # most samples run at once; positions are drawn anew for each piece
 CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
 
 
@@ -32,6 +37,7 @@ def collect(
     positions: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> Statistics:
     """Run the model once over the data and sum up what each site sees.
 
@@ -43,9 +49,10 @@ def collect(
         sites: From `find_sites`.
         statistics: Registered names of the statistics to keep.
         positions: Look only at this many positions of each sample (pixels of a feature map, tokens of a sequence),
-            drawn anew for each batch; None looks at all.
+            drawn anew for each 128 samples at most; None looks at all.
         seed: Seed of that draw.
         progress: Told about every batch.
+        world: The processes that share the data; all read it, each runs its share, all get the sums.
 
     Returns:
         The statistics, with a manifest of the data.
@@ -61,18 +68,24 @@ def collect(
     modules = dict(model.named_modules(remove_duplicate=False))
     collected = {site.path: {kind.name: kind() for kind in kinds} for site in sites}
     feeders = [
-        _Feeder(site, modules[site.path], list(collected[site.path].values()), positions, seed + index)
+        _Feeder(site, modules[site.path], list(collected[site.path].values()), positions, (seed, index))
         for index, site in enumerate(sites)
     ]
     handles = [feeder.module.register_forward_hook(feeder) for feeder in feeders] if kinds else []
     device, samples, looked_at, sha = device_of(model), 0, 0, hashlib.sha256()
+    piece = 0
     try:
         with evaluating(model), progress("statistics", _length(batches)) as advance:
             for number, batch in numbered(batches):
                 looked_at += 1
                 samples += batch_size(batch)
                 sha.update(digest(batch))
-                _forward(model, to_device(batch, device), number)
+                for part, _ in micro_batches(iter([batch]), PIECE):
+                    if world.owns(piece):
+                        for feeder in feeders:
+                            feeder.begin(piece)
+                        _forward(model, to_device(part, device), number)
+                    piece += 1
                 for feeder in feeders:
                     feeder.check(number)
                 advance()
@@ -81,6 +94,8 @@ def collect(
             handle.remove()
     if samples == 0:
         raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
+    world.agree("calibration data", sha.hexdigest())
+    _sum_up([statistic for feeder in feeders for statistic in feeder.statistics], device, world)
     unseen = [feeder.site.path for feeder in feeders if kinds and feeder.statistics[0].count == 0]
     if unseen:
         raise DataError(
@@ -97,6 +112,27 @@ def collect(
         "seed": seed,
     }
     return Statistics(collected, manifest, sites.fingerprint)
+
+
+def _sum_up(statistics: Sequence[Statistic], device: torch.device, world: World) -> None:
+    """Sum statistics over all processes; one that saw no position of a site learns the shape from the others."""
+    if world.size == 1 or not statistics:
+        return
+    shapes = torch.zeros(len(statistics), 8, dtype=torch.float64)
+    for row, statistic in zip(shapes, statistics, strict=True):
+        if statistic.total is not None:
+            row[0] = statistic.total.ndim
+            row[1 : 1 + statistic.total.ndim] = torch.tensor(statistic.total.shape)
+    world.largest_([shapes])
+    totals: list[Tensor] = []
+    for row, statistic in zip(shapes.long().tolist(), statistics, strict=True):
+        if row[0] and statistic.total is None:
+            statistic.total = torch.zeros(row[1 : 1 + row[0]], dtype=work_dtype(device), device=device)
+        totals += [] if statistic.total is None else [statistic.total]
+    counts = torch.tensor([statistic.count for statistic in statistics], dtype=torch.int64)
+    world.sum_([counts, *totals])
+    for count, statistic in zip(counts.tolist(), statistics, strict=True):
+        statistic.count = count
 
 
 def _forward(model: nn.Module, batch: Batch, number: int) -> None:
@@ -117,7 +153,7 @@ class _Feeder:
     """Forward hook of one site: cuts its input into chunks of positions and feeds the statistics."""
 
     def __init__(
-        self, site: Site, module: nn.Module, statistics: list[Statistic], positions: int | None, seed: int
+        self, site: Site, module: nn.Module, statistics: list[Statistic], positions: int | None, key: tuple[int, ...]
     ) -> None:
         adapter = adapter_for(module)
         if adapter is None:
@@ -125,7 +161,13 @@ class _Feeder:
         self.site, self.module, self.statistics = site, module, statistics
         self._adapter: Adapter = adapter
         self._positions = positions
-        self._generator = torch.Generator().manual_seed(seed)
+        self._key = key
+        self._generator = generator(*key)
+
+    def begin(self, piece: int) -> None:
+        """What comes next is this piece of the data: its draws are its own, whoever walks it."""
+        if self._positions is not None:
+            self._generator = generator(*self._key, piece)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         inputs: Tensor = args[0]

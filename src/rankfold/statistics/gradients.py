@@ -12,9 +12,12 @@ from rankfold.errors import NumericsError
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
+from rankfold.linalg.precision import work_dtype
 from rankfold.metrics.compare import output_tensor
 from rankfold.progress import Progress, silent
 from rankfold.statistics._gradients import GradientGram
+from rankfold.statistics.distributed import ALONE, World
+from rankfold.statistics.draws import generator
 from rankfold.statistics.store import Statistics
 
 SAMPLES = 256  # samples looked at; one probe each
@@ -30,6 +33,7 @@ def collect_gradients(
     samples: int = SAMPLES,
     seed: int = 0,
     progress: Progress = silent,
+    world: World = ALONE,
 ) -> str | None:
     """Add a `GradientGram` to the statistics of every site.
 
@@ -45,6 +49,7 @@ def collect_gradients(
         samples: How many samples.
         seed: Seed of the directions.
         progress: Told about every batch.
+        world: The processes that share the samples; all get the sums.
 
     Returns:
         None, or the reason why this model cannot be differentiated; then no site has a Gram.
@@ -54,33 +59,57 @@ def collect_gradients(
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     grams = {site.path: GradientGram() for site in sites}
-    generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
-    parts = list(_first(batches, samples))
+    parts = [(number, part) for number, part in enumerate(_first(batches, samples)) if world.owns(number)]
+    why: str | None = None
     with evaluating(model), progress("gradients", len(parts)) as advance:
-        for part in parts:
+        for number, part in parts:
             seen: list[tuple[Site, nn.Module, Tensor]] = []
             handles = [modules[site.path].register_forward_hook(_watch(site, seen)) for site in sites]
             try:
                 with torch.enable_grad():
                     output, logits = output_tensor(run(model, to_device(part, device)))
-                    direction = torch.randn(output.shape, generator=generator, dtype=torch.float32).to(output)
+                    direction = torch.randn(output.shape, generator=generator(seed, number), dtype=torch.float32).to(
+                        output
+                    )
                     if logits:
                         direction = direction - direction.mean(-1, keepdim=True)
                     gradients = torch.autograd.grad(
                         (output * direction).sum(), [value for _, _, value in seen], allow_unused=True
                     )
             except RuntimeError as cause:
-                return f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
+                why = f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
+                break
             finally:
                 for handle in handles:
                     handle.remove()
             _add(grams, seen, gradients, batch_size(part))
             advance()
+    failed = torch.tensor([float(why is not None)])
+    world.sum_([failed])
+    if bool(failed > 0):
+        return why or "the outputs cannot be differentiated in another process"
+    _sum_up([grams[site.path] for site in sites], sites, device, world)
     stats.manifest["gradient_samples"] = samples
     for path, statistic in grams.items():
         stats.sites[path][GradientGram.name] = statistic
     return None
+
+
+def _sum_up(grams: Sequence[GradientGram], sites: Sites, device: torch.device, world: World) -> None:
+    """Sum over all processes; one without samples adds zeros."""
+    if world.size == 1:
+        return
+    totals: list[Tensor] = []
+    for gram, site in zip(grams, sites, strict=True):
+        if gram.total is None:
+            outputs = site.geometry.canonical_shape[0]
+            gram.total = torch.zeros(site.geometry.groups, outputs, outputs, dtype=work_dtype(device), device=device)
+        totals.append(gram.total)
+    counts = torch.tensor([gram.count for gram in grams], dtype=torch.int64)
+    world.sum_([counts, *totals])
+    for count, gram in zip(counts.tolist(), grams, strict=True):
+        gram.count = count
 
 
 def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:

@@ -1,0 +1,24 @@
+"""A command under `torchrun`: all processes work, the first one speaks and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rankfold.cli._options import parse_device
+
+
+@contextmanager
+def joined(device: str) -> Iterator[bool]:
+    """Join the other processes where `torchrun` started several.
+
+    Args:
+        device: As typed.
+
+    Yields:
+        Whether this process is the one that shows progress, writes the result and prints it.
+    """
+    from rankfold.statistics import distributed
+
+    with distributed.joined(parse_device(device)) as world:
+        yield world.rank == 0
