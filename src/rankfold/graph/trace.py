@@ -150,6 +150,9 @@ def trace(model: nn.Module, example: Batch) -> Graph:
     Returns:
         The graph; where the export fails, one without a program and with the reason.
     """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.layout is not torch.strided:  # the exporter aborts the whole process on some of them
+            return Graph(None, reason=f"torch.export was not tried: {name} is of layout {tensor.layout}")
     device = device_of(model)
     pair = to_device(take(example, torch.arange(2) % batch_size(example)), device)
     batch = pair if _runs(model, pair) else to_device(example, device)  # some models fix their batch size

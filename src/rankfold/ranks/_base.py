@@ -111,7 +111,7 @@ def pick(problem: Problem, chosen: Sequence[int]) -> tuple[Option, ...]:
     return tuple(options[k] for options, k in zip(problem.options, chosen, strict=True))
 
 
-def largest_fitting(problem: Problem, choose: Callable[[float], list[int]], *, steps: int = 60) -> list[int] | None:
+def largest_fitting(problem: Problem, choose: Callable[[float], list[int]], *, steps: int = 40) -> list[int] | None:
     """The choice at the largest t in [0, 1] that is within the bounds, by bisection.
 
     Args:

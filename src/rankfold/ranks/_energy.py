@@ -15,20 +15,22 @@ from rankfold.registry import register
 @register("energy")
 @dataclass(frozen=True)
 class Energy(RankSelector):
-    """Every site keeps the same share of its output energy: the cheapest option with error ≤ ε, ε as small as fits.
+    """No site makes an error above ε: at each the cheapest option with error ≤ ε, ε as small as fits.
 
-    The threshold rule of most SVD pruners, with the threshold found from the budget instead of guessed.
+    The threshold rule of most SVD pruners, with the threshold found from the budget instead of guessed. For errors
+    relative to each site's output it means that every site keeps the same share of its output energy.
     """
 
     def select(self, problem: Problem) -> tuple[Option, ...]:
         """See `RankSelector.select`."""
         table = Table.of(problem)
         smallest = cheapest(problem, table)
+        worst = max((float(errors.max()) for errors in table.errors), default=0.0)
 
         def choose(t: float) -> list[int]:
-            bound = (1 - t) ** 4  # most of the interesting thresholds lie near 0
-            if bound >= 1:
+            if t <= 0:
                 return smallest
+            bound = worst * (1 - t) ** 4  # most of the interesting thresholds lie near 0
             return table.choose(lambda i: np.where(table.errors[i] <= bound, table.loads[i].max(1), np.inf))
 
         found = largest_fitting(problem, choose)

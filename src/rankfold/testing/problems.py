@@ -12,7 +12,6 @@ from rankfold.metrics.cost import Cost, dense_cost, site_cost
 from rankfold.ranks import Option, Problem
 
 FAMILIES: tuple[Decomposition, ...] = (SVD(), SpatialSVD(whitened=False))
-RESOURCES = ("params", "macs", "bytes")
 
 
 def _anything(options: Sequence[Option], option: Option) -> bool:
@@ -36,16 +35,22 @@ def random_sites(draw: random.Random, count: int) -> list[Site]:
     return sites
 
 
-def random_options(draw: random.Random, site: Site, resources: Sequence[str]) -> tuple[Option, ...]:
-    """The dense option and those of two families that cost less in one of the resources, with drawn falling errors."""
+def random_options(
+    draw: random.Random, site: Site, resources: Sequence[str], families: Sequence[Decomposition]
+) -> tuple[Option, ...]:
+    """The dense option and those of the families that cost less in one of the resources, with drawn falling errors.
+
+    How much a site's errors weigh is drawn too: errors are comparable across sites, but need not end at 1.
+    """
+    weight = 10 ** draw.uniform(-2, 2)
     dense = Option(None, None, dense_cost(site), 0.0)
     options = [dense]
-    for method in FAMILIES:
+    for method in families:
         if method.refuses(site.geometry.canonical_shape) is not None:
             continue
         ranks = method.candidates(site.geometry.canonical_shape)
         energies = [draw.random() ** 4 for _ in ranks]
-        tails = [sum(energies[index + 1 :]) / sum(energies) for index in range(len(ranks))]
+        tails = [weight * sum(energies[index + 1 :]) / sum(energies) for index in range(len(ranks))]
         for rank, error in zip(ranks, tails, strict=True):
             cost = site_cost(site, method.form, rank)
             if any(cost.amounts()[name] < dense.cost.amounts()[name] for name in resources):
@@ -58,6 +63,7 @@ def random_problem(
     *,
     sites: int = 6,
     resources: Sequence[str] = ("params",),
+    families: Sequence[Decomposition] = FAMILIES,
     allowed: Callable[[Sequence[Option], Option], bool] = _anything,
     tight: bool = False,
 ) -> Problem:
@@ -67,6 +73,7 @@ def random_problem(
         seed: Of everything drawn.
         sites: How many.
         resources: Which are bounded.
+        families: Whose options there are.
         allowed: Called with (all options of a site, one of them): whether the drawn choice may hold that one.
         tight: Draw the cheapest choice in the first resource instead of any.
 
@@ -75,7 +82,7 @@ def random_problem(
     """
     draw = random.Random(seed)
     places = random_sites(draw, sites)
-    options = [random_options(draw, site, resources) for site in places]
+    options = [random_options(draw, site, resources, families) for site in places]
     witness = Cost()
     for each in options:
         possible = [option for option in each if allowed(each, option)]

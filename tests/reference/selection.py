@@ -56,3 +56,37 @@ def best_on_the_hull(problem: Problem, resource: str) -> tuple[float, float]:
             return error, error + change * room / more
         cost, error = cost + more, error + change
     return error, error
+
+
+def at_the_largest_common_fraction(problem: Problem, resource: str) -> list[float]:
+    """Errors of the sites where all keep the same largest fraction of their cost: the best option within it."""
+    fractions = {
+        option.cost.amounts()[resource] / options[0].cost.amounts()[resource]
+        for options in problem.options
+        for option in options
+    }
+    for fraction in sorted(fractions, reverse=True):
+        chosen = []
+        for options in problem.options:
+            most = fraction * options[0].cost.amounts()[resource] * (1 + 1e-12)
+            within = [option for option in options if option.cost.amounts()[resource] <= most]
+            cheapest = min(options, key=lambda option: option.cost.amounts()[resource])
+            chosen.append(min(within, key=lambda option: option.error) if within else cheapest)
+        if problem.fits(problem.total(chosen)):
+            return [option.error for option in chosen]
+    raise ValueError("no common fraction fits")
+
+
+def smallest_common_error(problem: Problem, resource: str) -> float:
+    """The smallest ε such that the cheapest options of error at most ε fit together."""
+    for threshold in sorted({option.error for options in problem.options for option in options}):
+        chosen = [
+            min(
+                (option for option in options if option.error <= threshold),
+                key=lambda option: option.cost.amounts()[resource],
+            )
+            for options in problem.options
+        ]
+        if problem.fits(problem.total(chosen)):
+            return threshold
+    raise ValueError("no common error fits")
