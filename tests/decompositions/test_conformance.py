@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankfold.decompositions import SVD, SpatialSVD, WhitenedSVD
+from rankfold.decompositions import SVD, SpatialSVD, Tucker2, WhitenedSVD
 from rankfold.testing import DecompositionConformance
 
 
@@ -28,6 +28,16 @@ class TestSpatialSVD(DecompositionConformance):
 
 class TestPlainSpatialSVD(DecompositionConformance):
     method = SpatialSVD(whitened=False)
+    idle = frozenset({"damping"})
+
+
+class TestTucker2(DecompositionConformance):
+    method = Tucker2()
+
+
+class TestPlainTucker2(DecompositionConformance):
+    method = Tucker2(whitened=False)
+    shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
     idle = frozenset({"damping"})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rankfold.statistics import InputGram, InputMean, OutputGram
+from rankfold.statistics import GradientGram, InputGram, InputMean, OutputGram
 from rankfold.testing import StatisticConformance
 
 
@@ -16,3 +16,7 @@ class TestInputMean(StatisticConformance):
 
 class TestOutputGram(StatisticConformance):
     statistic = OutputGram
+
+
+class TestGradientGram(StatisticConformance):
+    statistic = GradientGram

@@ -86,7 +86,8 @@ class Decomposition(ABC):
 
     def admits(self, shape: Sequence[int], rank: Rank) -> bool:
         """Whether a weight of this shape can be decomposed at a rank; a method on a grid admits more than it lists."""
-        return not isinstance(rank, bool) and rank in self.candidates(shape)
+        parts = rank if isinstance(rank, tuple) else (rank,)
+        return all(type(part) is int for part in parts) and rank in self.candidates(shape)
 
     @abstractmethod
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
@@ -134,13 +135,14 @@ class Decomposition(ABC):
         return name_of(self) + (f"({', '.join(changed)})" if changed else "")
 
 
-def canonical(weight: Tensor, rank: Rank, ranks: Sequence[Rank], method: Decomposition) -> Tensor:
-    """The weight in the work dtype, after checking that `rank` is one the method can give it.
+def canonical(weight: Tensor, rank: Rank, method: Decomposition) -> Tensor:
+    """The weight in the work dtype, after checking that the method admits the rank.
 
     Raises:
-        OptionError: The rank is not among `ranks`.
+        OptionError: It does not.
     """
-    if isinstance(rank, bool) or rank not in ranks:
+    if not method.admits(weight.shape, rank):
+        ranks = method.candidates(weight.shape)
         raise OptionError(
             str(method),
             law=f"a rank between {ranks[0]} and {ranks[-1]} for a weight {tuple(weight.shape)}",

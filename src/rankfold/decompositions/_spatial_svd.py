@@ -66,7 +66,7 @@ class SpatialSVD(Decomposition):
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> SpatialFactors:
         """See `Decomposition.decompose`."""
-        work = canonical(weight, rank, self.candidates(weight.shape), self)
+        work = canonical(weight, rank, self)
         out, inputs, height, width = work.shape
         split = work.reshape(out, inputs * height, width)
         if self.whitened:

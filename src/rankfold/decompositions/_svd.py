@@ -52,7 +52,7 @@ class SVD(Decomposition):
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> MatrixFactors | MirroredFactors:
         """See `Decomposition.decompose`; `moments` are not read."""
-        work = canonical(weight, rank, self.candidates(weight.shape), self)
+        work = canonical(weight, rank, self)
         u, s, vh = svd(unfold(work, mirrored=self.mirrored))
         root = s[:rank].sqrt()
         left, right = u[:, :rank] * root, root[:, None] * vh[:rank]

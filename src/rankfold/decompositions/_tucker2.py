@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from rankfold.decompositions._base import Decomposition, Moments, check_damping
 from rankfold.decompositions._svd import check_flag
 from rankfold.errors import OptionError
 from rankfold.factors import Rank, TuckerFactors
-from rankfold.linalg.precision import widen
+from rankfold.linalg.precision import power_of_two_scale, widen
 from rankfold.linalg.tucker import hooi, metric_tucker, metric_tucker_errors
 from rankfold.registry import register
 
@@ -60,19 +61,23 @@ class Tucker2(Decomposition):
         return "the Tucker form needs a kernel larger than 1 and more than one channel on each side"
 
     def candidates(self, shape: Sequence[int]) -> list[Rank]:
-        """A grid of `(a, b)` up to (in, out), ascending; the last is exact."""
-        return [(a, b) for a in _widths(shape[1]) for b in _widths(shape[0])]
+        """A grid of pairs `(a, b)` that `admits`, ascending; the last is exact."""
+        inner, outer = _largest(shape)
+        return [(a, b) for a in _widths(inner) for b in _widths(outer) if self.admits(shape, (a, b))]
 
     def admits(self, shape: Sequence[int], rank: Rank) -> bool:
-        """Any pair of widths up to (in, out), on the grid or between."""
-        return isinstance(rank, tuple) and len(rank) == 2 and 1 <= rank[0] <= shape[1] and 1 <= rank[1] <= shape[0]
+        """Any pair up to (in, out) whose core is no wider than its k taps can fill: `b ≤ a·k` and `a ≤ b·k`."""
+        if not isinstance(rank, tuple) or len(rank) != 2 or any(type(part) is not int for part in rank):
+            return False
+        (inner, outer), taps = rank, prod(shape[2:])
+        return 1 <= inner <= min(shape[1], outer * taps) and 1 <= outer <= min(shape[0], inner * taps)
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> TuckerFactors:
         """See `Decomposition.decompose`."""
         if not self.admits(weight.shape, rank) or not isinstance(rank, tuple):
             raise OptionError(
                 str(self),
-                law=f"a pair (a, b) of at most ({weight.shape[1]}, {weight.shape[0]})",
+                law=f"a pair (a, b) of at most ({weight.shape[1]}, {weight.shape[0]}), neither above the other × taps",
                 got=repr(rank),
                 cure="choose widths in that range",
             )
@@ -94,20 +99,27 @@ class Tucker2(Decomposition):
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """One projection for all pairs (whitened); one HOOI a pair (plain)."""
         work = widen(weight).flatten(2)
-        outer = torch.tensor(_widths(weight.shape[0])) - 1
-        inner = _widths(weight.shape[1])
+        pairs = [rank for rank in self.candidates(weight.shape) if isinstance(rank, tuple)]
         if self.whitened:
+            inner = sorted({a for a, _ in pairs})
             grid = metric_tucker_errors(work, self._patches(moments, work), inner, damping=self.damping)
-            return grid[:, outer].flatten()
+            return torch.stack([grid[inner.index(a), b - 1] for a, b in pairs])
+        work = work / power_of_two_scale(work)
         total = work.square().sum()
         if float(total) <= 0:
-            return work.new_zeros(len(inner) * len(outer))
-        captured = [hooi(work, (a, int(b) + 1))[1].square().sum() for a in inner for b in outer]
+            return work.new_zeros(len(pairs))
+        captured = [hooi(work, (a, b))[1].square().sum() for a, b in pairs]
         return (1 - torch.stack(captured) / total).clamp(0, 1)
 
     def _patches(self, moments: Moments, work: Tensor) -> Tensor:
         _, inputs, taps = work.shape
         return moments.metric(self).to(work).reshape(inputs, taps, inputs, taps)
+
+
+def _largest(shape: Sequence[int]) -> tuple[int, int]:
+    """The smallest pair that is exact."""
+    taps = prod(shape[2:])
+    return min(shape[1], shape[0] * taps), min(shape[0], shape[1] * taps)
 
 
 def _widths(size: int) -> list[int]:

@@ -62,7 +62,7 @@ class WhitenedSVD(Decomposition):
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> MatrixFactors | MirroredFactors:
         """See `Decomposition.decompose`."""
-        work = canonical(weight, rank, self.candidates(weight.shape), self)
+        work = canonical(weight, rank, self)
         metric = moments.metric(self).to(work)
         _out, inputs, *_kernel = work.shape
         if self.mirrored:

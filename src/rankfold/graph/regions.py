@@ -17,7 +17,12 @@ from rankfold.graph.sites import Sites
 
 aten = torch.ops.aten
 BATCH_NORM = aten._native_batch_norm_legit_no_training.default
-_LAYER_OPS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.linear.default, aten.addmm.default)
+_LAYER_OPS = (
+    *(conv.default for conv in (aten.conv1d, aten.conv2d, aten.conv3d)),
+    *(conv.padding for conv in (aten.conv1d, aten.conv2d, aten.conv3d)),  # padding="same" or "valid"
+    aten.linear.default,
+    aten.addmm.default,
+)
 _SAME_VALUE = (aten.clone.default, aten.dropout.default, aten.contiguous.default, aten.alias.default)
 _ADDS = (aten.add.Tensor, operator.add)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankfold.errors import DataError, NumericsError
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, split_batch, take, to_device
 from rankfold.statistics.data import as_batches, numbered
 from rankfold.statistics.distributed import ALONE, World
 
@@ -32,7 +32,8 @@ class Comparison:
         max_difference: Largest absolute difference of an output.
         top1: Fraction of labelled examples whose arg-max is the label, (original, compressed); None without labels.
         top5: The same for the five largest.
-        perplexity: `exp` of the mean cross-entropy against the labels, (original, compressed), for sequence outputs.
+        perplexity: `exp` of the mean cross-entropy against the labels, (original, compressed), for sequence outputs;
+            labels that are the input tokens themselves are predicted from the position before.
         changed: Indices of the examples whose arg-max differs, in the order of the data.
         logits: Whether the output looks like logits (named so, or one row a sample), so that KL means something.
     """
@@ -98,6 +99,34 @@ def labels_of(batch: Any) -> Tensor | None:
     return label if integer else None
 
 
+def _are_inputs(batch: Any, labels: Tensor) -> bool:
+    """Whether the labels of a sequence are its own tokens (-100 aside), as transformers has them for causal models.
+
+    Labels that are something else (a shifted copy, the target of an encoder-decoder, masked tokens) stand at the
+    positions that predict them.
+    """
+    args, kwargs = split_batch(batch)
+    inputs = [*args, *(value for name, value in kwargs.items() if name != "labels")]
+    usable = labels >= 0
+    return any(
+        isinstance(value, Tensor)
+        and value.shape == labels.shape
+        and bool((value.to(labels.device) == labels)[usable].all())
+        for value in inputs
+    )
+
+
+def _check_labels(labels: Tensor, classes: int, number: int) -> None:
+    """Refuse labels that are no class of the output."""
+    if labels.numel() and int(labels.max()) >= classes:
+        raise DataError(
+            "data",
+            law=f"every label is below the {classes} entries of the output, or negative (padding)",
+            got=f"{int(labels.max())} in batch {number}",
+            cure="give the labels that the model was trained on, or leave them out",
+        )
+
+
 def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: World = ALONE) -> Comparison:
     """Run both models over data and compare their outputs.
 
@@ -113,7 +142,7 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: Wor
         The comparison.
 
     Raises:
-        DataError: No data, or outputs of different shapes.
+        DataError: No data, outputs of different shapes, or labels that are no class of the output.
         NumericsError: An output of either model is not finite; the batch is named.
     """
     tally = _Tally()
@@ -196,13 +225,13 @@ class _Tally:
         labels = labels_of(batch)
         if labels is None or labels.shape != first.shape[:-1]:
             return
-        if first.ndim > 2:  # a causal language model: position t predicts label t + 1
+        _check_labels(labels, first.shape[-1], number)
+        rows = torch.arange(len(a)).reshape(labels.shape)
+        if first.ndim > 2:
             self.sequence = True
-            rows = torch.arange(len(a)).reshape(first.shape[:-1])[:, :-1].flatten()
-            labels = labels[:, 1:]
-        else:
-            rows = torch.arange(len(a))
-        self._add_labels(labels.flatten().to(a.device), rows.to(a.device), (log_a, log_b))
+            if _are_inputs(batch, labels):  # a causal language model: position t predicts token t + 1
+                rows, labels = rows[:, :-1], labels[:, 1:]
+        self._add_labels(labels.flatten().to(a.device), rows.flatten().to(a.device), (log_a, log_b))
 
     def _add_labels(self, labels: Tensor, rows: Tensor, logs: tuple[Tensor, Tensor]) -> None:
         usable = labels >= 0  # -100 marks padding

@@ -77,7 +77,7 @@ def lockstep(
         The new layers and buffers, ready to be installed.
 
     Raises:
-        TraceError: There is no graph to walk.
+        TraceError: There is no graph to walk, or a layer to be changed is not found in it.
         DistributedError: There are fewer micro-batches than processes.
     """
     program = sites.graph.program
@@ -109,6 +109,15 @@ def lockstep(
             cure="pass more data or a smaller Lockstep(batch=...), or start fewer processes",
         )
     calls = find_calls(program, sites)
+    reached = {call.path for call in calls}
+    missed = [decision.site for decision in plan.changes if decision.site not in reached]
+    if missed:
+        raise TraceError(
+            repr(missed[0]),
+            law="every layer that the plan changes is called in the traced graph",
+            got="no call that lockstep repair knows",
+            cure="pass repair=None, or exclude the layer; please report it",
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, starts, samples, world))
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):

@@ -36,7 +36,7 @@ class DecompositionConformance(WeightLaws, ShellLaws):
         choices: dict[str, list[Any]] = {
             "device": devices(),
             "weight_kind": list(HARD_WEIGHTS),
-            "moments_kind": list(MOMENTS),
+            "moments_kind": list(MOMENTS if self.method.needs else MOMENTS[:1]),
             "option": [name for name in options if name not in self.idle],
         }
         for name, values in choices.items():

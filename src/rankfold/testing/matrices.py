@@ -129,4 +129,5 @@ def _inputs(kind: str, count: int, n: int, seed: int) -> Tensor:
     if kind == "ill-conditioned":
         return drawn * torch.logspace(0, -8, n, dtype=torch.float64)
     scales = {"toy": 1.0, "1e20": 1e20, "1e-20": 1e-20}
-    return mixed.mul_(scales[kind])
+    scaled: Tensor = mixed * scales[kind]
+    return scaled

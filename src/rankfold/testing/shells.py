@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import product
 from typing import Any, ClassVar
 
 import pytest
@@ -101,6 +102,16 @@ class ShellLaws:
             parts = list(self.compressed(layer, inputs, self.ranks(layer)[0]).children())
             assert [part.bias is not None for part in parts] == [False] * (len(parts) - 1) + [bias], name
 
+    def test_the_mean_output_is_kept_where_a_bias_can_absorb_it(self, device: str) -> None:
+        """A method that reads the mean input leaves the mean output over the calibration inputs as it was."""
+        if "input-mean" not in self.method.needs:
+            pytest.skip("the method does not read the mean input")
+        for name, layer, inputs in self.served(device=device):
+            adapter = _adapter(layer)
+            with torch.no_grad():
+                found = adapter.outputs(layer, self.compressed(layer, inputs, self.ranks(layer)[0])(inputs)).mean(1)
+                _assert_close(found, adapter.outputs(layer, layer(inputs)).mean(1), 1e-9, name)
+
     def test_no_storage_is_shared_with_the_original(self, device: str) -> None:
         """Neither weights nor bias; and the original keeps its bits."""
         for name, layer, inputs in self.served(device=device):
@@ -159,22 +170,20 @@ class ShellLaws:
                 shell = self.compressed(layer, inputs / scale, self.ranks(layer)[-1])
                 _assert_close(shell(inputs / scale), expected, 1e-4, name)
 
-    @pytest.mark.parametrize("resource", ["params", "macs", "bytes"])
-    def test_no_budget_is_exceeded_and_predictions_hold(self, resource: str, device: str) -> None:
+    def test_no_budget_is_exceeded_and_predictions_hold(self, device: str) -> None:
         """On a whole network: what is counted is what was predicted, and within the bound."""
         network, inputs, sites = _sites(device)
         statistics = collect(network, inputs, sites=sites, statistics=list(self.method.needs))
         curves = measure(network, statistics, sites=sites, families=[self.method])
         assert len(curves) > 0
-        for fraction in (0.3, 0.55, 0.8, 0.99):
+        for resource, fraction in product(("params", "macs", "bytes"), (0.3, 0.55, 0.8, 0.99)):
             budget = Budget(**{resource: fraction})
             bound = budget.bounds(sites.cost)[resource]
             plan, reachable = _plan(curves, budget, resource)
             if plan is None:
                 assert reachable > bound
                 continue
-            found = install_shells(copied(network), plan, filler(statistics))
-            counted = count(found, inputs)
+            counted = count(install_shells(copied(network), plan, filler(statistics)), inputs)
             assert counted == plan_cost(sites, plan)
             assert counted.amounts()[resource] <= bound
 

@@ -1,0 +1,95 @@
+"""Working in a wider dtype, and sums of products at any scale."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rankfold.linalg.precision import cross, gram, power_of_two_scale, widen, work_dtype
+from rankfold.testing.matrices import normal
+
+
+@given(st.floats(min_value=1e-300, max_value=1e300), st.booleans())
+def test_the_scale_is_the_power_of_two_just_below(value: float, negative: bool) -> None:
+    scale = float(power_of_two_scale(torch.tensor([-value if negative else value, 0.0], dtype=torch.float64)))
+    assert scale <= value < 2 * scale
+    assert np.frexp(scale)[0] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_scale_is_representable_at_both_ends_of_a_dtype(dtype: torch.dtype) -> None:
+    info = torch.finfo(dtype)
+    for value in (info.max, info.tiny, info.smallest_normal):
+        tensor = torch.tensor([value], dtype=dtype)
+        scale = power_of_two_scale(tensor).to(dtype)
+        assert 1 <= float(tensor / scale) < 2
+
+
+def test_nothing_to_scale_by_is_one() -> None:
+    for values in ([], [0.0, 0.0], [float("nan"), 1.0], [float("inf")]):
+        assert float(power_of_two_scale(torch.tensor(values))) == 1
+
+
+def test_scaling_back_changes_no_bit() -> None:
+    tensor = normal(50, seed=1) * 1e-250
+    scale = power_of_two_scale(tensor)
+    assert torch.equal((tensor / scale) * scale, tensor)
+
+
+def test_widening_copies_only_where_the_dtype_differs() -> None:
+    wide = normal(3, 3, seed=2).requires_grad_()
+    assert widen(wide).data_ptr() == wide.data_ptr()
+    assert not widen(wide).requires_grad
+    assert widen(wide.half()).dtype == work_dtype(torch.device("cpu")) == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e20, 1e-20], ids=str)
+def test_gram_equals_numpy(dtype: torch.dtype, scale: float) -> None:
+    if dtype == torch.float16 and scale != 1:
+        pytest.skip("outside the range of float16")
+    rows = (normal(2, 300, 7, seed=3) * scale).to(dtype)
+    exact = rows.double().numpy()
+    expected = np.einsum("gpi,gpj->gij", exact, exact)
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-5
+    found = gram(rows)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance * float(np.abs(expected).max()))
+
+
+@given(
+    st.integers(1, 30), st.integers(1, 6), st.integers(1, 6), st.sampled_from([1.0, 1e20, 1e-20]), st.integers(0, 99)
+)
+def test_cross_equals_numpy_at_two_scales(positions: int, m: int, n: int, scale: float, seed: int) -> None:
+    left, right = normal(positions, m, seed=seed) * scale, normal(positions, n, seed=seed + 1) / scale
+    expected = left.numpy().T @ right.numpy()
+    np.testing.assert_allclose(cross(left, right).numpy(), expected, rtol=1e-9, atol=1e-12 * positions)
+
+
+def test_the_gram_is_the_cross_moment_with_itself() -> None:
+    rows = normal(40, 5, seed=4)
+    torch.testing.assert_close(gram(rows), cross(rows, rows.clone()), rtol=1e-14, atol=1e-14)
+
+
+def test_products_of_two_dtypes_are_taken_in_the_wider() -> None:
+    left, right = normal(40, 5, seed=5), normal(40, 3, seed=6)
+    narrow = left.bfloat16()
+    torch.testing.assert_close(cross(narrow, right), narrow.double().mT @ right, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(cross(right, narrow), right.mT @ narrow.double(), rtol=1e-12, atol=1e-12)
+    assert torch.equal(narrow, left.bfloat16())
+
+
+def test_the_largest_float32_has_a_finite_gram() -> None:
+    largest = torch.finfo(torch.float32).max
+    found = gram(torch.full((2, 1), largest))
+    assert float(found) == pytest.approx(2 * largest**2)
+
+
+def test_values_that_are_not_finite_are_not_hidden() -> None:
+    for value in (float("nan"), float("inf")):
+        rows = normal(4, 3, seed=7)
+        rows[1, 1] = value
+        assert not bool(torch.isfinite(gram(rows)).all())

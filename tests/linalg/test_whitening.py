@@ -1,0 +1,153 @@
+"""Square roots and pseudo-inverses of Grams, against SciPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rankfold.errors import NumericsError
+from rankfold.linalg.svd import exact_svd
+from rankfold.linalg.whitening import (
+    cholesky,
+    damped_gram,
+    left_spectrum,
+    pseudo_inverse,
+    square_root,
+    symmetric_eigen,
+)
+from rankfold.testing.matrices import normal
+
+EYE = torch.eye(6, dtype=torch.float64)
+
+
+def gram_of(rank: int, n: int = 6, *, seed: int = 1, scale: float = 1.0) -> Tensor:
+    rows = normal(rank, n, seed=seed)
+    return rows.mT @ rows * scale
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * largest)
+
+
+@given(st.integers(0, 12), st.integers(1, 8), st.integers(0, 99), st.sampled_from([1.0, 1e40, 1e-40]))
+def test_eigenvalues_equal_scipy_s_and_are_never_negative(rank: int, n: int, seed: int, scale: float) -> None:
+    gram = gram_of(rank, n, seed=seed, scale=scale)
+    values, vectors = symmetric_eigen(gram)
+    assert bool((values >= 0).all())
+    size = max(float(gram.abs().max()), 1e-300)
+    expected = scipy.linalg.eigvalsh(gram.numpy() / size)
+    np.testing.assert_allclose(values.numpy() / size, expected.clip(0), rtol=0, atol=1e-12)
+    close((vectors * values) @ vectors.mT, gram, 1e-12)
+
+
+def test_rounding_that_breaks_symmetry_does_no_harm() -> None:
+    gram = gram_of(9)
+    skew = normal(6, 6, seed=2) * 1e-10
+    close(symmetric_eigen(gram + skew - skew.mT)[0], symmetric_eigen(gram)[0], 1e-13)
+
+
+@given(st.integers(6, 12), st.integers(0, 99), st.sampled_from([1.0, 1e40, 1e-40]), st.sampled_from([0.0, 1e-6, 0.5]))
+def test_the_root_of_a_full_gram_equals_scipy_s(rank: int, seed: int, scale: float, damping: float) -> None:
+    gram = gram_of(rank, seed=seed, scale=scale) + scale * EYE
+    mean = float(gram.trace()) / 6
+    expected = scipy.linalg.sqrtm((gram + damping * mean * EYE).numpy() / scale).real * scale**0.5
+    root, inverse_root = square_root(gram, damping=damping)
+    close(root, torch.from_numpy(expected))
+    close(root @ inverse_root, EYE)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+@pytest.mark.parametrize("scale", [1.0, 1e40, 1e-40], ids=str)
+def test_without_damping_the_inverse_is_on_the_range_only(rank: int, scale: float) -> None:
+    gram = gram_of(rank, scale=scale)
+    root, inverse_root = square_root(gram, damping=0.0)
+    close(root @ root, gram, 1e-12)
+    projector = gram @ torch.from_numpy(scipy.linalg.pinvh(gram.numpy() / scale, rtol=1e-10)) / scale
+    close(root @ inverse_root, projector)
+    close(inverse_root @ gram @ inverse_root, projector)
+
+
+@given(st.integers(1, 12), st.integers(0, 99), st.sampled_from([1.0, 1e40, 1e-40]))
+def test_the_pseudo_inverse_equals_scipy_s(rank: int, seed: int, scale: float) -> None:
+    gram = gram_of(rank, seed=seed)
+    expected = scipy.linalg.pinvh(gram.numpy(), rtol=1e-12)
+    found = pseudo_inverse(gram * scale).numpy() * scale
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_damping_is_relative_to_the_mean_eigenvalue() -> None:
+    gram = gram_of(2)
+    for scale in (1.0, 1e30):
+        root, _ = square_root(gram * scale, damping=0.25)
+        close(root @ root, scale * (gram + 0.25 * gram.trace() / 6 * EYE))
+        close(root @ root, damped_gram(gram * scale, damping=0.25))
+    close(pseudo_inverse(gram, damping=0.25), torch.linalg.inv(damped_gram(gram, damping=0.25)))
+
+
+def test_a_zero_gram_gives_identities() -> None:
+    zero = torch.zeros(6, 6)
+    for damping in (0.0, 1e-6):
+        for found in (*square_root(zero, damping=damping), pseudo_inverse(zero), damped_gram(zero, damping=damping)):
+            assert torch.equal(found, EYE)
+
+
+def test_a_gram_that_rounding_made_indefinite_is_the_normal_case() -> None:
+    gram = gram_of(3) - 1e-14 * EYE
+    root, inverse_root = square_root(gram, damping=0.0)
+    assert bool(torch.isfinite(root).all())
+    close(root @ root, gram_of(3), 1e-12)
+    assert bool(torch.isfinite(inverse_root).all())
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 99), st.sampled_from([1.0, 1e20, 1e-20])
+)
+def test_the_left_spectrum_is_that_of_the_whitened_weight(out: int, n: int, rank: int, seed: int, scale: float) -> None:
+    weight, gram = normal(out, n, seed=seed) * scale, gram_of(rank, n, seed=seed + 1, scale=scale**2)
+    root, _ = square_root(gram, damping=1e-3)
+    whitened = weight @ root
+    u, s = left_spectrum(weight, gram, damping=1e-3)
+    k = min(out, n)
+    assert (u.shape, s.shape) == ((out, k), (k,))
+    close(u.mT @ u, torch.eye(k, dtype=torch.float64), 1e-12)
+    _, expected, _ = exact_svd(whitened)
+    close(s.square(), expected.square(), 1e-12)
+    # What the first r left vectors leave of the whitened weight is the tail of its spectrum.
+    for r in range(k + 1):
+        left = whitened - u[:, :r] @ (u[:, :r].mT @ whitened)
+        assert float(left.square().sum()) == pytest.approx(
+            float(expected[r:].square().sum()), abs=1e-11 * float(expected.square().sum())
+        )
+
+
+def test_cholesky_equals_scipy_s_and_serves_every_leading_block() -> None:
+    gram = gram_of(9)
+    factor = cholesky(gram)
+    close(factor, torch.from_numpy(scipy.linalg.cholesky(gram.numpy(), lower=True)), 1e-12)
+    for size in range(1, 7):
+        close(factor[:size, :size] @ factor[:size, :size].mT, gram[:size, :size], 1e-12)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+@pytest.mark.parametrize("scale", [1.0, 1e40, 1e-40], ids=str)
+def test_cholesky_of_a_singular_gram_is_damped_as_little_as_can_be(rank: int, scale: float) -> None:
+    gram = gram_of(rank, scale=scale) if rank else torch.zeros(6, 6, dtype=torch.float64)
+    factor = cholesky(gram)
+    assert bool(torch.isfinite(factor).all())
+    assert float((factor @ factor.mT - gram).abs().max()) <= 1e-13 * max(float(gram.abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("matrix", [-EYE, torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.full((3, 3), -1e-300)])
+def test_cholesky_ends_on_what_is_no_gram_at_all(matrix: Tensor) -> None:
+    assert bool(torch.isfinite(cholesky(matrix)).all())
+
+
+def test_cholesky_refuses_what_is_not_finite() -> None:
+    with pytest.raises(NumericsError, match="every element is finite"):
+        cholesky(torch.full((2, 2), float("nan")))
