@@ -49,6 +49,7 @@ class Row:
         predicted: Whether predicted params and MACs equal the counted ones.
         within: Whether the budget is kept.
         compress_seconds: Of `compress`, the trace included.
+        stages: The same by stage.
         forward_seconds: Of one pass over the calibration data.
     """
 
@@ -66,6 +67,7 @@ class Row:
     predicted: bool
     within: bool
     compress_seconds: float
+    stages: dict[str, float]
     forward_seconds: float
 
     @property
@@ -111,6 +113,7 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
         predicted=(counted.params, counted.macs) == (promised.params, promised.macs),
         within=counted.params <= kept * sites.cost.params,
         compress_seconds=compress_seconds,
+        stages=dict(out.report.seconds),
         forward_seconds=forward_seconds,
     )
 

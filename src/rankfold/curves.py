@@ -13,7 +13,7 @@ from rankfold.errors import DataError, OptionError
 from rankfold.graph.sites import Site, Sites
 from rankfold.layers import adapter_for
 from rankfold.linalg.precision import widen
-from rankfold.metrics.cost import site_cost
+from rankfold.metrics.cost import dense_cost, site_cost
 from rankfold.progress import Progress, silent
 from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.statistics import Statistics
@@ -31,7 +31,7 @@ def measure(
     progress: Progress = silent,
     world: World = ALONE,
 ) -> Curves:
-    """For every site and family: what each rank costs and what error it makes.
+    """For every site and family that can make it smaller: what each rank costs and what error it makes.
 
     Where the statistics hold the gradient Gram `G` of every site, the error is the Gauss–Newton estimate of the
     squared change of the network's output, `tr(G D A Dᵀ)`; otherwise the energy of the site's output error over the
@@ -60,13 +60,19 @@ def measure(
     with progress("curves", len(sites)) as advance:
         for number, site in enumerate(sites):
             for method in families:
-                if method.refuses(site.geometry.canonical_shape) is None:
+                if method.refuses(site.geometry.canonical_shape) is None and _saves(site, method):
                     own = world.owns(number)
                     curves.append(_curve(site, modules[site.path], method, stats, weighted=weighted, known=own))
             advance()
     curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
     return Curves(sites, tuple(_scaled(curve, scale) for curve in curves))
+
+
+def _saves(site: Site, method: Decomposition) -> bool:
+    """Whether the least rank costs less than the layer in any resource; a depthwise 3×3 in matrix form does not."""
+    least = site_cost(site, method.form, method.candidates(site.geometry.canonical_shape)[0]).amounts()
+    return any(least[name] < cost for name, cost in dense_cost(site).amounts().items())
 
 
 def check_families(families: Sequence[Decomposition]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -17,6 +19,8 @@ from rankfold.linalg.whitening import (
     damped_gram,
     left_spectrum,
     pseudo_inverse,
+    shrinkage,
+    shrunk,
     square_root,
     symmetric_eigen,
 )
@@ -151,3 +155,35 @@ def test_cholesky_ends_on_what_is_no_gram_at_all(matrix: Tensor) -> None:
 def test_cholesky_refuses_what_is_not_finite() -> None:
     with pytest.raises(NumericsError, match="every element is finite"):
         cholesky(torch.full((2, 2), float("nan")))
+
+
+@given(st.integers(2, 8), st.integers(1, 40), st.integers(1, 500), st.integers(0, 99))
+def test_shrinkage_is_the_oracle_approximating_one(p: int, rank: int, count: int, seed: int) -> None:
+    gram = gram_of(rank, p, seed=seed).numpy()
+    squares, trace = float(np.trace(gram @ gram)), float(np.trace(gram))
+    upper = (1 - 2 / p) * squares + trace**2
+    lower = (count + 1 - 2 / p) * (squares - trace**2 / p)
+    expected = min(1.0, upper / lower) if lower > 0 else 1.0
+    for scale in (1.0, 1e40, 1e-40):
+        assert shrinkage(torch.from_numpy(gram) * scale, count) == pytest.approx(expected, rel=1e-9)
+
+
+def test_shrinkage_vanishes_as_samples_grow_and_stays_away_from_nothing() -> None:
+    gram = gram_of(9)
+    found = [shrinkage(gram, count) for count in (1, 10, 100, 10**9)]
+    assert all(after < before or before == 1 for before, after in pairwise(found))
+    assert found[-1] < 1e-7
+    assert shrinkage(torch.zeros(6, 6), 10) == 0
+    assert shrinkage(EYE, 10) == 1
+    assert shrinkage(gram_of(3, 1), 10) == 0
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_shrinking_keeps_the_energy_and_the_mean(centred: bool) -> None:
+    rows = normal(4, 6, seed=3) + 5
+    gram, mean = rows.mT @ rows / 4, rows.mean(0) if centred else None
+    found = shrunk(gram, mean, 4)
+    assert float(found.trace()) == pytest.approx(float(gram.trace()))
+    centre = torch.outer(mean, mean) if mean is not None else torch.zeros_like(gram)
+    assert bool((torch.linalg.eigvalsh(found - centre) > 1e-3).all())  # four samples of six features, none is free
+    close(shrunk(gram, mean, 10**12), gram, 1e-9)

@@ -125,6 +125,13 @@ def test_labels_that_are_not_the_tokens_stand_where_they_are_predicted() -> None
     _sequence_figures({"input_ids": TOKENS, "labels": shifted}, slice(0, 5), [1, 7, 2, 5, 0])
 
 
+def test_a_hopeless_perplexity_is_still_a_number() -> None:
+    logits = torch.zeros(1, 2, 8)
+    logits[..., 0] = 1e6
+    seen = rf.compare(Fixed([logits]), Fixed([logits]), [(torch.tensor([[1, 2]]), torch.tensor([[3, 4]]))])
+    assert seen.perplexity == (math.exp(700), math.exp(700))
+
+
 def test_top_5_of_five_classes_says_nothing_and_is_left_out() -> None:
     outputs = [_draw(6, 5, seed=0)]
     assert rf.compare(Fixed(outputs), Fixed(outputs), [(torch.zeros(6, 1), torch.zeros(6).long())]).top5 is None

@@ -33,7 +33,7 @@ class Comparison:
         top1: Fraction of labelled examples whose arg-max is the label, (original, compressed); None without labels.
         top5: The same for the five largest.
         perplexity: `exp` of the mean cross-entropy against the labels, (original, compressed), for sequence outputs;
-            labels that are the input tokens themselves are predicted from the position before.
+            labels that are the input tokens themselves are predicted from the position before. At most e^700.
         changed: Indices of the examples whose arg-max differs, in the order of the data.
         logits: Whether the output looks like logits (named so, or one row a sample), so that KL means something.
     """
@@ -284,7 +284,8 @@ class _Tally:
         def share(hits: list[int]) -> tuple[float, float] | None:
             return (hits[0] / n, hits[1] / n) if n else None
 
-        first, second = (math.exp(total / n) if n else 0.0 for total in self.cross_entropy)
+        # Beyond e^700 a float ends, and no JSON holds what comes after.
+        first, second = (math.exp(min(total / n, 700.0)) if n else 0.0 for total in self.cross_entropy)
         return Comparison(
             self.samples,
             self.examples,

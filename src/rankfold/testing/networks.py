@@ -73,10 +73,10 @@ def random_network(seed: int) -> tuple[nn.Module, Tensor]:
 
 
 def _perceptron(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
-    width = first = draw.randint(8, 64)
+    width = first = draw.randint(8, 128)
     parts: list[nn.Module] = []
     for _ in range(draw.randint(1, 4)):
-        after = draw.randint(4, 96)
+        after = draw.randint(4, 160)
         parts += [nn.Linear(width, after, bias=draw.random() < 0.7), nn.ReLU()]
         width = after
         if draw.random() < 0.3:
@@ -93,7 +93,7 @@ def _convolutional(draw: random.Random) -> tuple[nn.Module, tuple[int, ...]]:
     halvings = 2
     for _ in range(draw.randint(2, 5)):
         groups = 2 if width % 2 == 0 and draw.random() < 0.3 else 1
-        after = 2 * draw.randint(2, 20)
+        after = 2 * draw.randint(3, 32)
         kernel = draw.choice([(1, 1), (3, 3), (3, 3), (5, 5), (3, 1), (3, 5)])
         stride = draw.choice([1, 2]) if halvings else 1
         halvings -= stride - 1
