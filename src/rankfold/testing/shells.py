@@ -168,7 +168,8 @@ class ShellLaws:
                 _adapter(layer).canonical(layer).mul_(scale)
                 expected = layer(inputs / scale)
                 shell = self.compressed(layer, inputs / scale, self.ranks(layer)[-1])
-                _assert_close(shell(inputs / scale), expected, 1e-4, name)
+                # CUDA convolutions may round float32 to the 10 bits of TF32.
+                _assert_close(shell(inputs / scale), expected, 1e-4 if device == "cpu" else 1e-2, name)
 
     def test_no_budget_is_exceeded_and_predictions_hold(self, device: str) -> None:
         """On a whole network: what is counted is what was predicted, and within the bound."""
