@@ -60,9 +60,13 @@ class SpatialSVD(Decomposition):
         return "the spatial form needs a 2-d kernel with both sides above 1"
 
     def candidates(self, shape: Sequence[int]) -> list[Rank]:
-        """1 to min(out·kw, in·kh)."""
-        out, inputs, height, width = shape
-        return list(range(1, min(out * width, inputs * height) + 1))
+        """The ranks that save weights, `r (in·kh + out·kw) < out·in·kh·kw`, and min(out·kw, in·kh), which is exact."""
+        saving, exact = _saving(shape), _exact(shape)
+        return [*range(1, min(saving, exact - 1) + 1), exact]
+
+    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
+        """Any rank from 1 to the exact one."""
+        return type(rank) is int and 1 <= rank <= _exact(shape)
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> SpatialFactors:
         """See `Decomposition.decompose`."""
@@ -85,18 +89,34 @@ class SpatialSVD(Decomposition):
         )
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Closed form (plain), or one QR in the damped metric (whitened)."""
+        """Closed form (plain), or one Cholesky factor in the damped metric (whitened); 0 at the exact rank."""
         out, inputs, height, width = weight.shape
         split = widen(weight).reshape(out, inputs * height, width)
+        below = len(self.candidates(weight.shape)) - 1
+        if below == 0:
+            return split.new_zeros(1)
         if not self.whitened:
-            return tail_energy(svd(_columns(split))[1])[1:]
-        patches = self._patches(moments, split)
-        basis = split_basis(split, patches, damping=self.damping)
-        return split_errors(split, patches, basis, damping=self.damping)[1:]
+            errors = tail_energy(svd(_columns(split))[1])[1 : below + 1]
+        else:
+            patches = self._patches(moments, split)
+            basis = split_basis(split, patches, damping=self.damping)[:below]
+            errors = split_errors(split, patches, basis, damping=self.damping)[1:]
+        return torch.cat([errors, errors.new_zeros(1)])
 
     def _patches(self, moments: Moments, split: Tensor) -> Tensor:
         _, rows, width = split.shape
         return moments.metric(self).to(split).reshape(rows, width, rows, width)
+
+
+def _exact(shape: Sequence[int]) -> int:
+    out, inputs, height, width = shape
+    return min(out * width, inputs * height)
+
+
+def _saving(shape: Sequence[int]) -> int:
+    """The largest rank whose two stages hold fewer weights than the kernel."""
+    out, inputs, height, width = shape
+    return (out * inputs * height * width - 1) // (inputs * height + out * width)
 
 
 def _columns(split: Tensor) -> Tensor:
