@@ -42,7 +42,7 @@ def measure(
         model: The model the statistics are of.
         stats: From `collect`; may be None if no family needs any.
         sites: From `find_sites`.
-        families: Methods to measure; at a site `Uniform` takes the first that has a case there.
+        families: Methods to measure.
         progress: Told about every site.
         world: The processes that share the sites out among them; all get all curves.
 

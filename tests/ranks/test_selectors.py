@@ -19,7 +19,7 @@ from tests.reference.selection import (
 from rankfold.errors import OptionError
 from rankfold.ranks import Energy, Lagrangian, Option, Problem, Rounded, Uniform
 from rankfold.ranks._base import Table, top_up
-from rankfold.testing.problems import FAMILIES, random_problem, with_bounds
+from rankfold.testing.problems import random_problem, with_bounds
 
 SEEDS = st.integers(0, 10_000)
 
@@ -83,14 +83,9 @@ def test_the_lagrangian_spends_where_the_error_is() -> None:
     assert after[0].cost.params >= before[0].cost.params
 
 
-def one_family(seed: int) -> Problem:
-    """A problem in which every site has one family."""
-    return random_problem(seed, sites=6, families=FAMILIES[:1])
-
-
 @given(SEEDS)
 def test_uniform_loses_nothing_against_the_largest_common_fraction(seed: int) -> None:
-    problem = one_family(seed)
+    problem = random_problem(seed, sites=6)
     common = at_the_largest_common_fraction(problem, "params")
     chosen = Uniform().select(problem)
     assert all(option.error <= error for option, error in zip(chosen, common, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +17,12 @@ from rankfold.registry import register
 class Uniform(RankSelector):
     """Every site keeps the same fraction ρ of its cost, ρ as large as the budget lets it be.
 
-    At a site the first family that has a case there is taken, at its largest rank whose cost in every bounded resource
-    is at most ρ times the dense one. What whole ranks leave over is spent step by step where it removes most error.
+    At a site the option of least error is taken, of any family, whose cost in every bounded resource is at most ρ times
+    the dense one. What whole ranks leave over is spent step by step where it removes most error.
     """
 
     def select(self, problem: Problem) -> tuple[Option, ...]:
         """See `RankSelector.select`."""
-        problem = problem.restricted(_first_family(problem))
         table = Table.of(problem)
         shares = [(loads / np.maximum(loads[0], 1e-300)).max(1) for loads in table.loads]
         smallest = cheapest(problem, table)
@@ -38,9 +36,3 @@ class Uniform(RankSelector):
 
         found = largest_fitting(problem, choose)
         return pick(problem, top_up(table, smallest if found is None else found))
-
-
-def _first_family(problem: Problem) -> Callable[[Option], bool]:
-    """A predicate that lets through, at every site, the options of the first family seen there."""
-    firsts = {id(option): options[1].method == option.method for options in problem.options for option in options[1:]}
-    return lambda option: firsts[id(option)]

@@ -217,8 +217,7 @@ class SiteSolver:
 
     def _gradient_gram(self, path: str, group: int) -> Tensor | None:
         """The output weighting of a site, where gradients were collected."""
-        own = {} if self._stats is None else self._stats.sites.get(path, {})
-        return own["gradient-gram"].mean()[group] if "gradient-gram" in own else None
+        return None if self._stats is None else self._stats.gradient_gram(path, group)
 
     def _moments(self, arrival: Arrival, layer: nn.Module, adapter: Adapter) -> tuple[PairMoments, PairMoments]:
         """Moments of (x', target) over fitted and held-out samples, at positions drawn by the seed."""

@@ -36,7 +36,7 @@ class Statistics:
     fingerprint: str = ""
 
     def moments(self, site: Site, group: int) -> Moments:
-        """Averages of one group of a site, the Gram shrunk for its number of positions, ready for a decomposition."""
+        """Averages of one group of a site, the Grams shrunk for their number of samples, ready for a decomposition."""
         own = self.sites.get(site.path, {})
 
         def average(name: str) -> torch.Tensor | None:
@@ -50,8 +50,17 @@ class Statistics:
             mean,
             average("output-gram"),
             site.geometry.bias,
-            average("gradient-gram"),
+            self.gradient_gram(site.path, group),
         )
+
+    def gradient_gram(self, path: str, group: int) -> torch.Tensor | None:
+        """The output weighting of a site, or None where no gradients were collected.
+
+        Shrunk for its number of samples: 256 random directions say little about the 1000 outputs of a classifier, and
+        unshrunk they would make 744 of them free.
+        """
+        statistic = self.sites.get(path, {}).get("gradient-gram")
+        return None if statistic is None else shrunk(statistic.mean()[group], None, statistic.count)
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over the data of both.
