@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rankfold.ranks import Budget, Energy, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
     from rankfold.registry import register
     from rankfold.repair import Lockstep
+    from rankfold.repair.batch_norm import reestimate_batch_norms
     from rankfold.report import Report
     from rankfold.statistics import Statistic, Statistics
     from rankfold.statistics.collect import collect
@@ -47,6 +48,7 @@ _HOME = {
     "rankfold.ranks": ("Budget", "Energy", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
     "rankfold.registry": ("register",),
     "rankfold.repair": ("Lockstep",),
+    "rankfold.repair.batch_norm": ("reestimate_batch_norms",),
     "rankfold.report": ("Report",),
     "rankfold.statistics": ("Statistic", "Statistics"),
     "rankfold.statistics.collect": ("collect",),
@@ -101,6 +103,7 @@ __all__ = [
     "merge",
     "needed",
     "plan_cost",
+    "reestimate_batch_norms",
     "register",
     "save",
 ]

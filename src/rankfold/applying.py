@@ -18,6 +18,7 @@ from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
 from rankfold.repair import Lockstep
+from rankfold.repair.batch_norm import reestimate_batch_norms
 from rankfold.repair.lockstep import install, lockstep, self_check
 from rankfold.repair.site import Recall, always_solve
 from rankfold.statistics import Statistics
@@ -128,6 +129,10 @@ def carry_out(
         remarks.append(
             f"repair made the held-out error larger and was not used at: {shown}" + (f" and {more} more" * (more > 0))
         )
+    if options.reestimate_batch_norms:
+        fit = Split(batches, HELD_OUT, held_out=False)
+        norms = reestimate_batch_norms(result, fit, world=world)
+        remarks.append(f"running moments of {len(norms)} batch norms were estimated anew, as asked")
     return result, tuple(remarks)
 
 

@@ -27,6 +27,8 @@ class Lockstep:
         dense: Whether sites that stay dense are re-solved.
         samples_per_feature: Positions looked at, as a multiple of a layer's patch length (at least 16,384 in all).
         batch: Samples in a micro-batch.
+        reestimate_batch_norms: Whether batch norms get new running moments at the end, from the fitted samples; see
+            `rankfold.reestimate_batch_norms` for what that can cost.
     """
 
     ridge: float = 1e-3
@@ -34,11 +36,12 @@ class Lockstep:
     dense: bool = True
     samples_per_feature: int = 48
     batch: int = 128
+    reestimate_batch_norms: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge <= 1:
             raise OptionError("Lockstep.ridge", law="a number in (0, 1]", got=repr(self.ridge), cure="try 1e-3")
-        for name in ("absorb_skip", "dense"):
+        for name in ("absorb_skip", "dense", "reestimate_batch_norms"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(
                     f"Lockstep.{name}", law="True or False", got=repr(getattr(self, name)), cure="pass a bool"
