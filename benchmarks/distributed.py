@@ -44,7 +44,7 @@ def launched(network: str, samples: int, processes: int, folder: Path) -> list[d
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command += ["-m", "benchmarks.distributed", "--network", network, "--samples", str(samples), "--into", str(folder)]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 def work(network: str, samples: int, folder: Path) -> None:

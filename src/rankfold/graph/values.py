@@ -69,8 +69,8 @@ class Spill:
         return self._limit is None or self.held + size <= self._limit
 
     def tidy(self) -> None:
-        """Where there is a limit, give memory that was freed back to the system (glibc keeps it otherwise)."""
-        if self._limit is not None and sys.platform == "linux":
+        """Give memory that was freed back to the system; glibc keeps it otherwise, and twice the peak can pile up."""
+        if sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps nothing
             if trim is not None:
                 trim(0)
