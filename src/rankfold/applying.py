@@ -19,14 +19,14 @@ from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
 from rankfold.repair import Lockstep
 from rankfold.repair.batch_norm import reestimate_batch_norms
-from rankfold.repair.lockstep import install, lockstep, self_check
+from rankfold.repair.lockstep import Repaired, install, lockstep, self_check
 from rankfold.repair.site import Recall, always_solve
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.gradients import collect_gradients
-from rankfold.surgery import Fill, check_plan, copied, filler, install_shells
+from rankfold.surgery import Fill, check_plan, copied, filler, install_shells, swap
 
 
 def apply(
@@ -120,7 +120,23 @@ def carry_out(
         progress=progress,
         world=world,
     )
+    old = {path: module for path, module in target.named_modules(remove_duplicate=False) if path in repaired.layers}
+    moments = {name: buffer.clone() for name, buffer in target.named_buffers() if name in repaired.buffers}
     result = install(target, repaired)
+    try:
+        remarks = _checked(result, repaired, options, batches, world)
+    except BaseException:  # a model that is changed in place is left as it was, also by Ctrl-C
+        back = swap(result, {id(new): old[path] for path, new in repaired.layers.items()})
+        for name, value in moments.items():
+            back.get_buffer(name).copy_(value)
+        raise
+    return result, tuple(remarks)
+
+
+def _checked(
+    result: nn.Module, repaired: Repaired, options: Lockstep, batches: Iterable[Batch], world: World
+) -> list[str]:
+    """Check a changed model against the walk, do what the options ask for after that, and say so."""
     worst = self_check(result, repaired, world)
     remarks = [f"self-check: the module equals the engine within {worst:.1e}"]
     if repaired.unrepaired:
@@ -130,10 +146,9 @@ def carry_out(
             f"repair made the held-out error larger and was not used at: {shown}" + (f" and {more} more" * (more > 0))
         )
     if options.reestimate_batch_norms:
-        fit = Split(batches, HELD_OUT, held_out=False)
-        norms = reestimate_batch_norms(result, fit, world=world)
+        norms = reestimate_batch_norms(result, Split(batches, HELD_OUT, held_out=False), world=world)
         remarks.append(f"running moments of {len(norms)} batch norms were estimated anew, as asked")
-    return result, tuple(remarks)
+    return remarks
 
 
 def shared_out(fill: Fill, world: World) -> Fill:
@@ -155,7 +170,8 @@ def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: 
     """The statistics as `compress` collected them, by the manifest in the plan."""
     fit = Split(batches, HELD_OUT, held_out=False)
     positions = plan.calibration.get("positions")
-    stats = collect(model, fit, sites=sites, statistics=names, positions=positions, seed=plan.seed)
+    enough = plan.calibration.get("enough")
+    stats = collect(model, fit, sites=sites, statistics=names, positions=positions, enough=enough, seed=plan.seed)
     if "gradient_samples" in plan.calibration:
         collect_gradients(model, fit, stats, sites=sites, samples=plan.calibration["gradient_samples"], seed=plan.seed)
     return stats

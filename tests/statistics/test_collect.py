@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from rankfold.graph.sites import Sites, find_sites
 from rankfold.statistics import Statistics
 from rankfold.statistics import collect as module
 from rankfold.statistics.collect import collect
+from rankfold.statistics.data import Split
 from rankfold.testing import toy_network
 from rankfold.testing.devices import generator_states, same_states
 from rankfold.testing.matrices import normal
@@ -217,3 +220,21 @@ def test_a_site_that_no_batch_reaches_is_named() -> None:
     assert [site.path for site in sites] == ["first", "second"]
     with pytest.raises(DataError, match="'second'"):
         collect(network, inputs, sites=sites)
+
+
+def test_many_samples_need_few_positions_each() -> None:
+    model = nn.Conv2d(3, 4, 3, padding=1).eval()
+    batches = [torch.randn(50, 3, 16, 16) for _ in range(10)]
+    sites = find_sites(model, batches[0])
+
+    def looked_at(data: Any, **options: Any) -> int:
+        return collect(model, data, sites=sites, **options).sites[""]["input-gram"].count
+
+    assert looked_at(batches, positions=64) == 500 * 64
+    assert looked_at(batches, positions=64, enough=48) == 500 * 33  # 33 · 500 is the first multiple above 16,384
+    assert looked_at(batches, positions=20, enough=48) == 500 * 20
+    assert looked_at(batches, positions=64, enough=800) == 500 * 44  # 800 · 27 features
+    assert looked_at(Split(batches, 10, held_out=False), positions=64, enough=48) == 450 * 37
+    assert looked_at(torch.utils.data.DataLoader(torch.cat(batches), 50), positions=64, enough=48) == 500 * 64
+    with pytest.raises(OptionError, match="enough"):
+        looked_at(batches, positions=64, enough=0)

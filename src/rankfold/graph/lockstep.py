@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Node
 from torch.utils import _pytree
 
@@ -206,7 +206,7 @@ class Walk:
         if node.op == "get_attr":
             value = _attribute(self._program.graph_module, str(node.target))
             return value, value
-        function = _returned if node.op == "output" else _calling(node.target)
+        function = self._returned if node.op == "output" else _calling(node.target)
         original = function(*self._arguments(node, here, compressed=False))
         return original, function(*self._arguments(node, here, compressed=True)) if both else original
 
@@ -222,6 +222,11 @@ class Walk:
         args: Any = torch.fx.node.map_arg(node.args, value)
         kwargs: Any = torch.fx.node.map_arg(node.kwargs, value)
         return args, kwargs
+
+    def _returned(self, args: Any, kwargs: Any) -> Any:
+        """What the model returns: the output node also holds new values of buffers and inputs it writes into."""
+        specs = self._program.graph_signature.output_specs
+        return tuple(value for value, spec in zip(args[0], specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT)
 
     def _tensor(self, node: Node) -> Tensor:
         name = self._names[node]
@@ -272,11 +277,6 @@ def _tensor_names(program: ExportedProgram) -> dict[Node, str]:
 def _calling(target: Any) -> Callable[[Any, Any], Any]:
     """An operator as a function of (args, kwargs)."""
     return lambda args, kwargs: target(*args, **kwargs)
-
-
-def _returned(args: Any, kwargs: Any) -> Any:
-    """What the output node returns."""
-    return args[0]
 
 
 def _attribute(module: Any, path: str) -> Any:

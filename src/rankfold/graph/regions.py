@@ -65,13 +65,11 @@ def find_calls(program: ExportedProgram, sites: Sites) -> list[Call]:
     for node in program.graph.nodes:
         if node.op != "call_function" or node.target not in _LAYER_OPS:
             continue
-        path = _module_path(node)
-        if path not in known:
-            continue
         data, weight = (1, 2) if node.target is aten.addmm.default else (0, 1)
-        if not isinstance(node.args[weight], Node) or node.args[weight].name not in parameters:
-            continue
-        calls.append(_call(node, known[path], path, data, buffers))
+        # Which layer it is says the weight: a module that is called under another name can have a wrong path.
+        owner = parameters.get(_name(node.args[weight]), "").rpartition(".")[0]
+        if owner in known:
+            calls.append(_call(node, known[owner], _module_path(node), data, buffers))
     return calls
 
 

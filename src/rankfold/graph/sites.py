@@ -259,7 +259,8 @@ def check_model(model: nn.Module) -> None:
         if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:
             continue
         # 8-bit floats know no isfinite
-        finite = torch.isfinite(parameter.float() if parameter.element_size() == 1 else parameter)
+        weight = parameter.detach()
+        finite = torch.isfinite(weight.float() if weight.element_size() == 1 else weight)
         if not bool(finite.all()):
             bad = int((~finite).sum())
             raise ModelError(

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
 from rankfold.errors import DataError
@@ -98,7 +99,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return _mapped(batch, lambda tensor: tensor.to(device))
 
 
-def _cloned(batch: Batch) -> Batch:
+def cloned(batch: Batch) -> Batch:
     """The model's inputs of a batch in memory of their own."""
     return _mapped(batch, torch.clone)
 
@@ -112,10 +113,15 @@ def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
     return through(args[0]) if args else {name: through(value) for name, value in kwargs.items()}
 
 
-def run(model: nn.Module, batch: Batch) -> Any:
-    """The model's output on a batch."""
+def call(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch; a model that writes into its inputs changes the batch."""
     args, kwargs = split_batch(batch)
     return model(*args, **kwargs)
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch, which is left as it was."""
+    return call(model, cloned(batch))
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -126,8 +132,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again outside; no gradients."""
+    """Eval mode inside, no gradients; outside, every module's own mode and every buffer as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone() if buffer is not None and _is_plain(buffer) else None)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
     model.eval()
     try:
         with torch.no_grad():
@@ -135,6 +146,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module, name, buffer, value in buffers:  # some models count or cache in their forward
+            module._buffers[name] = buffer
+            if buffer is not None and value is not None and not _same(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    """Whether a buffer has elements that can be kept and compared."""
+    return not is_lazy(buffer) and not buffer.is_meta and buffer.layout is torch.strided and type(buffer) is Tensor
+
+
+def _same(buffer: Tensor, value: Tensor) -> bool:
+    """Whether a buffer still has its bits; one that is not finite is written back anyway."""
+    return buffer.shape == value.shape and torch.equal(buffer, value)
 
 
 def trace(model: nn.Module, example: Batch) -> Graph:
@@ -158,17 +184,38 @@ def trace(model: nn.Module, example: Batch) -> Graph:
     batch = pair if _runs(model, pair) else to_device(example, device)  # some models fix their batch size
     reason = ""
     for free in (True, False) if batch is pair else (False,):
-        args, kwargs = split_batch(_cloned(batch))  # the exporter marks its inputs
+        args, kwargs = split_batch(cloned(batch))  # the exporter marks its inputs
         shapes: Any = (tuple(_free_batch(args)) if args else _free_batch(kwargs)) if free else None
         try:
             with evaluating(model), _tensor_outputs(model), _quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 program = program.run_decompositions({})
+            if drawn := _random(program):
+                return Graph(None, reason=f"the forward draws random numbers in eval mode ({drawn})")
             return Graph(program, static_batch=None if free else batch_size(batch))
         except Exception as cause:  # noqa: BLE001 - whatever the exporter throws, the hook road still serves
             lines = str(cause).strip().splitlines()
             reason = f"torch.export failed ({': '.join([type(cause).__name__, *lines[:1]])[:300]})"
     return Graph(None, reason=reason)
+
+
+def _random(program: ExportedProgram) -> str | None:
+    """An operator of the program whose value is drawn anew each time; None where there is none."""
+    return next((str(node.target) for node in program.graph.nodes if _draws(node)), None)
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    """Whether an operator draws; dropout and attention do so only where they drop something."""
+    if not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    switches = {"dropout_p": 0.0, "train": True, "training": True}
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name in switches:
+            given = (
+                node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            )
+            return bool(switches[argument.name] if given is None else given)
+    return True
 
 
 def _runs(model: nn.Module, batch: Batch) -> bool:

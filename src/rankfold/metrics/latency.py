@@ -8,7 +8,7 @@ import time
 import torch
 from torch import nn
 
-from rankfold.graph.trace import Batch, device_of, evaluating, run, to_device
+from rankfold.graph.trace import Batch, call, cloned, device_of, evaluating, to_device
 
 
 def latency_ratio(original: nn.Module, compressed: nn.Module, batch: Batch, *, seconds: float = 1.0) -> float:
@@ -24,11 +24,11 @@ def latency_ratio(original: nn.Module, compressed: nn.Module, batch: Batch, *, s
         seconds: About how long to measure; at least three pairs are run.
     """
     device = device_of(original)
-    moved = to_device(batch, device)
+    moved = cloned(to_device(batch, device))
 
     def clock(model: nn.Module) -> float:
         start = time.perf_counter()
-        run(model, moved)
+        call(model, moved)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         return time.perf_counter() - start

@@ -43,11 +43,10 @@ def reestimate_batch_norms(model: nn.Module, data: Any, *, world: World = ALONE)
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None
     }
     sums = {path: _Sums(norm) for path, norm in norms.items()}
-    buffers = {path: [(b, b.clone()) for b in norm.buffers()] for path, norm in norms.items()}
     batches, device = as_batches(data), device_of(model)
     handles = [norm.register_forward_pre_hook(sums[path]) for path, norm in norms.items()]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model):  # which gives every buffer back as it was
             for norm in norms.values():
                 norm.train()
             for number, batch in enumerate(batches):
@@ -56,9 +55,6 @@ def reestimate_batch_norms(model: nn.Module, data: Any, *, world: World = ALONE)
     finally:
         for handle in handles:
             handle.remove()
-        for kept in buffers.values():
-            for buffer, value in kept:
-                buffer.copy_(value)
     world.sum_([tensor for each in sums.values() for tensor in (each.count, each.first, each.second)])
     changed = [path for path, each in sums.items() if float(each.count) > 1]
     for path in changed:

@@ -26,9 +26,8 @@ from rankfold.repair.solve import as_moments, best_bias, ridge
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import chunks
 from rankfold.statistics.distributed import ALONE, World
-from rankfold.statistics.draws import generator
+from rankfold.statistics.draws import enough_positions, generator
 
-LEAST_POSITIONS = 16384
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
 
 
@@ -254,8 +253,7 @@ class SiteSolver:
         size, _ = adapter.sample_size(layer, inputs)
         geometry = adapter.geometry(layer)
         available = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
-        least = max(LEAST_POSITIONS, self._options.samples_per_feature * geometry.features)
-        wanted = -(-least // self._share.samples)
+        wanted = enough_positions(geometry.features, self._options.samples_per_feature, self._share.samples)
         if available <= wanted:
             return None
         return torch.randperm(available, generator=generator(self._plan.seed, number))[:wanted].sort().values

@@ -19,9 +19,9 @@ from rankfold.linalg.precision import work_dtype
 from rankfold.progress import Progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
-from rankfold.statistics.data import as_batches, digest, numbered
+from rankfold.statistics.data import as_batches, digest, numbered, sample_count
 from rankfold.statistics.distributed import ALONE, World
-from rankfold.statistics.draws import generator
+from rankfold.statistics.draws import enough_positions, generator
 from rankfold.statistics.store import Statistics
 
 PIECE = 128  # most samples run at once; positions are drawn anew for each piece
@@ -35,6 +35,7 @@ def collect(
     sites: Sites,
     statistics: Sequence[str] = ("input-gram", "input-mean"),
     positions: int | None = None,
+    enough: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
     world: World = ALONE,
@@ -50,6 +51,9 @@ def collect(
         statistics: Registered names of the statistics to keep.
         positions: Look only at this many positions of each sample (pixels of a feature map, tokens of a sequence),
             drawn anew for each 128 samples at most; None looks at all.
+        enough: Draw fewer than `positions` where all samples together still have this many positions for each feature
+            of a site, and 16,384 in all. That holds for a list of batches; the samples of a loader cannot be counted
+            beforehand.
         seed: Seed of that draw.
         progress: Told about every batch.
         world: The processes that share the data; all read it, each runs its share, all get the sums.
@@ -63,12 +67,21 @@ def collect(
     """
     if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
         raise OptionError("positions", law="an int of at least 1, or None", got=repr(positions), cure="try 64")
+    if enough is not None and (isinstance(enough, bool) or not isinstance(enough, int) or enough < 1):
+        raise OptionError("enough", law="an int of at least 1, or None", got=repr(enough), cure="try 48")
     batches = as_batches(data)
+    known = None if enough is None else sample_count(batches)
+
+    def drawn(site: Site) -> int | None:
+        if positions is None or enough is None or known is None:
+            return positions
+        return min(positions, enough_positions(site.geometry.features, enough, known))
+
     kinds = [cast(type[Statistic], lookup(name, Statistic)) for name in statistics]
     modules = dict(model.named_modules(remove_duplicate=False))
     collected = {site.path: {kind.name: kind() for kind in kinds} for site in sites}
     feeders = [
-        _Feeder(site, modules[site.path], list(collected[site.path].values()), positions, (seed, index))
+        _Feeder(site, modules[site.path], list(collected[site.path].values()), drawn(site), (seed, index))
         for index, site in enumerate(sites)
     ]
     handles = [feeder.module.register_forward_hook(feeder) for feeder in feeders] if kinds else []
@@ -109,6 +122,7 @@ def collect(
         "batches": looked_at,
         "sha256": sha.hexdigest(),
         "positions": positions,
+        "enough": enough,
         "seed": seed,
     }
     return Statistics(collected, manifest, sites.fingerprint)

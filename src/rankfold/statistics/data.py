@@ -51,6 +51,17 @@ def numbered(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     return data.numbered() if isinstance(data, Split) else enumerate(data, start=1)
 
 
+def sample_count(data: Iterable[Batch]) -> int | None:
+    """Samples in a list of batches, or a `Split` of one; None where counting them would mean loading them."""
+    if isinstance(data, Split):
+        whole = sample_count(data.data)
+        if whole is None:
+            return None
+        held = whole // data.every
+        return held if data.held_out else whole - held
+    return sum(batch_size(batch) for batch in data) if isinstance(data, (list, tuple)) else None
+
+
 def as_batches(data: Any) -> Iterable[Batch]:
     """Data as a re-iterable of batches; a bare tensor or dict of tensors is one batch.
 

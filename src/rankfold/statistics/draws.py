@@ -6,6 +6,19 @@ import hashlib
 
 import torch
 
+LEAST_POSITIONS = 16384  # of all samples together
+
+
+def enough_positions(features: int, per_feature: int, samples: int) -> int:
+    """Positions a sample with which all samples together have `per_feature` of them for each feature.
+
+    Args:
+        features: Length of a patch.
+        per_feature: How many for each; at least 16,384 positions in all.
+        samples: How many samples share them.
+    """
+    return -(-max(LEAST_POSITIONS, per_feature * features) // samples)
+
 
 def generator(*key: int) -> torch.Generator:
     """A generator of its own for a key, such as (seed, site, micro-batch).
