@@ -161,7 +161,10 @@ def _generator() -> Iterator[Tensor]:
         ([], r"^data · at least one batch · got none · check the folder or loader"),
         (torch.zeros(0, 12), r"^data · .* at least one sample along its first axis · got shape \(0, 12\)"),
         ([torch.zeros(0, 12)], r"^data · .* at least one sample along its first axis · got shape \(0, 12\)"),
-        ([inputs(), torch.zeros(0, 12)], r"at least one sample along its first axis · got shape \(0, 12\)"),
+        (
+            [inputs(), torch.zeros(0, 12)],
+            r"^batch 2 · .* at least one sample along its first axis · got shape \(0, 12\)",
+        ),
         ([{}], r"^data · a batch is a tensor, a tuple .*, or a dict .* · got dict"),
         ([{"x": 3}], r"a dict batch holds at least one tensor · got keys \['x'\]"),
         ([[1.0, 2.0]], r"^data · a batch is a tensor, .* · got list"),
@@ -186,8 +189,14 @@ def test_a_batch_of_the_wrong_shape_is_refused_with_its_shape() -> None:
 
 
 def test_a_later_batch_of_the_wrong_shape_is_refused_by_its_number() -> None:
-    message = r"^batch 3 · the model runs on every batch of the data · got .* · give all batches the shape of the first"
+    message = r"^batch 3 · the model runs on every batch of the data · got .* · give all batches the shape, dtype and keys of the first"
     refused(TraceError, message, network(), [inputs(8), inputs(8), torch.zeros(8, 11)])
+
+
+@pytest.mark.parametrize("late", [inputs(8).double(), {"pixels": inputs(8)}], ids=["dtype", "keys"])
+def test_a_later_batch_of_another_dtype_or_with_other_keys_is_refused_by_its_number(late: Any) -> None:
+    message = r"^batch 2 · the model runs on .* · give all batches the shape, dtype and keys of the first"
+    refused(TraceError, message, network(), [inputs(8), late])
 
 
 def test_a_keyword_that_the_model_does_not_take_is_refused_by_name() -> None:
@@ -244,6 +253,55 @@ def test_an_infeasible_budget_names_the_smallest_value_which_is_feasible(resourc
 )
 def test_an_option_of_another_kind_is_refused(options: dict[str, Any], message: str) -> None:
     refused(OptionError, message, network(), inputs(), **options)
+
+
+# Comparing.
+
+
+@pytest.mark.parametrize(
+    ("change", "data", "error", "message"),
+    [
+        (
+            lambda m: (None, m),
+            inputs(),
+            ModelError,
+            r"^original · an nn\.Module · got NoneType · pass the module itself",
+        ),
+        (
+            lambda m: (m, inputs()),
+            None,
+            ModelError,
+            r"^compressed · an nn\.Module · got Tensor · pass the module itself",
+        ),
+        (lambda m: (m, copy.deepcopy(m).to("meta")), inputs(), ModelError, r"^0\.weight · every tensor is on a real"),
+        (
+            lambda m: (m, m),
+            [inputs(), torch.zeros(8, 11)],
+            TraceError,
+            r"^batch 2 · both models run on every batch of the data · got .* from the original model · give models of",
+        ),
+        (
+            lambda m: (m, copy.deepcopy(m).double()),
+            inputs(),
+            TraceError,
+            r"^batch 1 · .* from the compressed model · give models of one dtype",
+        ),
+        (
+            lambda m: (m, m),
+            [(inputs(4), torch.zeros(4).long()), (inputs(4), torch.zeros(3).long())],
+            DataError,
+            r"^batch 2 · as many labels as samples · got 3 labels of shape \(3,\) for 4 samples · give each",
+        ),
+    ],
+    ids=["original", "compressed", "meta", "shape", "dtype", "labels"],
+)
+def test_two_models_that_cannot_be_compared_are_refused(
+    change: Callable[[nn.Module], tuple[Any, Any]], data: Any, error: type[Exception], message: str
+) -> None:
+    model = network()
+    original, compressed = change(model)
+    with untouched(model), pytest.raises(error, match=message):
+        rf.compare(original, compressed, data)
 
 
 # A model in training mode.

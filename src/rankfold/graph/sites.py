@@ -238,14 +238,18 @@ def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] =
     return replace(found, sites=tuple(kept), skips=tuple(skips))
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what is no module, has tensors on meta, or weights that are not finite.
+def check_module(model: nn.Module, place: str = "model") -> None:
+    """Refuse what is no module, or has tensors on meta.
+
+    Args:
+        model: What was given as a model.
+        place: The argument, named where it is no module.
 
     Raises:
         ModelError: Naming the tensor.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError("model", law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
+        raise ModelError(place, law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(
@@ -254,6 +258,15 @@ def check_model(model: nn.Module) -> None:
                 got="a tensor on meta",
                 cure="load the weights on a device first (model.to_empty holds no weights)",
             )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module, has tensors on meta, or weights that are not finite.
+
+    Raises:
+        ModelError: Naming the tensor.
+    """
+    check_module(model)
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
         if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:

@@ -145,7 +145,7 @@ def _forward(model: nn.Module, batch: Batch, number: int) -> None:
             f"batch {number}",
             law="the model runs on every batch of the data",
             got=str(cause),
-            cure="give all batches the shape of the first",
+            cure="give all batches the shape, dtype and keys of the first",
         ) from cause
 
 
