@@ -22,7 +22,7 @@ from rankfold.graph.values import Memory, Spill, parse_memory
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
-from rankfold.plan import Plan
+from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
 from rankfold.progress import Progress, check_progress, silent
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
@@ -195,7 +195,8 @@ def execute(
         progress: Told about every step.
 
     Returns:
-        As `compress`; the plan's calibration is that of `data`.
+        As `compress`; the plan's calibration is that of `data`. The report notes each bound of the plan's own budget
+        that an edited plan no longer meets.
 
     Raises:
         ModelError, DataError, OptionError: Bad input, as for `compress`.
@@ -206,6 +207,7 @@ def execute(
     if not isinstance(plan, Plan):
         raise PlanError("plan", law="an instance of Plan", got=shown(plan), cure="read a file with rankfold.Plan.load")
     check_progress(progress)
+    budget = budget_of(plan.budget, "plan")
     check_plan(model, plan)
     job = _Job.start(model, data, progress, limit=parse_memory(memory))
     decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
@@ -223,7 +225,19 @@ def execute(
     )
     if calibration.get("sha256", job.stats.manifest["sha256"]) != job.stats.manifest["sha256"]:
         job.notes.append("the calibration data is not the one that the plan was made with")
-    return job.finish([job.attempt(replace(plan, calibration=job.stats.manifest))])
+    done = job.finish([job.attempt(replace(plan, calibration=job.stats.manifest))])
+    return done if budget is None else replace(done, report=_held_to(done.report, budget))
+
+
+def _held_to(report: Report, budget: Budget) -> Report:
+    """The report, with a note for each bound of the plan's own budget that the compressed model is over."""
+    got, asked = report.after.amounts(), budget.to_json()
+    over = tuple(
+        f"the plan's own budget is not met: {name} at most {bound} (asked: {shown(asked[name])}), got {got[name]}"
+        for name, bound in budget.bounds(report.before).items()
+        if got[name] > bound
+    )
+    return replace(report, notes=(*report.notes, *over))
 
 
 @dataclass(frozen=True, eq=False)

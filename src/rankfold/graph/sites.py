@@ -253,9 +253,9 @@ def check_selection(only: Sequence[str] | None, exclude: Sequence[str]) -> None:
     for name, patterns in (("only", only), ("exclude", exclude)):
         if name == "only" and patterns is None:
             continue
-        if isinstance(patterns, Collection) and not isinstance(patterns, (str, bytes)):
-            if all(isinstance(pattern, str) for pattern in patterns):
-                continue
+        a_list = isinstance(patterns, Collection) and not isinstance(patterns, (str, bytes))
+        if a_list and all(isinstance(pattern, str) for pattern in patterns or ()):
+            continue
         raise OptionError(
             name,
             law="a list of paths or patterns",
