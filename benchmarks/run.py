@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="calibration seeds, from 0")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write all rows here")
+    parser.add_argument("--pick", type=int, nargs="+", help="numbers, from 0, of the cases to run")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.cases if name not in CASES]
     if unknown:
@@ -83,7 +84,7 @@ def main() -> None:
         f"{'latency':>8}{'forwards':>9}"
     )
     for name in arguments.cases or CASES:
-        for case in CASES[name]:
+        for case in [CASES[name][i] for i in arguments.pick or range(len(CASES[name]))]:
             if case.network not in networks:
                 networks[case.network] = NETWORKS[case.network]()
             own = [run_case(case, networks[case.network], seed) for seed in range(arguments.seeds)]

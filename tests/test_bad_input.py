@@ -12,10 +12,20 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import BudgetError, DataError, ModelError, NumericsError, OptionError, SiteError, TraceError
+from rankfold.errors import (
+    BudgetError,
+    DataError,
+    ModelError,
+    NumericsError,
+    OptionError,
+    PlanError,
+    SiteError,
+    TraceError,
+)
 from rankfold.metrics.counted import count
 
 BUDGET = rf.Budget(params=0.7)
+SEEDS: list[Any] = [True, -1, 2**63, 1.5, None]
 
 
 def network() -> nn.Sequential:
@@ -64,6 +74,23 @@ def refused(error: type[Exception], message: str, model: nn.Module, data: Any, *
         ),
         ({"exclude": ["0", "layer.*"]}, SiteError, r"^'layer\.\*' · .* · got no match · possible are '0', '3', '5'"),
         ({"only": "3"}, OptionError, r"^only · a list of paths or patterns · got '3' · try only=\['3'\]"),
+        (
+            {"only": [3]},
+            OptionError,
+            r"^only · a list of paths or patterns · got \[3\] · pass strings, or leave it out",
+        ),
+        ({"only": 3}, OptionError, r"^only · a list of paths or patterns · got 3 · pass strings"),
+        ({"exclude": None}, OptionError, r"^exclude · a list of paths or patterns · got None · pass strings"),
+        (
+            {"only": []},
+            SiteError,
+            r"^only · the selection leaves a layer .* · got an empty selection, .* · leave `only`",
+        ),
+        (
+            {"exclude": ["*"]},
+            SiteError,
+            r"^exclude · .* · got an empty selection, none of 3 layers · take a pattern out",
+        ),
     ],
 )
 def test_an_unknown_path_in_a_selection_names_near_matches(
@@ -161,7 +188,10 @@ def _generator() -> Iterator[Tensor]:
         ([], r"^data · at least one batch · got none · check the folder or loader"),
         (torch.zeros(0, 12), r"^data · .* at least one sample along its first axis · got shape \(0, 12\)"),
         ([torch.zeros(0, 12)], r"^data · .* at least one sample along its first axis · got shape \(0, 12\)"),
-        ([inputs(), torch.zeros(0, 12)], r"at least one sample along its first axis · got shape \(0, 12\)"),
+        (
+            [inputs(), torch.zeros(0, 12)],
+            r"^batch 2 · .* at least one sample along its first axis · got shape \(0, 12\)",
+        ),
         ([{}], r"^data · a batch is a tensor, a tuple .*, or a dict .* · got dict"),
         ([{"x": 3}], r"a dict batch holds at least one tensor · got keys \['x'\]"),
         ([[1.0, 2.0]], r"^data · a batch is a tensor, .* · got list"),
@@ -186,8 +216,16 @@ def test_a_batch_of_the_wrong_shape_is_refused_with_its_shape() -> None:
 
 
 def test_a_later_batch_of_the_wrong_shape_is_refused_by_its_number() -> None:
-    message = r"^batch 3 · the model runs on every batch of the data · got .* · give all batches the shape of the first"
+    message = (
+        r"^batch 3 · the model runs on every batch of the data · got .* · give all batches the shape, dtype and keys"
+    )
     refused(TraceError, message, network(), [inputs(8), inputs(8), torch.zeros(8, 11)])
+
+
+@pytest.mark.parametrize("late", [inputs(8).double(), {"pixels": inputs(8)}], ids=["dtype", "keys"])
+def test_a_later_batch_of_another_dtype_or_with_other_keys_is_refused_by_its_number(late: Any) -> None:
+    message = r"^batch 2 · the model runs on .* · give all batches the shape, dtype and keys of the first"
+    refused(TraceError, message, network(), [inputs(8), late])
 
 
 def test_a_keyword_that_the_model_does_not_take_is_refused_by_name() -> None:
@@ -240,10 +278,149 @@ def test_an_infeasible_budget_names_the_smallest_value_which_is_feasible(resourc
         ({"repair": True}, r"^repair · an instance of Lockstep, or None · got True · try rankfold\.Lockstep\(\)"),
         ({"positions": 0}, r"^positions · an int of at least 1, or None · got 0"),
         ({"positions": True}, r"^positions · an int of at least 1, or None · got True"),
+        ({"families": rf.SVD()}, r"^families · a list of methods · got SVD\(.*\) · put it in brackets"),
+        ({"families": None}, r"^families · a list of methods · got None · try \[rankfold\.WhitenedSVD"),
+        ({"work_dir": 3}, r"^work_dir · the path of a directory, or None · got 3 · pass a path"),
+        ({"progress": None}, r"^progress · a function of a stage's name .* · got None · leave it out"),
+        ({"weighting": 1}, r"^weighting · True or False · got 1 · pass a bool"),
+        *(({"seed": seed}, rf"^seed · an int from 0 to 2\*\*63 - 1 · got {seed}") for seed in SEEDS),
+        ({"seed": 10**90}, r"^seed · an int from 0 .* · got 10{78}… · leave it out"),
     ],
 )
 def test_an_option_of_another_kind_is_refused(options: dict[str, Any], message: str) -> None:
     refused(OptionError, message, network(), inputs(), **options)
+
+
+# Comparing.
+
+
+@pytest.mark.parametrize(
+    ("change", "data", "error", "message"),
+    [
+        (
+            lambda m: (None, m),
+            inputs(),
+            ModelError,
+            r"^original · an nn\.Module · got NoneType · pass the module itself",
+        ),
+        (
+            lambda m: (m, inputs()),
+            None,
+            ModelError,
+            r"^compressed · an nn\.Module · got Tensor · pass the module itself",
+        ),
+        (lambda m: (m, copy.deepcopy(m).to("meta")), inputs(), ModelError, r"^0\.weight · every tensor is on a real"),
+        (
+            lambda m: (m, m),
+            [inputs(), torch.zeros(8, 11)],
+            TraceError,
+            r"^batch 2 · both models run on every batch of the data · got .* from the original model · give models of",
+        ),
+        (
+            lambda m: (m, copy.deepcopy(m).double()),
+            inputs(),
+            TraceError,
+            r"^batch 1 · .* from the compressed model · give models of one dtype",
+        ),
+        (
+            lambda m: (m, m),
+            [(inputs(4), torch.zeros(4).long()), (inputs(4), torch.zeros(3).long())],
+            DataError,
+            r"^batch 2 · as many labels as samples · got 3 labels of shape \(3,\) for 4 samples · give each",
+        ),
+    ],
+    ids=["original", "compressed", "meta", "shape", "dtype", "labels"],
+)
+def test_two_models_that_cannot_be_compared_are_refused(
+    change: Callable[[nn.Module], tuple[Any, Any]], data: Any, error: type[Exception], message: str
+) -> None:
+    model = network()
+    original, compressed = change(model)
+    with untouched(model), pytest.raises(error, match=message):
+        rf.compare(original, compressed, data)
+
+
+# The steps one by one.
+
+
+@pytest.mark.parametrize(
+    ("argument", "given", "message"),
+    [
+        ("curves", None, r"^curves · an instance of Curves · got None · pass what rankfold\.measure gave"),
+        ("curves", [], r"^curves · an instance of Curves · got \[\]"),
+        ("repair", True, r"^repair · an instance of Lockstep · got True · try rankfold\.Lockstep\(\), or None"),
+        *(("seed", seed, rf"^seed · an int from 0 .* · got {seed}") for seed in SEEDS),
+    ],
+)
+def test_a_plan_of_another_kind_of_argument_is_refused(argument: str, given: Any, message: str) -> None:
+    model = network()
+    curves = rf.measure(model, sites=rf.find_sites(model, inputs()), families=[rf.SVD()])
+    with pytest.raises(OptionError, match=message):
+        rf.make_plan(**{"curves": curves, "budget": BUDGET, argument: given})
+
+
+class Other(nn.Module):
+    """Layers that the perceptron has not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.other(x)
+        return result
+
+
+def _collect(model: Any, sites: Any) -> object:
+    return rf.collect(model, inputs(), sites=sites)
+
+
+def _measure(model: Any, sites: Any) -> object:
+    return rf.measure(model, sites=sites, families=[rf.SVD()])
+
+
+@pytest.mark.parametrize("step", [_collect, _measure])
+@pytest.mark.parametrize(
+    ("sites", "error", "message"),
+    [
+        (None, OptionError, r"^sites · what rankfold\.find_sites returned · got None · pass rankfold\.find_sites"),
+        (["0"], OptionError, r"^sites · .* · got \['0'\]"),
+        (Other(), SiteError, r"^'other' · every site is a layer of the model · got sites of another model, a Other"),
+        (network().double(), SiteError, r"^sites · sites of a model with the same .* · got fingerprint .* Sequential"),
+    ],
+    ids=["none", "list", "missing", "dtype"],
+)
+def test_sites_of_another_model_are_refused(
+    step: Callable[[Any, Any], object], sites: Any, error: type[Exception], message: str
+) -> None:
+    model = network()
+    if isinstance(sites, nn.Module):
+        sites = rf.find_sites(sites, inputs().to(next(sites.parameters()).dtype))
+    with untouched(model), pytest.raises(error, match=message):
+        step(model, sites)
+
+
+@pytest.mark.parametrize("step", [_collect, _measure])
+def test_no_model_is_refused_by_each_step(step: Callable[[Any, Any], object]) -> None:
+    with pytest.raises(ModelError, match=r"^model · an nn\.Module · got NoneType"):
+        step(None, rf.find_sites(network(), inputs()))
+
+
+def test_other_options_of_a_step_are_refused() -> None:
+    model = network()
+    sites = rf.find_sites(model, inputs())
+    with pytest.raises(OptionError, match=r"^stats · an instance of Statistics, or None · got \{\}"):
+        rf.measure(model, {}, sites=sites)  # type: ignore[arg-type]
+    for seed in SEEDS:
+        with pytest.raises(OptionError, match=rf"^seed · an int from 0 .* · got {seed}"):
+            rf.collect(model, inputs(), sites=sites, seed=seed)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plan", [None, {}])
+def test_what_is_no_plan_is_not_carried_out(plan: Any) -> None:
+    model = network()
+    with untouched(model), pytest.raises(PlanError, match=rf"^plan · an instance of Plan · got {plan} · read a file"):
+        rf.execute(model, inputs(), plan)
 
 
 # A model in training mode.

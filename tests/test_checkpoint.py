@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 import rankfold.checkpoint as checkpoint
-from rankfold.errors import CheckpointError, PlanError, WriteError
+from rankfold.errors import CheckpointError, ModelError, OptionError, PlanError, WriteError
 from rankfold.metrics.compare import Comparison
 from rankfold.metrics.cost import Cost
 
@@ -240,6 +240,71 @@ def test_a_factory_of_another_architecture_is_refused(saved: Path) -> None:
         PlanError, match=r"^Network · the plan is of a model with the same .* · got fingerprint .* Network"
     ):
         rf.load(saved, factory=lambda: Network(width=9))
+
+
+def test_the_first_tensor_of_another_shape_or_dtype_is_named(saved: Path) -> None:
+    with pytest.raises(
+        PlanError, match=r": norm\.weight is torch\.float32 of shape \(8,\) in .*, .* \(9,\) here · make"
+    ):
+        rf.load(saved, factory=lambda: Network(width=9))
+    with pytest.raises(PlanError, match=r": norm\.weight is torch\.float32 .*, torch\.float16 of shape \(8,\) here"):
+        rf.load(saved, factory=lambda: make_network().half())
+
+
+def _fails() -> nn.Module:
+    raise KeyError("width")
+
+
+def _on_meta() -> nn.Module:
+    with torch.device("meta"):
+        return make_network()
+
+
+@pytest.mark.parametrize(
+    ("factory", "error", "message"),
+    [
+        (None, OptionError, r"^factory · a function without arguments · got None · pass a function that builds"),
+        (make_network(), OptionError, r"^factory · a function without arguments · got a Network · pass a function"),
+        (_fails, ModelError, r"^factory · the factory builds the .* · got KeyError: 'width' · call it alone"),
+        (_on_meta, ModelError, r"^conv\.weight · .* on a real device · got a tensor on meta · build it outside"),
+    ],
+    ids=["none", "module", "fails", "meta"],
+)
+def test_a_factory_that_builds_nothing_is_refused(
+    factory: Any, error: type[Exception], message: str, saved: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        rf.load(saved, factory=factory)
+
+
+@pytest.mark.parametrize("out", [None, OUT.model], ids=["none", "model"])
+def test_what_compress_did_not_return_is_not_saved(out: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        OptionError, match=r"^out · what rankfold\.compress .* · got a .* · pass what compress returned"
+    ):
+        rf.save(out, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_path_is_refused() -> None:
+    nothing: Any = None
+    with pytest.raises(OptionError, match=r"^path · the path of a directory · got None · pass a str or a Path"):
+        rf.save(OUT, nothing)
+    with pytest.raises(OptionError, match=r"^path · the path of a directory · got None · pass a str or a Path"):
+        rf.load(nothing, factory=make_network)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("n" * 300, r"can be written · got .* · choose a shorter name"), ("n\0n", r"n\\x00n' · a path holds no NUL")],
+    ids=["long", "NUL"],
+)
+def test_a_name_that_no_file_can_have_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=message):
+        rf.save(OUT, tmp_path / "new" / name)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="a checkpoint is a directory"):
+        rf.load(tmp_path / name, factory=make_network)
 
 
 def test_a_factory_that_returns_no_module_is_refused(saved: Path) -> None:

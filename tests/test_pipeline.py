@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import PlanError
+from rankfold.graph.sites import fingerprint
 from rankfold.metrics.counted import count
 from rankfold.ranks.curve import Option, Problem
 from rankfold.registry import to_json
@@ -61,6 +62,22 @@ def test_carrying_out_the_plan_again_gives_the_same_bits() -> None:
     model = copy.deepcopy(MODEL)
     assert rf.apply_(model, plan, DATA) is model
     assert equal(model, out.model)
+
+
+@pytest.mark.parametrize("bound", [0.1, 10])
+def test_a_plan_that_misses_its_own_budget_says_which_bound(bound: float) -> None:
+    plan = rf.Plan((rf.Decision("9", rf.SVD(), 2),), (), fingerprint(MODEL), budget={"params": bound, "macs": 1.0})
+    report = rf.execute(MODEL, DATA, plan).report
+    most = rf.Budget(params=bound).bounds(report.before)["params"]
+    asked = f"params at most {most} (asked: {bound}), got {report.after.params}"
+    assert [note for note in report.notes if "budget" in note] == [f"the plan's own budget is not met: {asked}"]
+
+
+def test_a_plan_that_keeps_to_its_budget_gets_no_note_and_a_broken_budget_is_refused() -> None:
+    plan = rf.Plan((rf.Decision("9", rf.SVD(), 2),), (), fingerprint(MODEL), budget={"params": 1.0})
+    assert not any("budget" in note for note in rf.execute(MODEL, DATA, plan).report.notes)
+    with pytest.raises(PlanError, match=r"^plan\.budget · only known keys · got 'size'"):
+        rf.execute(MODEL, DATA, replace(plan, budget={"size": 0.5}))
 
 
 def test_save_and_load_give_the_same_bits_and_outputs(tmp_path: Path) -> None:

@@ -112,6 +112,21 @@ def _remove(key: str) -> Callable[[dict[str, Any]], object]:
         (_set("decisions", to={}), r"^plan\.decisions · a JSON list · got \{\}"),
         (_set("seed", to=1.5), r"^plan\.seed · a JSON int · got 1\.5"),
         (_set("seed", to=False), r"^plan\.seed · a JSON int · got False"),
+        (_set("seed", to=-1), r"^plan\.seed · an int from 0 to 2\*\*63 - 1 · got -1 · correct it"),
+        (_set("seed", to=10**200), r"^plan\.seed · .* · got 10{78}… · correct it"),
+        (_set("version", to=10**200), r"a plan of version 1 · got version 10{78}… · "),
+        (_set("decisions", 0, "rank", to=-(10**200)), r"rank of at least 1.* · got -10{77}… · "),
+        (_set("decisions", 0, "method", "damping", to=10**200), r"options within .* · got \S*damping = 10{78}.?, not"),
+        (_set("budget", to={"param": 0.5}), r"^plan\.budget · only known keys · got 'param' · did you mean 'params'"),
+        (_set("budget", to={"params": 1.5}), r"^plan\.budget · a kept fraction in \(0, 1\] .* · got 1\.5 · for half"),
+        (_set("budget", to={"params": -(10**200)}), r"^plan\.budget · .* · got -10{77}… · for half"),
+        (_set("selector", to={"name": "lagrangian", "x": 1}), r"^plan\.selector · an option of lagrangian · got 'x'"),
+        (_set("selector", to={}), r'^plan\.selector · a method is \{"name": …'),
+        *(
+            (_set("calibration", to={"gradient_samples": samples}), r"\.gradient_samples · an int of at least 1 · got")
+            for samples in (0, True, 2.0, "3", None)
+        ),
+        (_set("fingerprint", to="\ud800"), r"^plan · every string is Unicode text · got half a character, '\\ud800'"),
         (_set("selector", to="uniform"), r"^plan\.selector · a JSON dict · got 'uniform'"),
         (_set("repair", to=True), r"^plan\.repair · a JSON dict · got True"),
         (_set("skips", 0, "path", to=3), r"^plan\.skips\[0\] · path and reason are strings · got 3"),
@@ -129,6 +144,20 @@ def test_an_unknown_method_is_refused_with_near_matches() -> None:
         RegistryError, match=r"'whitend-svd' · the name of a registered Decomposition · .*'whitened-svd'"
     ):
         rf.Plan.from_json(edited(_set("decisions", 0, "method", "name", to="whitend-svd")))
+
+
+def test_an_unknown_selector_is_refused_with_near_matches() -> None:
+    with pytest.raises(RegistryError, match=r"'unifrom' · the name of a registered RankSelector · .*'uniform'"):
+        rf.Plan.from_json(edited(_set("selector", "name", to="unifrom")))
+
+
+def test_no_budget_and_no_selector_are_read() -> None:
+    plan = rf.Plan.from_json(edited(lambda value: value.update(budget={}, selector=None)))
+    assert (plan.budget, plan.selector) == ({}, None)
+
+
+def test_a_character_written_as_two_escapes_is_read() -> None:
+    assert rf.Plan.from_json(edited(_set("model", to="\U0001f600"))).model == "\U0001f600"
 
 
 def test_a_list_is_no_plan() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
-from torch import nn
+from torch import Tensor, nn
 
-from rankfold.errors import CheckpointError, WriteError
+from rankfold.errors import CheckpointError, ModelError, OptionError, PlanError, RankfoldError, WriteError, shown
+from rankfold.graph.sites import fingerprint
 from rankfold.plan import Plan
 from rankfold.serialization import (
     canonical_json,
@@ -42,8 +44,19 @@ def save(out: Compressed, path: str | Path, *, overwrite: bool = False) -> None:
         overwrite: Replace a checkpoint that is there; a directory that holds any other file stays.
 
     Raises:
+        OptionError: `out` is not what `compress` returned, or `path` is no path.
         WriteError: The directory is taken or cannot be written; nothing half-written is left.
     """
+    from rankfold.pipeline import Compressed
+
+    if not isinstance(out, Compressed):
+        raise OptionError(
+            "out",
+            law="what rankfold.compress or rankfold.execute returned",
+            got=f"a {type(out).__name__}",
+            cure="pass what compress returned, not its model alone",
+        )
+    _check_path(path)
     sums: dict[str, str] = {}
 
     def noting(name: str, write: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -85,12 +98,33 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
         A plain module in eval mode, with the bits that were saved.
 
     Raises:
-        CheckpointError: A file is missing, truncated or altered, or the weights do not fit the structure.
-        PlanError: The factory builds another architecture than the plan's.
+        OptionError: `path` is no path, or `factory` no function.
+        CheckpointError: A file is missing, truncated or altered, the weights do not fit the structure, or the factory
+            returns no module.
+        ModelError: The factory fails, or builds a model with tensors on meta.
+        PlanError: The factory builds another architecture than the plan's; the first tensor that differs is named
+            where that is known.
     """
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise OptionError(
+            "factory",
+            law="a function without arguments",
+            got=f"a {type(factory).__name__}" if isinstance(factory, nn.Module) else shown(factory),
+            cure="pass a function that builds the original architecture",
+        )
     folder = verify(path)
     plan = Plan.load(folder / "plan.json")
-    model = factory()
+    try:
+        model = factory()
+    except RankfoldError:
+        raise
+    except Exception as cause:
+        raise ModelError(
+            "factory",
+            law="the factory builds the original architecture",
+            got=f"{type(cause).__name__}: {str(cause)[:300]}",
+            cure="call it alone: it takes no arguments and must return the model",
+        ) from cause
     if not isinstance(model, nn.Module):
         raise CheckpointError(
             str(folder),
@@ -98,7 +132,21 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
             got=type(model).__name__,
             cure="pass a function that builds the original architecture",
         )
-    check_plan(model, plan)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if value.is_meta:
+            raise ModelError(
+                name,
+                law="the factory builds the architecture on a real device",
+                got="a tensor on meta",
+                cure="build it outside torch.device('meta'); its weights are overwritten",
+            )
+    try:
+        check_plan(model, plan)
+    except PlanError as cause:
+        difference = _difference(model, plan, folder / "model.safetensors")
+        if plan.fingerprint == fingerprint(model) or difference is None:
+            raise
+        raise PlanError(cause.place, law=cause.law, got=f"{cause.got}: {difference}", cure=cause.cure) from cause
     model = install_shells(model, plan)
     try:
         load_model(model, str(folder / "model.safetensors"), strict=True)
@@ -112,6 +160,34 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
     return model.eval()
 
 
+def _difference(model: nn.Module, plan: Plan, weights: Path) -> str | None:
+    """The first tensor outside the decided layers that has another shape or dtype in the file than in a model."""
+    decided = tuple(f"{decision.site}." for decision in plan.changes)
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            saved = set(file.keys())
+            for name, here in model.state_dict().items():
+                if name not in saved or name.startswith(decided) or not isinstance(here, Tensor):
+                    continue
+                there = file.get_tensor(name)
+                if (there.shape, there.dtype) != (here.shape, here.dtype):
+                    was, given = (f"{value.dtype} of shape {tuple(value.shape)}" for value in (there, here))
+                    return f"{name} is {was} in the checkpoint, {given} here"
+    except (OSError, SafetensorError):
+        return None
+    return None
+
+
+def _check_path(path: str | Path) -> None:
+    """Refuse what is no path.
+
+    Raises:
+        OptionError: As said.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError("path", law="the path of a directory", got=shown(path), cure="pass a str or a Path")
+
+
 def verify(path: str | Path) -> Path:
     """Check that a checkpoint is complete and that every file has the checksum noted when it was written.
 
@@ -119,14 +195,20 @@ def verify(path: str | Path) -> Path:
         The directory.
 
     Raises:
+        OptionError: `path` is no path.
         CheckpointError: A file is missing, truncated or altered.
     """
+    _check_path(path)
     folder = Path(path)
-    if not folder.is_dir():
+    try:
+        got = None if folder.is_dir() else "a file" if folder.exists() else "nothing there"
+    except OSError as cause:  # a name too long
+        got = str(cause)
+    if got is not None:
         raise CheckpointError(
             str(folder),
             law="a checkpoint is a directory",
-            got="a file" if folder.exists() else "nothing there",
+            got=got,
             cure="pass the directory that rankfold.save wrote",
         )
     for name in (*FILES, CHECKSUMS):

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, Tucker2, WhitenedSVD, output_errors
-from rankfold.errors import DataError, OptionError
-from rankfold.graph.sites import Site, Sites
+from rankfold.errors import DataError, OptionError, shown
+from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.layers import adapter_for
 from rankfold.linalg.precision import widen
 from rankfold.metrics.cost import dense_cost, site_cost
-from rankfold.progress import Progress, silent
+from rankfold.progress import Progress, check_progress, silent
 from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.statistics import Statistics
 from rankfold.statistics.distributed import ALONE, World
@@ -51,9 +51,17 @@ def measure(
 
     Raises:
         DataError: A family needs statistics that were not collected.
-        OptionError: `families` is empty or holds something that is no method.
+        OptionError: `families` is empty or holds something that is no method; `stats` or `sites` are of another kind.
+        ModelError: The model is no module, or has tensors on meta.
+        SiteError: The sites are of another model.
     """
     check_families(families)
+    check_progress(progress)
+    check_sites(model, sites)
+    if stats is not None and not isinstance(stats, Statistics):
+        raise OptionError(
+            "stats", law="an instance of Statistics, or None", got=shown(stats), cure="pass what rankfold.collect gave"
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     curves: list[RankCurve] = []
     weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
@@ -76,11 +84,18 @@ def _saves(site: Site, method: Decomposition) -> bool:
 
 
 def check_families(families: Sequence[Decomposition]) -> None:
-    """Refuse an empty list and anything that is no instance of a method.
+    """Refuse what is no list, an empty one, and anything in it that is no instance of a method.
 
     Raises:
         OptionError: As said.
     """
+    if isinstance(families, Decomposition) or not isinstance(families, Sequence) or isinstance(families, str):
+        raise OptionError(
+            "families",
+            law="a list of methods",
+            got=shown(families),
+            cure="put it in brackets" if isinstance(families, Decomposition) else "try [rankfold.WhitenedSVD()]",
+        )
     if not families:
         raise OptionError("families", law="at least one method", got="none", cure="try [rankfold.WhitenedSVD()]")
     for method in families:

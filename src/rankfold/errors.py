@@ -91,6 +91,15 @@ class DependencyError(RankfoldError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
 
 
+def shown(value: object, *, limit: int = 80) -> str:
+    """A value for the "got" of a message: its `repr`, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def near_matches(word: str, possible: Iterable[str], *, limit: int = 3) -> str:
     """Words of `possible` most like `word`, for the cure of a message.
 

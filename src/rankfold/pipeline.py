@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,24 +15,25 @@ from torch import nn
 from rankfold.applying import carry_out
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition
-from rankfold.errors import BudgetError, OptionError
-from rankfold.graph.sites import Sites, Skip, check_model, find_sites
+from rankfold.errors import BudgetError, OptionError, PlanError, shown
+from rankfold.graph.sites import Sites, Skip, check_model, check_module, check_selection, find_sites
 from rankfold.graph.trace import Batch, device_of
 from rankfold.graph.values import Memory, Spill, parse_memory
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
-from rankfold.plan import Plan
-from rankfold.planning import make_plan
-from rankfold.progress import Progress, silent
+from rankfold.plan import Plan, budget_of
+from rankfold.planning import check_kinds, make_plan
+from rankfold.progress import Progress, check_progress, silent
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
 from rankfold.repair import Lockstep
 from rankfold.repair.site import always_solve
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.statistics import Statistics
-from rankfold.statistics.collect import collect
+from rankfold.statistics.collect import check_positions, collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
 from rankfold.statistics.distributed import together, world
+from rankfold.statistics.draws import check_seed
 from rankfold.statistics.gradients import SAMPLES, collect_gradients
 from rankfold.surgery import check_plan, copied
 from rankfold.work import Work, facts_of
@@ -124,7 +126,17 @@ def compress(
         raise OptionError(
             "repair", law="an instance of Lockstep, or None", got=repr(repair), cure="try rankfold.Lockstep()"
         )
+    if selector is not None:
+        check_kinds({"selector": (selector, RankSelector)})
+    if not isinstance(weighting, bool):
+        raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
+    if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
+        raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
     check_families(families)
+    check_selection(only, exclude)
+    check_positions(positions)
+    check_seed(seed)
+    check_progress(progress)
     limit = parse_memory(memory)
     job = _Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     if job.sites.graph.program is None:
@@ -191,12 +203,19 @@ def execute(
         progress: Told about every step.
 
     Returns:
-        As `compress`; the plan's calibration is that of `data`.
+        As `compress`; the plan's calibration is that of `data`. The report notes each bound of the plan's own budget
+        that an edited plan no longer meets.
 
     Raises:
-        PlanError: The plan does not fit the model.
+        ModelError, DataError, OptionError: Bad input, as for `compress`.
+        PlanError: It is no plan, or does not fit the model.
         SiteError: It decides on a layer that is no site.
     """
+    check_module(model)
+    if not isinstance(plan, Plan):
+        raise PlanError("plan", law="an instance of Plan", got=shown(plan), cure="read a file with rankfold.Plan.load")
+    check_progress(progress)
+    budget = budget_of(plan.budget, "plan")
     check_plan(model, plan)
     job = _Job.start(model, data, progress, limit=parse_memory(memory))
     decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
@@ -215,7 +234,19 @@ def execute(
     )
     if calibration.get("sha256", job.stats.manifest["sha256"]) != job.stats.manifest["sha256"]:
         job.notes.append("the calibration data is not the one that the plan was made with")
-    return job.finish([job.attempt(replace(plan, calibration=job.stats.manifest))])
+    done = job.finish([job.attempt(replace(plan, calibration=job.stats.manifest))])
+    return done if budget is None else replace(done, report=_held_to(done.report, budget))
+
+
+def _held_to(report: Report, budget: Budget) -> Report:
+    """The report, with a note for each bound of the plan's own budget that the compressed model is over."""
+    got, asked = report.after.amounts(), budget.to_json()
+    over = tuple(
+        f"the plan's own budget is not met: {name} at most {bound} (asked: {shown(asked[name])}), got {got[name]}"
+        for name, bound in budget.bounds(report.before).items()
+        if got[name] > bound
+    )
+    return replace(report, notes=(*report.notes, *over))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.decompositions import Decomposition
-from rankfold.errors import PlanError, near_matches
+from rankfold.errors import BudgetError, PlanError, near_matches, shown
 from rankfold.factors import Rank
 from rankfold.graph.sites import Skip
+from rankfold.ranks import Budget, RankSelector
 from rankfold.registry import from_json, to_json
 from rankfold.serialization import canonical_json, parse_json, read_json
+from rankfold.statistics.draws import SEED_LAW, is_seed
 
 VERSION = 1
 ERROR = "predicted error "  # how a selector's reason begins; the number follows
@@ -51,7 +53,7 @@ class Decision:
         keys = _object(value, place, required={"site", "method", "rank"}, optional={"why"})
         site, rank, why = keys["site"], keys["rank"], keys.get("why", "")
         if not isinstance(site, str) or not isinstance(why, str):
-            raise PlanError(place, law="site and why are strings", got=f"{site!r}, {why!r}", cure="correct them")
+            raise PlanError(place, law="site and why are strings", got=_pair(site, why), cure="correct them")
         method = None if keys["method"] is None else from_json(keys["method"], Decomposition, place=f"{place}.method")
         rank = tuple(rank) if isinstance(rank, list) else rank
         parts = rank if isinstance(rank, tuple) else (rank,)
@@ -60,7 +62,7 @@ class Decision:
             raise PlanError(
                 f"{place} ({site})",
                 law="a method with a rank of at least 1, or both null (dense)",
-                got=repr(rank),
+                got=shown(rank),
                 cure="correct the rank, or set both to null",
             )
         return cls(site, method, rank, why)
@@ -129,7 +131,7 @@ class Plan:
             raise PlanError(
                 place,
                 law=f"a plan of version {VERSION}",
-                got=f"version {value.get('version')!r}",
+                got=f"version {shown(value.get('version'))}",
                 cure="write it again with this release, or read it with the release that wrote it",
             )
         optional = {"model", "budget", "selector", "seed", "calibration", "skips", "repair"}
@@ -150,7 +152,7 @@ class Plan:
                 continue
             if key in keys and (not isinstance(keys[key], kind) or isinstance(keys[key], bool)):
                 raise PlanError(
-                    f"{place}.{key}", law=f"a JSON {kind.__name__}", got=repr(keys[key])[:60], cure="correct it"
+                    f"{place}.{key}", law=f"a JSON {kind.__name__}", got=shown(keys[key]), cure="correct it"
                 )
         decisions = tuple(
             Decision.from_json(item, f"{place}.decisions[{i}]") for i, item in enumerate(keys["decisions"])
@@ -159,13 +161,29 @@ class Plan:
         for i, item in enumerate(keys.get("skips", [])):
             own = _object(item, f"{place}.skips[{i}]", required={"path", "reason"})
             if not isinstance(own["path"], str) or not isinstance(own["reason"], str):
-                got = f"{own['path']!r}, {own['reason']!r}"[:60]
+                got = _pair(own["path"], own["reason"])
                 raise PlanError(f"{place}.skips[{i}]", law="path and reason are strings", got=got, cure="correct them")
             skips.append(Skip(own["path"], own["reason"]))
-        paths = [decision.site for decision in decisions]
-        double = next((path for path in paths if paths.count(path) > 1), None)
-        if double is not None:
-            raise PlanError(place, law="one decision a site", got=f"two for {double!r}", cure="remove one")
+        seen: set[str] = set()
+        for decision in decisions:
+            if decision.site in seen:
+                raise PlanError(
+                    place, law="one decision a site", got=f"two for {shown(decision.site)}", cure="remove one"
+                )
+            seen.add(decision.site)
+        budget_of(keys.get("budget", {}), place)
+        if keys.get("selector") is not None:
+            from_json(keys["selector"], RankSelector, place=f"{place}.selector")
+        if not is_seed(keys.get("seed", 0)):
+            raise PlanError(f"{place}.seed", law=SEED_LAW, got=shown(keys["seed"]), cure="correct it")
+        samples = keys.get("calibration", {}).get("gradient_samples", 1)
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+            raise PlanError(
+                f"{place}.calibration.gradient_samples",
+                law="an int of at least 1",
+                got=shown(samples),
+                cure="correct it, or remove the key: then errors are not weighted",
+            )
         return cls(
             decisions,
             tuple(skips),
@@ -206,6 +224,34 @@ class Plan:
         return tuple(decision for decision in self.decisions if decision.method is not None)
 
 
+def _pair(first: object, second: object) -> str:
+    return f"{shown(first, limit=40)}, {shown(second, limit=40)}"
+
+
+def budget_of(bounds: Mapping[str, float | int], place: str) -> Budget | None:
+    """The budget whose bounds a plan notes; None where it notes none.
+
+    Args:
+        bounds: By resource.
+        place: Of the plan, named in the message.
+
+    Raises:
+        PlanError: An unknown resource, or a bound that is none.
+    """
+    if not bounds:
+        return None
+    known = _object(
+        dict(bounds) if isinstance(bounds, Mapping) else bounds,
+        f"{place}.budget",
+        required=set(),
+        optional={"params", "macs", "bytes"},
+    )
+    try:
+        return Budget(**known)
+    except BudgetError as cause:
+        raise PlanError(f"{place}.budget", law=cause.law, got=cause.got, cure=cause.cure) from cause
+
+
 def _object(
     value: Any,
     place: str,
@@ -215,13 +261,13 @@ def _object(
 ) -> dict[str, Any]:
     """A JSON object with all required keys and no unknown one."""
     if not isinstance(value, dict):
-        raise PlanError(place, law="a JSON object", got=repr(value)[:60], cure="see docs/file-format.md")
+        raise PlanError(place, law="a JSON object", got=shown(value), cure="see docs/file-format.md")
     for key in value:
         if key not in required | optional:
             raise PlanError(
-                place, law="only known keys", got=repr(key), cure=near_matches(str(key), required | optional)
+                place, law="only known keys", got=shown(key), cure=near_matches(str(key), required | optional)
             )
     for key in sorted(required):
         if key not in value:
-            raise PlanError(place, law=f"the key {key!r}", got=f"keys {sorted(value)}", cure="add it")
+            raise PlanError(place, law=f"the key {key!r}", got=f"keys {shown(sorted(value))}", cure="add it")
     return value

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rankfold.errors import OptionError, PlanError
+from rankfold.errors import OptionError, PlanError, shown
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.cost import Cost, dense_cost, site_cost
 from rankfold.plan import ERROR, Decision, Plan
 from rankfold.ranks import Budget, Curves, Lagrangian, RankSelector
 from rankfold.registry import to_json
 from rankfold.repair import Lockstep
+from rankfold.statistics.draws import check_seed
+
+CURES: Mapping[type, str] = {
+    Curves: "pass what rankfold.measure gave",
+    Budget: "try rankfold.Budget(params=0.5)",
+    RankSelector: "try rankfold.Uniform(), or leave it out",
+    Lockstep: "try rankfold.Lockstep(), or None",
+}
 
 
 def make_plan(
@@ -38,17 +46,13 @@ def make_plan(
 
     Raises:
         BudgetError: The budget cannot be met; the smallest reachable value is named.
-        OptionError: The budget or selector is of another kind.
+        OptionError: An argument is of another kind.
     """
     selector = Lagrangian() if selector is None else selector
-    for value, kind, place in ((budget, Budget, "budget"), (selector, RankSelector, "selector")):
-        if not isinstance(value, kind):
-            raise OptionError(
-                place,
-                law=f"an instance of {kind.__name__}",
-                got=repr(value),
-                cure=f"import {kind.__name__} from rankfold",
-            )
+    check_kinds({"curves": (curves, Curves), "budget": (budget, Budget), "selector": (selector, RankSelector)})
+    if repair is not None:
+        check_kinds({"repair": (repair, Lockstep)})
+    check_seed(seed)
     problem = curves.problem(budget)
     chosen = selector.select(problem)
     decisions = []
@@ -80,6 +84,20 @@ def make_plan(
                 cure="this is a defect of the selector; please report it",
             )
     return plan
+
+
+def check_kinds(given: Mapping[str, tuple[Any, type]]) -> None:
+    """Refuse arguments that are no instance of their class.
+
+    Args:
+        given: For each argument its value and the class.
+
+    Raises:
+        OptionError: Naming the argument.
+    """
+    for place, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise OptionError(place, law=f"an instance of {kind.__name__}", got=shown(value), cure=CURES[kind])
 
 
 def decision_cost(site: Site, decision: Decision) -> Cost:

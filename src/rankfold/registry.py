@@ -7,7 +7,7 @@ import importlib.metadata
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from rankfold.errors import OptionError, PlanError, RegistryError, near_matches
+from rankfold.errors import OptionError, PlanError, RegistryError, near_matches, shown
 
 T = TypeVar("T", bound=type)
 _BY_NAME: dict[str, type] = {}
@@ -110,7 +110,7 @@ def from_json(value: Any, base: type, *, place: str) -> Any:
     """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise PlanError(
-            place, law='a method is {"name": …, option: value, …}', got=repr(value)[:80], cure="see docs/file-format.md"
+            place, law='a method is {"name": …, option: value, …}', got=shown(value), cure="see docs/file-format.md"
         )
     cls = lookup(value["name"], base)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -122,11 +122,14 @@ def from_json(value: Any, base: type, *, place: str) -> Any:
             raise PlanError(
                 place,
                 law=f"an option of {value['name']}",
-                got=repr(key),
+                got=shown(key),
                 cure=near_matches(key, fields) if fields else "it takes none",
             )
         options[key] = from_json(option, object, place=f"{place}.{key}") if isinstance(option, dict) else option
     try:
         return cls(**options)
     except (OptionError, TypeError) as cause:
-        raise PlanError(place, law="options within their ranges", got=str(cause), cure="correct the option") from cause
+        got = (
+            f"{cause.place} = {cause.got[:80]}, not {cause.law}" if isinstance(cause, OptionError) else str(cause)[:160]
+        )
+        raise PlanError(place, law="options within their ranges", got=got, cure="correct the option") from cause

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -17,6 +19,8 @@ from rankfold.errors import CheckpointError, RankfoldError, WriteError
 
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
+# Half of a pair, which is no character alone: escaped, or as it is.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def canonical_json(value: object) -> str:
@@ -64,12 +68,23 @@ def parse_json(text: str, *, place: str, error: type[RankfoldError] = Checkpoint
     if depth > MAX_JSON_DEPTH:
         refuse(f"JSON is nested at most {MAX_JSON_DEPTH} deep", f"depth {depth}")
     try:
-        return json.loads(
+        value = json.loads(
             text,
             object_pairs_hook=unique,
             parse_float=finite,
             parse_constant=lambda name: refuse("every number is finite", name),
         )
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError as cause:
+        half = ascii(cause.object[cause.start])
+        raise error(
+            place,
+            law="every string is Unicode text",
+            got=f"half a character, {half}",
+            cure="write it whole, or leave it out",
+        ) from cause
     except RankfoldError:
         raise
     except (ValueError, RecursionError) as cause:  # ValueError: also an int of more digits than Python reads
@@ -165,10 +180,13 @@ def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *
     Raises:
         WriteError: The directory is taken, or cannot be written (read-only, full disk).
     """
-    _check_free(path, set(writers), overwrite=overwrite)
+    if "\0" in str(path):
+        raise WriteError(ascii(str(path)), law="a path holds no NUL", got="one", cure="choose another name")
     scratch: Path | None = None
-    absent = [folder for folder in path.parents if not folder.exists()]
+    absent: list[Path] = []
     try:
+        _check_free(path, set(writers), overwrite=overwrite)
+        absent = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         for name, write in writers.items():
@@ -191,7 +209,9 @@ def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *
             str(path),
             law="the output directory can be written",
             got=str(cause),
-            cure="check the permissions and the free space; nothing was left behind",
+            cure="choose a shorter name"
+            if cause.errno == errno.ENAMETOOLONG
+            else "check the permissions and the free space; nothing was left behind",
         ) from cause
 
 

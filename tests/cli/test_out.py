@@ -81,3 +81,8 @@ def test_a_directory_that_cannot_be_written_costs_no_work(
         "compress", "cli_networks:tiny", "cli_networks:images", "--params", "0.5", "--out", tmp_path / "file" / "below"
     )
     assert (done.code, done.out) == (1, "")
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match=r"the output directory can be written · got .* · choose another --out"):
+        check_out(tmp_path / ("n" * 300), overwrite=False)

@@ -10,7 +10,9 @@ from rankfold._version import __version__
 from rankfold.cli._compare import compare
 from rankfold.cli._compress import compress
 from rankfold.cli._demo import demo
+from rankfold.cli._errors import exit_codes
 from rankfold.cli._inspect import inspect
+from rankfold.cli._output import emit
 
 app = typer.Typer(
     name="rankfold",
@@ -27,7 +29,8 @@ for command in (inspect, compress, compare, demo):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"rankfold {__version__}")
+        with exit_codes(show_traceback=False):
+            emit(f"rankfold {__version__}")
         raise typer.Exit
 
 

@@ -37,7 +37,8 @@ def _list_methods(wanted: bool) -> None:
     if wanted:
         from rankfold.cli._methods import listing
 
-        emit(listing())
+        with exit_codes(show_traceback=False):
+            emit(listing())
         raise typer.Exit
 
 

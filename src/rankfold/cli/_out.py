@@ -24,6 +24,12 @@ def check_out(path: Path, *, overwrite: bool | None) -> Path:
         WriteError: The directory is taken, or cannot be written.
     """
     target = path.resolve()
+    try:
+        target.exists()
+    except OSError as cause:  # a name too long
+        raise WriteError(
+            str(path), law="the output directory can be written", got=str(cause), cure="choose another --out"
+        ) from cause
     if target.exists() and not target.is_dir():
         raise WriteError(str(path), law="the output is a directory", got="a file", cure="choose another --out")
     held = sorted(file.name for file in target.iterdir()) if target.is_dir() else []

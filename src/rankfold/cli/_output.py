@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
+
+from rankfold.errors import WriteError
 
 PIPE_WIDTH = 110
 
@@ -18,9 +21,34 @@ def width() -> int:
 
 
 def emit(text: str) -> None:
-    """Write to stdout now, so that a closed pipe is noticed here and not at the interpreter's end."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
-    sys.stdout.flush()
+    """Write to stdout now, so that a closed pipe or a full disk is noticed here and not at the interpreter's end.
+
+    Raises:
+        WriteError: It cannot be written; a closed pipe is no error.
+    """
+    try:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as cause:
+        _drop_stdout()
+        raise WriteError(
+            "standard output",
+            law="the result can be written",
+            got=str(cause),
+            cure="check the free space; a checkpoint that was made is in its directory",
+        ) from cause
+
+
+def _drop_stdout() -> None:
+    """Send what stdout still holds nowhere, or the interpreter fails on it once more at its end."""
+    with suppress(OSError):  # a stdout that is no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, sys.stdout.fileno())
+        finally:
+            os.close(nowhere)
 
 
 def emit_json(value: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankfold.errors import ModelError, OptionError, SiteError, TraceError, near_matches
+from rankfold.errors import ModelError, OptionError, SiteError, TraceError, near_matches, shown
 from rankfold.factors import Rank
 from rankfold.graph.probe import observe, paths_of
 from rankfold.graph.refusals import Context, why_entangled, why_unfit
@@ -154,9 +154,11 @@ def find_sites(
         ModelError: The model is no module, or has tensors on meta, weights that are not finite, or lazy weights that
             the forward would draw.
         TraceError: The forward fails on the example.
-        SiteError: A pattern matches nothing; near matches are named.
+        OptionError: A selection is no list of strings.
+        SiteError: A pattern matches nothing, and near matches are named; or the selection leaves no site.
     """
     check_model(model)
+    check_selection(only, exclude)
     layers = {
         id(module): (module, adapter)
         for _, module, _ in paths_of(model)
@@ -196,14 +198,11 @@ def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] =
     """The sites that match `only` and not `exclude`; the others become skips.
 
     Raises:
-        OptionError: A bare string instead of a list of them.
-        SiteError: A pattern matches no site and no skip, or a path in `only` is of a layer that cannot be compressed.
+        OptionError: A selection is no list of strings.
+        SiteError: A pattern matches no site and no skip, a path in `only` is of a layer that cannot be compressed, or
+            no site is left.
     """
-    for name, patterns in (("only", only), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise OptionError(
-                name, law="a list of paths or patterns", got=repr(patterns), cure=f"try {name}=[{patterns!r}]"
-            )
+    check_selection(only, exclude)
     known = [path for site in found.sites for path in site.paths]
     skipped = {skip.path: skip.reason for skip in found.skips}
     for pattern in [*(only or ()), *exclude]:
@@ -235,17 +234,83 @@ def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] =
             skips.append(Skip(site.path, "not selected: it is among `exclude`"))
         else:
             kept.append(site)
+    if found.sites and not kept:
+        raise SiteError(
+            "only" if only is not None else "exclude",
+            law="the selection leaves a layer that can be compressed",
+            got=f"an empty selection, none of {len(found.sites)} layers",
+            cure="leave `only` out for all layers" if only is not None and not only else "take a pattern out",
+        )
     return replace(found, sites=tuple(kept), skips=tuple(skips))
 
 
-def check_model(model: nn.Module) -> None:
-    """Refuse what is no module, has tensors on meta, or weights that are not finite.
+def check_selection(only: Sequence[str] | None, exclude: Sequence[str]) -> None:
+    """Refuse a selection that is no list of strings.
+
+    Raises:
+        OptionError: A bare string, something else than a list, or an item that is no string.
+    """
+    for name, patterns in (("only", only), ("exclude", exclude)):
+        if name == "only" and patterns is None:
+            continue
+        a_list = isinstance(patterns, Collection) and not isinstance(patterns, (str, bytes))
+        if a_list and all(isinstance(pattern, str) for pattern in patterns or ()):
+            continue
+        raise OptionError(
+            name,
+            law="a list of paths or patterns",
+            got=shown(patterns),
+            cure=f"try {name}=[{patterns!r}]" if isinstance(patterns, str) else "pass strings, or leave it out",
+        )
+
+
+def check_sites(model: nn.Module, sites: Sites) -> None:
+    """Refuse sites that are not this model's.
+
+    Raises:
+        OptionError: They are not what `find_sites` returns.
+        ModelError: The model is no module, or has tensors on meta.
+        SiteError: They are of another model; the first layer that is missing is named.
+    """
+    check_module(model)
+    if not isinstance(sites, Sites):
+        raise OptionError(
+            "sites",
+            law="what rankfold.find_sites returned",
+            got=shown(sites),
+            cure="pass rankfold.find_sites(model, example)",
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = next((site.path for site in sites if site.path not in modules), None)
+    if missing is not None:
+        raise SiteError(
+            repr(missing),
+            law="every site is a layer of the model",
+            got=f"sites of another model, a {sites.model}",
+            cure="find the sites of this model",
+        )
+    own = fingerprint(model)
+    if sites.fingerprint != own:
+        raise SiteError(
+            "sites",
+            law="sites of a model with the same parameter names, shapes and dtypes",
+            got=f"fingerprint {sites.fingerprint[:12]} against {own[:12]} of this {type(model).__name__}",
+            cure="find the sites of this model",
+        )
+
+
+def check_module(model: nn.Module, place: str = "model") -> None:
+    """Refuse what is no module, or has tensors on meta.
+
+    Args:
+        model: What was given as a model.
+        place: The argument, named where it is no module.
 
     Raises:
         ModelError: Naming the tensor.
     """
     if not isinstance(model, nn.Module):
-        raise ModelError("model", law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
+        raise ModelError(place, law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(
@@ -254,6 +319,15 @@ def check_model(model: nn.Module) -> None:
                 got="a tensor on meta",
                 cure="load the weights on a device first (model.to_empty holds no weights)",
             )
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what is no module, has tensors on meta, or weights that are not finite.
+
+    Raises:
+        ModelError: Naming the tensor.
+    """
+    check_module(model)
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
         if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:

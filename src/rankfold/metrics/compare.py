@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankfold.errors import DataError, NumericsError
+from rankfold.errors import DataError, NumericsError, RankfoldError, TraceError
+from rankfold.graph.sites import check_module
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, split_batch, take, to_device
 from rankfold.statistics.data import as_batches, numbered
 from rankfold.statistics.distributed import ALONE, World
@@ -127,6 +128,18 @@ def _check_labels(labels: Tensor, classes: int, number: int) -> None:
         )
 
 
+def _check_number(labels: Tensor, samples: int, number: int) -> None:
+    """Refuse labels that are more or fewer than the samples they come with."""
+    given = labels.shape[0] if labels.ndim else 1
+    if given != samples:
+        raise DataError(
+            f"batch {number}",
+            law="as many labels as samples",
+            got=f"{given} labels of shape {tuple(labels.shape)} for {samples} samples",
+            cure="give each sample its label, or leave them out",
+        )
+
+
 def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: World = ALONE) -> Comparison:
     """Run both models over data and compare their outputs.
 
@@ -142,17 +155,36 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: Wor
         The comparison.
 
     Raises:
-        DataError: No data, outputs of different shapes, or labels that are no class of the output.
+        ModelError: One of the two is no module, or has tensors on meta.
+        DataError: No data, outputs of different shapes, labels that are no class of the output, or not one a sample.
+        TraceError: A model does not run on a batch; the batch is named.
         NumericsError: An output of either model is not finite; the batch is named.
     """
+    check_module(original, "original")
+    check_module(compressed, "compressed")
     tally = _Tally()
     with evaluating(original), evaluating(compressed):
         for number, batch in _shares(as_batches(data), tally, world):
-            first, logits = output_tensor(run(original, to_device(batch, device_of(original))))
-            second, _ = output_tensor(run(compressed, to_device(batch, device_of(compressed))))
+            first, logits = output_tensor(_run("original", original, batch, number))
+            second, _ = output_tensor(_run("compressed", compressed, batch, number))
             tally.add(number, batch, first, second.to(first.device), logits)
     tally.sum_over(world)
     return tally.result()
+
+
+def _run(whose: str, model: nn.Module, batch: Batch, number: int) -> Any:
+    """A model's output on a batch of the data."""
+    try:
+        return run(model, to_device(batch, device_of(model)))
+    except RankfoldError:
+        raise
+    except Exception as cause:
+        raise TraceError(
+            f"batch {number}",
+            law="both models run on every batch of the data",
+            got=f"{str(cause)[:300]} from the {whose} model",
+            cure="give models of one dtype, and batches of the shape, dtype and keys that they take",
+        ) from cause
 
 
 def _shares(batches: Iterable[Batch], tally: _Tally, world: World) -> Iterator[tuple[int, Batch]]:
@@ -223,7 +255,10 @@ class _Tally:
         self.energy += float(a.square().sum())
         self.largest = max(self.largest, float((a - b).abs().max()))
         labels = labels_of(batch)
-        if labels is None or labels.shape != first.shape[:-1]:
+        if labels is None:
+            return
+        if labels.shape != first.shape[:-1]:
+            _check_number(labels, batch_size(batch), number)
             return
         _check_labels(labels, first.shape[-1], number)
         rows = torch.arange(len(a)).reshape(labels.shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from rankfold.errors import BudgetError
+from rankfold.errors import BudgetError, shown
 from rankfold.metrics.cost import Cost
 
 
@@ -42,7 +42,7 @@ class Budget:
                 raise BudgetError(
                     f"Budget.{name}",
                     law="a kept fraction in (0, 1] (float) or an absolute bound of at least 1 (int)",
-                    got=repr(bound),
+                    got=shown(bound),
                     cure=f"for half of the original: Budget({name}=0.5)",
                 )
 

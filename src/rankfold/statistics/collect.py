@@ -10,18 +10,18 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import DataError, NumericsError, OptionError, TraceError
+from rankfold.errors import DataError, NumericsError, OptionError, TraceError, shown
 from rankfold.graph.lockstep import micro_batches
-from rankfold.graph.sites import Site, Sites
+from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import Adapter, adapter_for
 from rankfold.linalg.precision import work_dtype
-from rankfold.progress import Progress, silent
+from rankfold.progress import Progress, check_progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
 from rankfold.statistics.data import as_batches, digest, numbered, sample_count
 from rankfold.statistics.distributed import ALONE, World
-from rankfold.statistics.draws import enough_positions, generator
+from rankfold.statistics.draws import check_seed, enough_positions, generator
 from rankfold.statistics.store import Statistics
 
 PIECE = 128  # most samples run at once; positions are drawn anew for each piece
@@ -62,13 +62,19 @@ def collect(
         The statistics, with a manifest of the data.
 
     Raises:
-        DataError: No data, or a batch the model cannot take.
+        ModelError: The model is no module, or has tensors on meta.
+        SiteError: The sites are of another model.
+        OptionError: An option outside its range, or of another kind.
+        DataError: No data, or a batch that is none or empty.
+        TraceError: The model does not run on a batch; the batch is named.
         NumericsError: Activations at a site that are not finite; the site and batch are named.
     """
-    if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
-        raise OptionError("positions", law="an int of at least 1, or None", got=repr(positions), cure="try 64")
+    check_positions(positions)
     if enough is not None and (isinstance(enough, bool) or not isinstance(enough, int) or enough < 1):
-        raise OptionError("enough", law="an int of at least 1, or None", got=repr(enough), cure="try 48")
+        raise OptionError("enough", law="an int of at least 1, or None", got=repr(enough), cure="try 24")
+    check_seed(seed)
+    check_progress(progress)
+    check_sites(model, sites)
     batches = as_batches(data)
     known = None if enough is None else sample_count(batches)
 
@@ -128,6 +134,16 @@ def collect(
     return Statistics(collected, manifest, sites.fingerprint)
 
 
+def check_positions(positions: int | None) -> None:
+    """Refuse what is no number of positions.
+
+    Raises:
+        OptionError: It is no int of at least 1, and not None.
+    """
+    if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
+        raise OptionError("positions", law="an int of at least 1, or None", got=shown(positions), cure="try 64")
+
+
 def _sum_up(statistics: Sequence[Statistic], device: torch.device, world: World) -> None:
     """Sum statistics over all processes; one that saw no position of a site learns the shape from the others."""
     if world.size == 1 or not statistics:
@@ -159,7 +175,7 @@ def _forward(model: nn.Module, batch: Batch, number: int) -> None:
             f"batch {number}",
             law="the model runs on every batch of the data",
             got=str(cause),
-            cure="give all batches the shape of the first",
+            cure="give all batches the shape, dtype and keys of the first",
         ) from cause
 
 

@@ -37,7 +37,7 @@ class Split:
     def numbered(self) -> Iterator[tuple[int, Batch]]:
         """Each batch with the number, from 1, that it has in the whole data."""
         start = 0
-        for number, batch in enumerate(self.data, start=1):
+        for number, batch in _looked_at(self.data):
             size = batch_size(batch)
             index = torch.arange(size)
             chosen = ((index + start) % self.every == self.every - 1) == self.held_out
@@ -48,7 +48,17 @@ class Split:
 
 def numbered(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     """Each batch with its number from 1; batches of a `Split` keep the number they have in the whole data."""
-    return data.numbered() if isinstance(data, Split) else enumerate(data, start=1)
+    return data.numbered() if isinstance(data, Split) else _looked_at(data)
+
+
+def _looked_at(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Each batch with its number; one that is none, or empty, is refused by it."""
+    for number, batch in enumerate(data, start=1):
+        try:
+            batch_size(batch)
+        except DataError as cause:
+            raise DataError(f"batch {number}", law=cause.law, got=cause.got, cure=cause.cure) from cause
+        yield number, batch
 
 
 def sample_count(data: Iterable[Batch]) -> int | None:

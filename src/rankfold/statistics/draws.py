@@ -6,7 +6,11 @@ import hashlib
 
 import torch
 
+from rankfold.errors import OptionError, shown
+
 LEAST_POSITIONS = 16384  # of all samples together
+LARGEST_SEED = 2**63 - 1
+SEED_LAW = "an int from 0 to 2**63 - 1"
 
 
 def enough_positions(features: int, per_feature: int, samples: int) -> int:
@@ -27,3 +31,18 @@ def generator(*key: int) -> torch.Generator:
     """
     # Hashed: torch's generator reads 32 bits of a seed, and neighbouring seeds of several parts would collide.
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4]))
+
+
+def is_seed(value: object) -> bool:
+    """Whether a value is an int from 0 to 2⁶³ − 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what is no seed.
+
+    Raises:
+        OptionError: It is no int from 0 to 2⁶³ − 1.
+    """
+    if not is_seed(seed):
+        raise OptionError("seed", law=SEED_LAW, got=shown(seed), cure="leave it out, or pass an int such as 0")
