@@ -19,6 +19,7 @@ from torch.utils import _pytree
 from rankfold.errors import OptionError, WriteError
 
 UNITS = {"B": 1, "KB": 2**10, "MB": 2**20, "GB": 2**30, "TB": 2**40}
+LARGE = 2**30  # bytes of values from which freed memory is given back, also without a limit
 Memory: TypeAlias = "int | str | None"
 
 
@@ -55,6 +56,7 @@ class Spill:
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
         self._limit, self._folder = limit, folder
         self.held = 0
+        self.highest = 0
         self.written = 0
 
     def values(self, entries: Iterable[Any] = ()) -> Values:
@@ -69,8 +71,12 @@ class Spill:
         return self._limit is None or self.held + size <= self._limit
 
     def tidy(self) -> None:
-        """Give memory that was freed back to the system; glibc keeps it otherwise, and twice the peak can pile up."""
-        if sys.platform == "linux":
+        """Give memory that was freed back to the system; glibc keeps it otherwise, and twice the peak can pile up.
+
+        The system hands it out again page by page, which costs time: without a limit small values are left alone.
+        """
+        worth, self.highest = self._limit is not None or self.highest > LARGE, self.held
+        if worth and sys.platform == "linux":
             trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and keeps nothing
             if trim is not None:
                 trim(0)
@@ -145,6 +151,7 @@ class Values(Sequence[Any]):
         self._sizes[index] = size
         self._in_memory[0] += change
         self._spill.held += change
+        self._spill.highest = max(self._spill.highest, self._spill.held)
 
     def _write(self, tensor: Tensor) -> _Stored:
         if self._file is None:
