@@ -26,7 +26,7 @@ from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.gradients import collect_gradients
-from rankfold.surgery import Fill, check_plan, copied, filler, install_shells, swap
+from rankfold.surgery import Fill, check_copy, check_plan, copied, filler, install_shells, swap
 
 
 def apply(
@@ -194,6 +194,8 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
         )
     batches = as_batches(data)
     found = find_sites(model, next(iter(batches)))
+    if target is not model:
+        check_copy(model, next(iter(batches)))
     decided = replace(found, sites=tuple(found.at(decision.site) for decision in plan.decisions))
     if stats is None:
         stats = _collected(model, batches, decided, names, plan)

@@ -16,6 +16,7 @@ from rankfold.applying import carry_out
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, OptionError, PlanError, shown
+from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, Skip, check_model, check_module, check_selection, find_sites
 from rankfold.graph.trace import Batch, device_of
 from rankfold.graph.values import Memory, Spill, parse_memory
@@ -35,7 +36,7 @@ from rankfold.statistics.data import HELD_OUT, Split, as_batches
 from rankfold.statistics.distributed import together, world
 from rankfold.statistics.draws import check_seed
 from rankfold.statistics.gradients import SAMPLES, collect_gradients
-from rankfold.surgery import check_plan, copied
+from rankfold.surgery import check_copy, check_plan, copied
 from rankfold.work import Work, facts_of
 
 DEFAULT_REPAIR = Lockstep()
@@ -292,7 +293,10 @@ class _Job:
         example = next(iter(batches))
         with progress("trace", None):
             sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
+            check_copy(model, example)
         world().agree("model", repr((sites.fingerprint, [site.path for site in sites], sites.graph.reason is None)))
+        if by_batch := [skip.path for skip in sites.skips if BY_BATCH in skip.reason]:
+            notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
         judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)

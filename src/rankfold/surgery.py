@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rankfold.curves import moments_of
 from rankfold.decompositions import factorise
 from rankfold.errors import ModelError, PlanError, near_matches
 from rankfold.factors import Factors
 from rankfold.graph.sites import Site, fingerprint
+from rankfold.graph.trace import Batch
 from rankfold.layers import Geometry, adapter_for, build_shell, dense_geometry, fill_shell, stages, tensor
 from rankfold.linalg.precision import widen
+from rankfold.metrics.counted import run_one
 from rankfold.plan import Decision, Plan
 from rankfold.statistics import Statistics
 
@@ -160,6 +163,50 @@ def copied(model: nn.Module) -> nn.Module:
             got=str(cause),
             cure="use rankfold.apply_, which changes the model in place",
         ) from cause
+
+
+def check_copy(model: nn.Module, example: Batch) -> None:
+    """Refuse a model whose copy is not a model of its own.
+
+    A function that the model keeps (a lambda, a bound method) is not copied: it goes on calling the original's layers,
+    and a layer that was replaced in the copy would never run.
+
+    Raises:
+        ModelError: The copy has other weights, or calls a layer of the original.
+    """
+    copy_of = copied(model)
+    ours, theirs = model.state_dict(), copy_of.state_dict()
+    differing = next((name for name in {**ours, **theirs} if not _equal(ours.get(name), theirs.get(name))), None)
+    called: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _args, path=path: called.append(path))
+        for path, module in model.named_modules()
+    ]
+    try:
+        if differing is None:
+            run_one(copy_of, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if differing is not None or called:
+        raise ModelError(
+            type(model).__name__,
+            law="a deep copy has the same weights and calls its own layers",
+            got=f"another {differing!r}" if called == [] else f"a copy that calls {called[0]!r} of the original",
+            cure="write what the model keeps in a lambda or bound method as a method, or use rankfold.apply_",
+        )
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    """Whether two entries of state dicts hold the same bytes, where they have bytes of their own."""
+    if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
+        return type(ours) is type(theirs)
+    if is_lazy(ours) or ours.layout is not torch.strided or type(ours.data) is not Tensor or ours.is_quantized:
+        return True
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    mine, other = (each.detach().contiguous().reshape(-1).view(torch.uint8) for each in (ours, theirs))
+    return torch.equal(mine, other)
 
 
 def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:

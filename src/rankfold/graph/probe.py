@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.graph.trace import Batch
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import Adapter
 from rankfold.metrics.counted import run_one
 
@@ -28,10 +28,12 @@ class Seen:
     Attributes:
         calls: For every call the spatial size of the input, and how often the layer is applied in it, per sample.
         misuse: Why a replacement would break the code around the layer; None where it would not.
+        by_batch: Whether one sample alone does not reach the layer, and the whole batch does.
     """
 
     calls: Calls = field(default_factory=list)
     misuse: str | None = None
+    by_batch: bool = False
 
 
 class _StandIn(nn.Sequential):
@@ -83,6 +85,31 @@ def observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module,
         What was seen of each layer, by identity. A layer that the forward reaches other than through its place in the
         module tree (from a list, a closure) has no calls.
     """
+    seen = _seen(model, example, layers)
+    missed = {key: layer for key, (layer, _) in layers.items() if not seen[key].calls and seen[key].misuse is None}
+    for key in _reached(model, example, missed) if missed and batch_size(example) > 1 else ():
+        seen[key].by_batch = True
+    return seen
+
+
+def _reached(model: nn.Module, example: Batch, layers: dict[int, nn.Module]) -> set[int]:
+    """Those of some layers that the forward on the whole batch calls."""
+    reached: set[int] = set()
+
+    def note(layer: nn.Module, args: Any) -> None:
+        reached.add(id(layer))
+
+    handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
+    try:
+        with evaluating(model):
+            run(model, to_device(example, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached
+
+
+def _seen(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module, Adapter]]) -> dict[int, Seen]:
     try:
         return _observe(model, example, layers)
     except Exception:  # noqa: BLE001 - some code refuses a stand-in: find out which, one by one

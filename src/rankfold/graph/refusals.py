@@ -14,6 +14,8 @@ from rankfold.graph.probe import Seen
 from rankfold.graph.trace import Graph
 from rankfold.layers import why_no_adapter
 
+BY_BATCH = "one sample alone does not reach it, the whole batch does, so it is in no count of MACs"
+
 
 @dataclass(frozen=True, eq=False)
 class Context:
@@ -96,6 +98,8 @@ def why_entangled(path: str, module: nn.Module, aliases: tuple[str, ...], contex
     seen = context.seen.get(id(module), Seen())
     if seen.misuse is not None:
         return seen.misuse
+    if seen.by_batch:
+        return f"not called: {BY_BATCH}"
     if not seen.calls:
         return "not called: the forward on the example does not reach it"
     for name in own if context.readers is not None else ():

@@ -69,7 +69,12 @@ def sample_count(data: Iterable[Batch]) -> int | None:
             return None
         held = whole // data.every
         return held if data.held_out else whole - held
-    return sum(batch_size(batch) for batch in data) if isinstance(data, (list, tuple)) else None
+    if not isinstance(data, (list, tuple)):
+        return None
+    try:
+        return sum(batch_size(batch) for batch in data)
+    except DataError:  # whoever comes to that batch names it
+        return None
 
 
 def as_batches(data: Any) -> Iterable[Batch]:
