@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import ModelError, SelfCheckError
+from rankfold.errors import DataError, ModelError, PlanError, SelfCheckError
 
 BUDGET = rf.Budget(params=0.7)
 
@@ -179,3 +179,13 @@ def test_weights_made_in_inference_mode_can_be_compressed() -> None:
         model = Flat()
     out = rf.compress(model, [torch.randn(16, 32) for _ in range(2)], budget=BUDGET)
     assert out.report.after.params <= 0.7 * out.report.before.params
+
+
+def test_what_is_no_plan_or_no_statistics_is_refused() -> None:
+    model, data = made(Flat)
+    plan: Any = "plan.json"
+    with pytest.raises(PlanError, match=r"Plan\.from_json"):
+        rf.apply(model, plan, data)
+    made_plan, stats = rf.compress(model, data, budget=BUDGET, repair=None).plan, cast(Any, 3)
+    with pytest.raises(DataError, match="what collect gave"):
+        rf.apply(model, made_plan, data, stats=stats)

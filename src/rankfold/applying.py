@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rankfold.curves import needed
-from rankfold.errors import DataError
+from rankfold.errors import DataError, shown
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch
 from rankfold.graph.values import Spill
@@ -181,6 +181,8 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     """Check the plan, collect what it reads where that was not done before, and carry it out."""
     check_model(model)
     check_plan(model, plan)
+    if stats is not None and not isinstance(stats, Statistics):
+        raise DataError("stats", law="a rankfold.Statistics, or None", got=shown(stats), cure="pass what collect gave")
     names = needed([decision.method for decision in plan.changes if decision.method is not None])
     reads = ["the calibration inputs (repair)"] if plan.repair is not None else names if stats is None else []
     if not reads:

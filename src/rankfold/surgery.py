@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from rankfold.curves import moments_of
 from rankfold.decompositions import factorise
-from rankfold.errors import ModelError, PlanError, near_matches
+from rankfold.errors import ModelError, PlanError, near_matches, shown
 from rankfold.factors import Factors
 from rankfold.graph.sites import Site, fingerprint
 from rankfold.graph.trace import Batch
@@ -32,6 +32,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         PlanError: The plan is of another model, names a module that is not there or no layer of a known kind, decides
             twice on a module with two names, or asks for a rank the layer cannot have.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            "plan", law="a rankfold.Plan", got=shown(plan), cure="pass the plan, or Plan.from_json(text) of its file"
+        )
     if plan.fingerprint != fingerprint(model):
         raise PlanError(
             plan.model or "plan",
@@ -75,7 +79,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             why = f"a rank between {ranks[0]} and {ranks[-1]}"
         if why is not None:
             raise PlanError(
-                repr(decision.site), law=why, got=f"{decision.method} at rank {decision.rank}", cure="correct the plan"
+                repr(decision.site),
+                law=why,
+                got=f"{decision.method} at rank {shown(decision.rank)}",
+                cure="correct the plan",
             )
 
 
