@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import Adapter
 from rankfold.metrics.counted import run_one
 
@@ -87,13 +87,15 @@ def observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module,
     """
     seen = _seen(model, example, layers)
     missed = {key: layer for key, (layer, _) in layers.items() if not seen[key].calls and seen[key].misuse is None}
-    for key in _reached(model, example, missed) if missed and batch_size(example) > 1 else ():
-        seen[key].by_batch = True
+    if missed and batch_size(example) > 1:
+        alone = take(example, torch.arange(1))
+        for key in _reached(model, example, missed) - _reached(model, alone, missed):
+            seen[key].by_batch = True
     return seen
 
 
-def _reached(model: nn.Module, example: Batch, layers: dict[int, nn.Module]) -> set[int]:
-    """Those of some layers that the forward on the whole batch calls."""
+def _reached(model: nn.Module, batch: Batch, layers: dict[int, nn.Module]) -> set[int]:
+    """Those of some layers that the forward on a batch calls, by whatever way; all of them where it fails."""
     reached: set[int] = set()
 
     def note(layer: nn.Module, args: Any) -> None:
@@ -102,7 +104,9 @@ def _reached(model: nn.Module, example: Batch, layers: dict[int, nn.Module]) -> 
     handles = [layer.register_forward_pre_hook(note) for layer in layers.values()]
     try:
         with evaluating(model):
-            run(model, to_device(example, device_of(model)))
+            run(model, to_device(batch, device_of(model)))
+    except Exception:  # noqa: BLE001 - bound to its batch size: nothing is known
+        return set(layers)
     finally:
         for handle in handles:
             handle.remove()
