@@ -122,8 +122,9 @@ def carry_out(
     )
     old = {path: module for path, module in target.named_modules(remove_duplicate=False) if path in repaired.layers}
     moments = {name: buffer.clone() for name, buffer in target.named_buffers() if name in repaired.buffers}
-    result = install(target, repaired)
+    result = target
     try:
+        result = install(target, repaired)
         remarks = _checked(result, repaired, options, batches, world)
     except BaseException:  # a model that is changed in place is left as it was, also by Ctrl-C
         back = swap(result, {id(new): old[path] for path, new in repaired.layers.items()})
@@ -140,10 +141,9 @@ def _checked(
     worst = self_check(result, repaired, world)
     remarks = [f"self-check: the module equals the engine within {worst:.1e}"]
     if repaired.unrepaired:
-        shown = ", ".join(repaired.unrepaired[:5])
-        more = len(repaired.unrepaired) - 5
+        named, more = ", ".join(repaired.unrepaired[:5]), len(repaired.unrepaired) - 5
         remarks.append(
-            f"repair made the held-out error larger and was not used at: {shown}" + (f" and {more} more" * (more > 0))
+            f"repair made the held-out error larger and was not used at: {named}" + (f" and {more} more" * (more > 0))
         )
     if options.reestimate_batch_norms:
         norms = reestimate_batch_norms(result, Split(batches, HELD_OUT, held_out=False), world=world)

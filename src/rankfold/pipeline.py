@@ -18,7 +18,7 @@ from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, OptionError, PlanError, shown
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, Skip, check_model, check_module, check_selection, find_sites
-from rankfold.graph.trace import Batch, device_of
+from rankfold.graph.trace import Batch, batch_size, device_of, take
 from rankfold.graph.values import Memory, Spill, parse_memory
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
@@ -41,6 +41,7 @@ from rankfold.work import Work, facts_of
 
 DEFAULT_REPAIR = Lockstep()
 POSITIONS = 64  # a sample, for the statistics
+LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
 ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
 T = TypeVar("T")
 
@@ -388,7 +389,10 @@ class _Job:
         )
         example = next(iter(self.batches))
         with self.progress("latency", None):
-            latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, example))
+            few = example
+            if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
+                few = take(example, torch.arange(min(batch_size(example), LATENCY_SAMPLES)))
+            latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, few))
         report = Report(
             self.sites.model,
             rows(self.sites, best.plan),

@@ -65,6 +65,28 @@ def test_operators_in_place_are_made_functional() -> None:
         torch.testing.assert_close(_rerun(graph, X)[0], model(X))
 
 
+def test_a_norm_that_writes_its_running_moments_is_made_functional() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return nn.functional.batch_norm(self.fc(x), self.norm.running_mean, self.norm.running_var, training=True)
+
+    model = _wrap(forward, norm=nn.BatchNorm1d(4))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    program = trace(model, X).program
+    assert program is not None
+    assert not any(node.target is torch.ops.aten.batch_norm.default for node in program.graph.nodes)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_program_that_writes_nothing_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("traced a second time")
+
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", refuse)
+    model = _wrap(lambda self, x: self.norm(self.fc(x)).relu() + x, norm=nn.BatchNorm1d(4))
+    assert trace(model, X).program is not None
+    assert trace(_wrap(lambda self, x: self.fc(x).relu_()), X).program is None
+
+
 def test_parameters_keep_their_dotted_names() -> None:
     program = trace(_wrap(lambda self, x: self.body(self.fc(x)), body=nn.Sequential(nn.Linear(4, 2))), X).program
     assert program is not None

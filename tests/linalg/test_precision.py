@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rankfold.linalg.precision import cross, gram, power_of_two_scale, widen, work_dtype
+from rankfold.linalg.precision import cross, gram, power_of_two_scale, total, widen, work_dtype
 from rankfold.testing.matrices import normal
 
 
@@ -58,6 +58,25 @@ def test_gram_equals_numpy(dtype: torch.dtype, scale: float) -> None:
     found = gram(rows)
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=tolerance * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("features", [255, 256, 301])
+def test_a_gram_in_blocks_is_the_whole_and_exactly_symmetric(features: int) -> None:
+    rows = normal(2, 40, features, seed=8).float()
+    exact = rows.double().numpy()
+    found = gram(rows)
+    np.testing.assert_allclose(found.numpy(), np.einsum("gpi,gpj->gij", exact, exact), rtol=0, atol=1e-4)
+    half = features // 2
+    assert torch.equal(found[:, :half, half:], found[:, half:, :half].mT)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e20, 1e-20, 0.0], ids=str)
+def test_sums_of_rows_equal_numpy(scale: float) -> None:
+    rows = (normal(2, 300, 7, seed=9) * scale).float()
+    expected = rows.double().numpy().sum(1)
+    found = total(rows)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=1e-5 * float(rows.abs().max()))
 
 
 @given(

@@ -16,7 +16,7 @@ from torch.fx import Node
 from rankfold.graph.sites import Sites
 
 aten = torch.ops.aten
-BATCH_NORM = aten._native_batch_norm_legit_no_training.default
+_FUSED_NORM = aten._native_batch_norm_legit_no_training.default  # what batch_norm is after a decomposition
 _LAYER_OPS = (
     *(conv.default for conv in (aten.conv1d, aten.conv2d, aten.conv3d)),
     *(conv.padding for conv in (aten.conv1d, aten.conv2d, aten.conv3d)),  # padding="same" or "valid"
@@ -93,7 +93,7 @@ def _call(node: Node, site: str, path: str, data: int, buffers: dict[str, str]) 
     norm = None
     if len(exit_node.users) == 1:
         (user,) = exit_node.users
-        if user.target is BATCH_NORM and user.args[0] is exit_node:
+        if _is_batch_norm(user) and user.args[0] is exit_node:
             norm = buffers.get(_name(user.args[3]))
     skip, steps = _residual(exit_node)
     return Call(site, entry, exit_node, frozenset(inside), norm, skip, steps)
@@ -110,7 +110,7 @@ def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
             if len(others) == 1 and isinstance(others[0], Node) and _same_shape(others[0], start):
                 return others[0], tuple(steps)
             return None, ()
-        norm = user.target is BATCH_NORM and user.args[0] is here
+        norm = _is_batch_norm(user) and user.args[0] is here
         scaled = user.target in (aten.mul.Tensor, operator.mul) and _is_channel_scale(user, here)
         through = user.target in _SAME_VALUE or (user.target is operator.getitem and user.args[1] == 0)
         if not (norm or scaled or through):
@@ -143,8 +143,8 @@ def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
     """
     scale: Tensor | None = None
     for node in call.scale_nodes:
-        if node.target is BATCH_NORM:
-            _, weight, _, _, variance, _, eps = node.args
+        if _is_batch_norm(node):
+            weight, variance, eps = node.args[1], node.args[4], _batch_norm_eps(node)
             step = (value_of(variance).double() + eps).rsqrt()  # type: ignore[arg-type]
             if weight is not None:
                 step = step * value_of(weight).double()  # type: ignore[arg-type]
@@ -154,6 +154,15 @@ def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
             step = value_of(other).double()
         scale = step if scale is None else scale * step
     return scale
+
+
+def _is_batch_norm(node: Node) -> bool:
+    """Whether a node is a batch norm with running moments."""
+    return node.target is _FUSED_NORM or (node.target is aten.batch_norm.default and not node.args[5])
+
+
+def _batch_norm_eps(node: Node) -> Any:
+    return node.args[6 if node.target is _FUSED_NORM else 7]
 
 
 def _same_shape(first: Node, second: Node) -> bool:

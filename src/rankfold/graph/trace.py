@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
@@ -166,8 +167,9 @@ def _same(buffer: Tensor, value: Tensor) -> bool:
 def trace(model: nn.Module, example: Batch) -> Graph:
     """Export the forward in eval mode, with the batch axis free where the model lets it.
 
-    The program is functional (`run_decompositions({})`): no operator writes into a value that is still needed. The
-    model is left as it was, its training modes too.
+    The program is functional: no operator writes into a value that is still needed. One that is not by itself (a model
+    with `ReLU(inplace=True)`) is made so by `run_decompositions({})`, which traces a second time and takes longer than
+    the export. The model is left as it was, its training modes too.
 
     Args:
         model: The model.
@@ -189,7 +191,8 @@ def trace(model: nn.Module, example: Batch) -> Graph:
         try:
             with evaluating(model), _tensor_outputs(model), _quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-                program = program.run_decompositions({})
+                if not _is_functional(program):
+                    program = program.run_decompositions({})
             if drawn := _random(program):
                 return Graph(None, reason=f"the forward draws random numbers in eval mode ({drawn})")
             return Graph(program, static_batch=None if free else batch_size(batch))
@@ -197,6 +200,22 @@ def trace(model: nn.Module, example: Batch) -> Graph:
             lines = str(cause).strip().splitlines()
             reason = f"torch.export failed ({': '.join([type(cause).__name__, *lines[:1]])[:300]})"
     return Graph(None, reason=reason)
+
+
+def _is_functional(program: ExportedProgram) -> bool:
+    """Whether no operator of the program writes into anything."""
+    kinds = {spec.kind for spec in program.graph_signature.output_specs}
+    return kinds <= {OutputKind.USER_OUTPUT} and all(_only_reads(node) for node in program.graph.nodes)
+
+
+def _only_reads(node: torch.fx.Node) -> bool:
+    if node.op != "call_function":
+        return node.op in ("placeholder", "get_attr", "output")
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return getattr(node.target, "__module__", None) in ("_operator", "math")  # arithmetic on sizes, getitem
+    if node.target is torch.ops.aten.batch_norm.default:
+        return not node.args[5]  # in training mode it writes its running moments, and its schema does not say so
+    return not node.target._schema.is_mutable
 
 
 def _random(program: ExportedProgram) -> str | None:

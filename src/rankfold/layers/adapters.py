@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -121,7 +121,7 @@ class ConvAdapter(Adapter):
         return tuple(inputs.shape[-axes:]), (inputs.shape[0] if inputs.ndim == axes + 2 else 1)
 
     def patches(self, layer: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Patches by strided views; only the chosen positions are copied."""
+        """Patches by strided views, or of chosen positions alone by their places in the padded input."""
         geometry = self.geometry(layer)
         axes = len(geometry.kernel)
         if inputs.ndim == axes + 1:
@@ -130,19 +130,19 @@ class ConvAdapter(Adapter):
         if any(before or after for before, after in pads):
             mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
             inputs = F.pad(inputs, [size for pair in reversed(pads) for size in pair], mode=mode)
-        view = inputs
-        for i in range(axes):
-            reach = geometry.dilation[i] * (geometry.kernel[i] - 1) + 1
-            view = view.unfold(2 + i, reach, geometry.stride[i])[..., :: geometry.dilation[i]]
-        samples, out_size = view.shape[0], view.shape[2 : 2 + axes]
-        view = torch.unflatten(view, 1, (geometry.groups, -1))  # samples × groups × in × size… × kernel…
+        samples = inputs.shape[0]
         if positions is not None:
-            index: tuple[Tensor, ...] = torch.unravel_index(positions.to(view.device), out_size)
-            every = slice(None)
-            chosen: Any = (every, every, every, *index)
-            view = view[chosen]  # samples × groups × in × chosen × kernel…
-            view = view.movedim(3, 2)
+            places = _places(geometry, inputs.shape[2:], positions.to(inputs.device))
+            flat = inputs.flatten(2)
+            chosen = flat.gather(2, places.flatten().expand(*flat.shape[:2], -1))
+            view = torch.unflatten(chosen, 2, places.shape)  # samples × channels × chosen × taps
+            view = torch.unflatten(view, 1, (geometry.groups, -1)).transpose(2, 3)
         else:
+            view = inputs
+            for i in range(axes):
+                reach = geometry.dilation[i] * (geometry.kernel[i] - 1) + 1
+                view = view.unfold(2 + i, reach, geometry.stride[i])[..., :: geometry.dilation[i]]
+            view = torch.unflatten(view, 1, (geometry.groups, -1))  # samples × groups × in × size… × kernel…
             view = view.movedim(2, 2 + axes).flatten(2, 1 + axes)  # samples × groups × positions × in × kernel…
         return view.transpose(0, 1).reshape(geometry.groups, samples * view.shape[2], geometry.features)
 
@@ -156,6 +156,18 @@ class ConvAdapter(Adapter):
         if positions is not None:
             flat = flat[..., positions.to(flat.device)]
         return flat.permute(1, 0, 3, 2).flatten(1, 2)
+
+
+def _places(geometry: Geometry, size: torch.Size, positions: Tensor) -> Tensor:
+    """Where the patches of some output positions lie in a flattened padded input: positions × taps."""
+    places = positions.new_zeros(len(positions), 1)
+    reaches = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(geometry.dilation, geometry.kernel, strict=True)]
+    out = tuple((n - reach) // step + 1 for n, reach, step in zip(size, reaches, geometry.stride, strict=True))
+    for axis, index in enumerate(torch.unravel_index(positions, out)):
+        taps = torch.arange(geometry.kernel[axis], device=positions.device) * geometry.dilation[axis]
+        here = index[:, None] * geometry.stride[axis] + taps  # along this axis alone
+        places = (places[:, :, None] * size[axis] + here[:, None]).flatten(1)
+    return places
 
 
 def _conv(layer: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:

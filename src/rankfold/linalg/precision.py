@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGE = 256  # features from which a Gram is computed in blocks
+NEAR_ONE = 2.0**20  # products of numbers below it, and sums of many of them, are far from the range of float32
+
 
 def work_dtype(device: torch.device) -> torch.dtype:
     """float64 wherever the device has it (CPU, CUDA), float32 where it has not (MPS)."""
@@ -37,7 +40,23 @@ def gram(rows: Tensor) -> Tensor:
     Returns:
         Shape (…, features, features) in the work dtype. Rows scaled by 1e±20 are handled by a power-of-two scaling.
     """
-    return cross(rows, rows)
+    wide, scale = _scaled(rows, torch.promote_types(rows.dtype, torch.float32))
+    half = wide.shape[-1] // 2
+    if half < LARGE // 2:
+        return _unscaled(wide.mT @ wide, scale, scale)
+    # The block below the diagonal is the one above it, transposed: a quarter of the products less.
+    product = wide.new_empty(*wide.shape[:-2], wide.shape[-1], wide.shape[-1])
+    upper = wide[..., :half].mT @ wide
+    product[..., :half, :] = upper
+    product[..., half:, :half] = upper[..., half:].mT
+    product[..., half:, half:] = wide[..., half:].mT @ wide[..., half:]
+    return _unscaled(product, scale, scale)
+
+
+def total(rows: Tensor) -> Tensor:
+    """Sum of rows, shape (…, positions, features) → (…, features), in the work dtype from sums in the rows' own."""
+    wide, scale = _scaled(rows, torch.promote_types(rows.dtype, torch.float32))
+    return _unscaled(wide.sum(-2), scale)
 
 
 def cross(left: Tensor, right: Tensor) -> Tensor:
@@ -52,12 +71,26 @@ def cross(left: Tensor, right: Tensor) -> Tensor:
     """
     shared = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     a, scale_left = _scaled(left, shared)
-    b, scale_right = (a, scale_left) if right is left else _scaled(right, shared)
-    return (a.mT @ b).to(scale_left.dtype) * scale_left * scale_right
+    b, scale_right = _scaled(right, shared)
+    return _unscaled(a.mT @ b, scale_left, scale_right)
 
 
-def _scaled(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A tensor divided by its power of two, and that power."""
+def _scaled(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A tensor divided by its power of two, and that power; None where it is so near 1 that products need none."""
     wide = tensor.to(dtype)
-    scale = power_of_two_scale(wide)
+    if wide.numel() == 0:
+        return wide, None
+    largest = torch.stack(torch.aminmax(wide)).abs().amax()
+    if bool((largest >= 1 / NEAR_ONE) & (largest <= NEAR_ONE)):
+        return wide, None
+    scale = power_of_two_scale(largest)
     return wide / scale.to(dtype), scale
+
+
+def _unscaled(product: Tensor, *scales: Tensor | None) -> Tensor:
+    """A product in the work dtype, multiplied by the scales of its factors."""
+    wide = product.to(work_dtype(product.device))
+    for scale in scales:
+        if scale is not None:
+            wide = wide * scale
+    return wide

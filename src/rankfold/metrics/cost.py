@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeAlias
 
 from rankfold.factors import Rank
-from rankfold.layers import stages
+from rankfold.layers import Geometry, stages
 
 if TYPE_CHECKING:
     from rankfold.graph.sites import Site
 
+Amounts: TypeAlias = tuple[int, int]
 RESOURCES = ("params", "macs", "bytes")
 
 
@@ -50,11 +52,17 @@ def dense_cost(site: Site) -> Cost:
 
 def site_cost(site: Site, form: str, rank: Rank) -> Cost:
     """What the site costs in a form at a rank: parameters, and MACs of every stage at the size it runs at."""
-    parts = stages(site.geometry, form, rank)
-    params = sum(part.n_params for part in parts)
+    params, macs = _amounts(site.geometry, tuple(site.calls), form, rank)
+    return Cost(params, macs, params * site.element_size)
+
+
+@lru_cache(maxsize=2**16)  # a network repeats its layers: one table serves all that are alike
+def _amounts(geometry: Geometry, calls: tuple[tuple[tuple[int, ...], int], ...], form: str, rank: Rank) -> Amounts:
+    """Parameters and MACs."""
+    parts = stages(geometry, form, rank)
     macs = 0
-    for size, count in site.calls:
+    for size, count in calls:
         for part in parts:
             macs += count * part.macs(size)
             size = part.output_size(size)
-    return Cost(params, macs, params * site.element_size)
+    return sum(part.n_params for part in parts), macs

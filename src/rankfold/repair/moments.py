@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold.linalg.precision import cross, gram, work_dtype
+from rankfold.linalg.precision import cross, gram, total, work_dtype
 from rankfold.statistics.distributed import World
 
 
@@ -51,8 +51,8 @@ class PairMoments:
         self.count += inputs.shape[1]
         self.xx += gram(inputs)
         self.yx += cross(targets, inputs)
-        self.x += inputs.sum(1, dtype=wide)
-        self.y += targets.sum(1, dtype=wide)
+        self.x += total(inputs)
+        self.y += total(targets)
         self.yy += targets.to(wide).square().sum((1, 2))
 
     def sum_over(self, world: World) -> None:

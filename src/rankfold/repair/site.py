@@ -226,17 +226,20 @@ class SiteSolver:
         fit, held = (PairMoments.zeros(*shape, first.device) for _ in range(2))
         scale = self._inverse_scale(arrival)
         for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
-            if scale is not None and arrival.skip is not None:
-                target = target + (arrival.skip.original[i] - arrival.skip.compressed[i]) * scale
             positions = self._positions(adapter, layer, inputs, self._share.numbers[i])
-            mask = self._share.held[i]
+            mask = self._share.held[i].to(inputs.device)
             if inputs.shape[0] != len(mask):  # tokens of all samples in one axis: no sample can be told apart
-                mask = torch.zeros(inputs.shape[0], dtype=torch.bool)
-            for moments, chosen in ((fit, ~mask), (held, mask)):
-                if bool(chosen.any()):
-                    rows = chosen.to(inputs.device)
-                    for patches, outputs in chunks(adapter, layer, inputs[rows], target[rows], positions):
-                        moments.update(patches, outputs)
+                mask = torch.zeros(inputs.shape[0], dtype=torch.bool, device=inputs.device)
+            read = [target]
+            if scale is not None and arrival.skip is not None:
+                read += [arrival.skip.original[i], arrival.skip.compressed[i], scale.expand(target.shape)]
+            for samples, patches, (wanted, *skip) in chunks(adapter, layer, inputs, read, positions):
+                if skip:
+                    original, compressed, factor = skip
+                    wanted = wanted + (original - compressed) * factor
+                for moments, chosen in ((fit, ~mask[samples]), (held, mask[samples])):
+                    if bool(chosen.any()):
+                        moments.update(_of_samples(patches, chosen), _of_samples(wanted, chosen))
         fit.sum_over(self._share.world)
         held.sum_over(self._share.world)
         for moments, part in ((fit, "fitted"), (held, "held-out")):
@@ -258,14 +261,14 @@ class SiteSolver:
             return None
         return torch.randperm(available, generator=generator(self._plan.seed, number))[:wanted].sort().values
 
-    def _inverse_scale(self, arrival: Arrival) -> Tensor | float | None:
+    def _inverse_scale(self, arrival: Arrival) -> Tensor | None:
         """`1/a` of the steps to the residual `add`; None where no error of a skip branch is to be taken up."""
         if not self._options.absorb_skip or arrival.skip is None or arrival.skip.same:
             return None
         output: Tensor = arrival.outputs[0]
         factor = channel_scale(arrival.call, output.shape, arrival.tensor)
         if factor is None:
-            return 1.0
+            return output.new_ones(())
         size = factor.abs()
         return torch.where(size > SMALL_SCALE * size.median(), 1 / factor, 0.0).to(output.dtype)
 
@@ -297,6 +300,13 @@ class SiteSolver:
         """A buffer of the original."""
         module, _, buffer = name.rpartition(".")
         return tensor(self._modules[module], buffer)
+
+
+def _of_samples(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Those rows of (groups, samples·positions, …) that are of some samples."""
+    if bool(chosen.all()):
+        return rows
+    return torch.unflatten(rows, 1, (len(chosen), -1))[:, chosen].flatten(1, 2)
 
 
 def _not_finite(arrival: Arrival, part: str, starts: Sequence[int]) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rankfold.linalg.precision import gram, work_dtype
+from rankfold.linalg.precision import gram, total
 from rankfold.registry import register
 from rankfold.statistics._base import Statistic
 
@@ -35,7 +35,7 @@ class InputMean(Statistic):
 
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
         """Column sums a group."""
-        return inputs.sum(1, dtype=work_dtype(inputs.device))
+        return total(inputs)
 
 
 @register("output-gram")

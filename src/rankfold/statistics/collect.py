@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -203,9 +203,9 @@ class _Feeder:
         inputs: Tensor = args[0]
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
-        for part, out in chunks(self._adapter, layer, inputs, output if reads else None, chosen):
+        for _, patches, outputs in chunks(self._adapter, layer, inputs, [output] if reads else [], chosen):
             for statistic in self.statistics:
-                statistic.update(part, out)
+                statistic.update(patches, outputs[0] if reads else None)
 
     def _draw(self, inputs: Tensor) -> Tensor | None:
         if self._positions is None:
@@ -229,24 +229,25 @@ class _Feeder:
                 )
 
 
-@overload
 def chunks(
-    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor, positions: Tensor | None
-) -> Iterable[tuple[Tensor, Tensor]]: ...
-@overload
-def chunks(
-    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
-) -> Iterable[tuple[Tensor, Tensor | None]]: ...
-def chunks(
-    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Tensor | None, positions: Tensor | None
-) -> Iterable[tuple[Tensor, Tensor | None]]:
-    """Patches and outputs of a few samples, or of some positions of one, so that no chunk is over `CHUNK_BYTES`."""
+    adapter: Adapter, layer: nn.Module, inputs: Tensor, outputs: Sequence[Tensor], positions: Tensor | None
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """Patches of a few samples, or of some positions of one, so that no chunk is over `CHUNK_BYTES`.
+
+    Args:
+        adapter: Of the layer.
+        layer: The layer.
+        inputs: What it takes.
+        outputs: Any tensors of the shape of its output.
+        positions: Which positions of each sample; None is all.
+
+    Yields:
+        The samples as a slice, their patches, and each of the outputs in the order of the patches.
+    """
     geometry = adapter.geometry(layer)
     size, _ = adapter.sample_size(layer, inputs)
-    if inputs.ndim in (1, len(size) + 1) and size:
-        inputs, outputs = inputs[None], None if outputs is None else outputs[None]
-    if inputs.ndim == 1:
-        inputs, outputs = inputs[None], None if outputs is None else outputs[None]
+    if inputs.ndim == 1 or (size and inputs.ndim == len(size) + 1):  # one sample without a batch axis
+        inputs, outputs = inputs[None], [output[None] for output in outputs]
     a_sample = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
     rows = a_sample if positions is None else len(positions)
     a_row = geometry.features * geometry.groups * max(inputs.element_size(), 4)  # half precision is widened to float32
@@ -257,10 +258,8 @@ def chunks(
     for start in range(0, inputs.shape[0], step):
         part = slice(start, start + step)
         for piece in pieces:
-            yield (
-                adapter.patches(layer, inputs[part], piece),
-                None if outputs is None else adapter.outputs(layer, outputs[part], piece),
-            )
+            patches = adapter.patches(layer, inputs[part], piece)
+            yield part, patches, [adapter.outputs(layer, output[part], piece) for output in outputs]
 
 
 def _length(batches: Iterable[Batch]) -> int | None:
