@@ -15,7 +15,7 @@ import torch
 from tests.distributed_worker import BUDGET, ROADS, images, network
 
 import rankfold as rf
-from rankfold import pipeline
+from rankfold import job
 from rankfold.statistics.distributed import ALONE, World, world
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -49,7 +49,7 @@ def alone() -> dict[str, rf.Compressed]:
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "latency_ratio", lambda *models: 1.0)
+            patch.setattr(job, "latency_ratio", lambda *models: 1.0)
             return {road: rf.compress(network(), images(road), budget=BUDGET, **ROADS[road]) for road in ROADS}
     finally:
         torch.set_num_threads(threads)

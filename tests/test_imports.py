@@ -24,7 +24,20 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"layers"}),
     frozenset({"graph", "statistics", "ranks", "metrics"}),
     frozenset(
-        {"curves", "plan", "planning", "surgery", "repair", "applying", "pipeline", "checkpoint", "report", "work"}
+        {
+            "channels",
+            "curves",
+            "plan",
+            "planning",
+            "surgery",
+            "repair",
+            "applying",
+            "job",
+            "pipeline",
+            "checkpoint",
+            "report",
+            "work",
+        }
     ),
     frozenset({"digits", "testing", "integrations", "training"}),
     frozenset({"cli"}),

@@ -15,13 +15,23 @@ if TYPE_CHECKING:
     from rankfold.applying import apply, apply_
     from rankfold.checkpoint import load, save
     from rankfold.curves import measure, needed
-    from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, Tucker2, WhitenedSVD
+    from rankfold.decompositions import (
+        SVD,
+        Decomposition,
+        Family,
+        Interpolative,
+        Moments,
+        SpatialSVD,
+        Tucker2,
+        WhitenedSVD,
+    )
     from rankfold.errors import RankfoldError
     from rankfold.factors import Factors, MatrixFactors, MirroredFactors, SpatialFactors, TuckerFactors
+    from rankfold.graph.channels import ChannelGroup, Channels, find_channels
     from rankfold.graph.sites import Site, Sites, Skip, find_sites
     from rankfold.metrics.compare import Comparison, compare
     from rankfold.pipeline import Compressed, compress, execute
-    from rankfold.plan import Decision, Plan
+    from rankfold.plan import ChannelDecision, Decision, Plan
     from rankfold.planning import make_plan, plan_cost
     from rankfold.ranks import Budget, Energy, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
     from rankfold.registry import register
@@ -37,13 +47,23 @@ _HOME = {
     "rankfold.applying": ("apply", "apply_"),
     "rankfold.checkpoint": ("load", "save"),
     "rankfold.curves": ("measure", "needed"),
-    "rankfold.decompositions": ("SVD", "Decomposition", "Moments", "SpatialSVD", "Tucker2", "WhitenedSVD"),
+    "rankfold.decompositions": (
+        "SVD",
+        "Decomposition",
+        "Family",
+        "Interpolative",
+        "Moments",
+        "SpatialSVD",
+        "Tucker2",
+        "WhitenedSVD",
+    ),
     "rankfold.errors": ("RankfoldError",),
     "rankfold.factors": ("Factors", "MatrixFactors", "MirroredFactors", "SpatialFactors", "TuckerFactors"),
+    "rankfold.graph.channels": ("ChannelGroup", "Channels", "find_channels"),
     "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
     "rankfold.metrics.compare": ("Comparison", "compare"),
     "rankfold.pipeline": ("Compressed", "compress", "execute"),
-    "rankfold.plan": ("Decision", "Plan"),
+    "rankfold.plan": ("ChannelDecision", "Decision", "Plan"),
     "rankfold.planning": ("make_plan", "plan_cost"),
     "rankfold.ranks": ("Budget", "Energy", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
     "rankfold.registry": ("register",),
@@ -60,12 +80,17 @@ _WHERE = {name: module for module, exported in _HOME.items() for name in exporte
 __all__ = [
     "SVD",
     "Budget",
+    "ChannelDecision",
+    "ChannelGroup",
+    "Channels",
     "Comparison",
     "Compressed",
     "Decision",
     "Decomposition",
     "Energy",
     "Factors",
+    "Family",
+    "Interpolative",
     "Lagrangian",
     "Lockstep",
     "MatrixFactors",
@@ -96,6 +121,7 @@ __all__ = [
     "compare",
     "compress",
     "execute",
+    "find_channels",
     "find_sites",
     "load",
     "make_plan",

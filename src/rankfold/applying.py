@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.channels.narrowing import fold_, narrow_, narrowed_statistics
 from rankfold.curves import needed
-from rankfold.errors import DataError, shown
-from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.errors import DataError, OptionError, shown
+from rankfold.graph.regions import find_calls
+from rankfold.graph.sites import Sites, check_model, find_sites, fingerprint
 from rankfold.graph.trace import Batch
 from rankfold.graph.values import Spill
 from rankfold.plan import Decision, Plan
@@ -104,8 +106,19 @@ def carry_out(
         SelfCheckError: The module handed back does not compute what the repair computed.
     """
     check_plan(model, plan)
+    base, shells = None, plan
+    if plan.cuts:
+        if target is model:
+            raise OptionError(
+                "plan",
+                law="apply_ replaces layers alone",
+                got="a plan that removes channels",
+                cure="use rankfold.apply",
+            )
+        stats = narrowed_in(model, target, plan, sites, stats)
+        base, shells = target, replace(plan, cuts={})
     if plan.repair is None:
-        return install_shells(target, plan, shared_out(filler(stats), world)), ()
+        return install_shells(target, shells, shared_out(filler(stats), world)), ()
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
     repaired = lockstep(
         model,
@@ -119,6 +132,7 @@ def carry_out(
         recall=recall,
         progress=progress,
         world=world,
+        base=base,
     )
     old = {path: module for path, module in target.named_modules(remove_duplicate=False) if path in repaired.layers}
     moments = {name: buffer.clone() for name, buffer in target.named_buffers() if name in repaired.buffers}
@@ -132,6 +146,19 @@ def carry_out(
             back.get_buffer(name).copy_(value)
         raise
     return result, tuple(remarks)
+
+
+def narrowed_in(
+    model: nn.Module, target: nn.Module, plan: Plan, sites: Sites, stats: Statistics | None
+) -> Statistics | None:
+    """Fold and cut the channels of a copy; returns the statistics of what stays."""
+    if stats is not None and any(decision.fold for decision in plan.channels):
+        norms: dict[str, str | None] = {}
+        if plan.repair is None and sites.graph.program is not None:  # a repair finds the norms' shifts itself
+            norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
+        fold_(target, sites, plan.cuts, stats, norms)
+    narrow_(target, plan.cuts)
+    return None if stats is None else narrowed_statistics(stats, model, sites, plan.cuts, fingerprint(target))
 
 
 def _checked(
@@ -183,8 +210,11 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     check_plan(model, plan)
     if stats is not None and not isinstance(stats, Statistics):
         raise DataError("stats", law="a rankfold.Statistics, or None", got=shown(stats), cure="pass what collect gave")
-    names = needed([decision.method for decision in plan.changes if decision.method is not None])
-    reads = ["the calibration inputs (repair)"] if plan.repair is not None else names if stats is None else []
+    methods = [decision.method for decision in plan.changes if decision.method is not None]
+    names = needed(methods, channels=bool(plan.cuts))
+    reads = names if stats is None else []
+    if plan.repair is not None or plan.cuts:
+        reads = [f"the calibration inputs ({'removal of channels' if plan.repair is None else 'repair'})"]
     if not reads:
         return install_shells(target, plan, filler(stats))
     if data is None:

@@ -8,7 +8,17 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from rankfold.decompositions import SVD, Decomposition, Moments, SpatialSVD, Tucker2, WhitenedSVD, output_errors
+from rankfold.decompositions import (
+    SVD,
+    Decomposition,
+    Family,
+    Interpolative,
+    Moments,
+    SpatialSVD,
+    Tucker2,
+    WhitenedSVD,
+    output_errors,
+)
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.layers import adapter_for
@@ -83,31 +93,33 @@ def _saves(site: Site, method: Decomposition) -> bool:
     return any(least[name] < cost for name, cost in dense_cost(site).amounts().items())
 
 
-def check_families(families: Sequence[Decomposition]) -> None:
+def check_families(families: Sequence[Family]) -> None:
     """Refuse what is no list, an empty one, and anything in it that is no instance of a method.
 
     Raises:
         OptionError: As said.
     """
-    if isinstance(families, Decomposition) or not isinstance(families, Sequence) or isinstance(families, str):
+    alone = isinstance(families, Family)
+    if alone or not isinstance(families, Sequence) or isinstance(families, str):
         raise OptionError(
             "families",
             law="a list of methods",
             got=shown(families),
-            cure="put it in brackets" if isinstance(families, Decomposition) else "try [rankfold.WhitenedSVD()]",
+            cure="put it in brackets" if alone else "try [rankfold.WhitenedSVD()]",
         )
     if not families:
         raise OptionError("families", law="at least one method", got="none", cure="try [rankfold.WhitenedSVD()]")
     for method in families:
-        if not isinstance(method, Decomposition):
+        if not isinstance(method, Family):
             raise OptionError(
                 "families", law="instances of methods", got=repr(method), cure=f"try {SVD.__name__}() with parentheses"
             )
 
 
-def needed(families: Sequence[Decomposition]) -> list[str]:
-    """Names of the statistics that any of the families reads."""
-    return sorted({name for method in families for name in method.needs})
+def needed(families: Sequence[Family], *, channels: bool = False) -> list[str]:
+    """Names of the statistics that any of the families reads, and those of the removal of channels where it is."""
+    own = set(Interpolative.needs) if channels else set()
+    return sorted(own.union(*(method.needs for method in families)))
 
 
 def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics | None) -> Moments:

@@ -3,62 +3,38 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import nn
 
-from rankfold.applying import carry_out
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
-from rankfold.decompositions import Decomposition
-from rankfold.errors import BudgetError, OptionError, PlanError, shown
-from rankfold.graph.refusals import BY_BATCH
-from rankfold.graph.sites import Sites, Skip, check_model, check_module, check_selection, find_sites
-from rankfold.graph.trace import Batch, batch_size, device_of, take
-from rankfold.graph.values import Memory, Spill, parse_memory
-from rankfold.metrics.compare import Comparison, compare
-from rankfold.metrics.counted import count
-from rankfold.metrics.latency import latency_ratio
+from rankfold.decompositions import Decomposition, Family, Interpolative
+from rankfold.errors import OptionError, PlanError, shown
+from rankfold.graph.sites import Skip, check_module, check_selection
+from rankfold.graph.trace import device_of
+from rankfold.graph.values import Memory, parse_memory
+from rankfold.job import Compressed, Job, candidates_of
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
 from rankfold.progress import Progress, check_progress, silent
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
 from rankfold.repair import Lockstep
-from rankfold.repair.site import always_solve
-from rankfold.report.data import Candidate, Report, environment, rows
-from rankfold.statistics import Statistics
-from rankfold.statistics.collect import check_positions, collect
-from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.report.data import Report
+from rankfold.statistics.collect import check_positions
 from rankfold.statistics.distributed import together, world
 from rankfold.statistics.draws import check_seed
-from rankfold.statistics.gradients import SAMPLES, collect_gradients
-from rankfold.surgery import check_copy, check_plan, copied
+from rankfold.statistics.gradients import SAMPLES
+from rankfold.surgery import check_plan
 from rankfold.work import Work, facts_of
 
+__all__ = ["Compressed", "compress", "execute"]
 DEFAULT_REPAIR = Lockstep()
 POSITIONS = 64  # a sample, for the statistics
-LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
 ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Compressed:
-    """What `compress` returns.
-
-    Attributes:
-        model: The compressed model, a plain `nn.Module`.
-        plan: What was decided.
-        report: What was done, before and after.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: Report
 
 
 @together
@@ -67,7 +43,7 @@ def compress(
     data: Any,
     *,
     budget: Budget,
-    families: Sequence[Decomposition] = DEFAULT_FAMILIES,
+    families: Sequence[Family] = DEFAULT_FAMILIES,
     repair: Lockstep | None = DEFAULT_REPAIR,
     selector: RankSelector | None = None,
     weighting: bool = True,
@@ -140,7 +116,7 @@ def compress(
     check_seed(seed)
     check_progress(progress)
     limit = parse_memory(memory)
-    job = _Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
+    job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     if job.sites.graph.program is None:
         repair = None
     chosen_by = [type(method).__name__ for method in (*families, selector)]
@@ -162,20 +138,28 @@ def compress(
         gradient_samples=SAMPLES if weighting else None,
     )
     stats = job.stats
-    curves = job.clock.time(
-        "curves",
-        lambda: job.work.curves(
-            job.sites,
-            families,
-            lambda: measure(model, stats, sites=job.sites, families=families, progress=progress, world=world()),
-        ),
-    )
-    tried = _candidates(
-        [Lagrangian(), Uniform()] if selector is None else [selector],
-        lambda chosen: make_plan(
-            curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair
-        ),
-    )
+    forms = [method for method in families if isinstance(method, Decomposition)]
+    makers: list[Callable[[], Plan]] = []
+    if forms:
+        curves = job.clock.time(
+            "curves",
+            lambda: job.work.curves(
+                job.sites,
+                forms,
+                lambda: measure(model, stats, sites=job.sites, families=forms, progress=progress, world=world()),
+            ),
+        )
+
+        def by(chosen: RankSelector) -> Plan:
+            return make_plan(
+                curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair
+            )
+
+        makers += [partial(by, chosen) for chosen in ([Lagrangian(), Uniform()] if selector is None else [selector])]
+    for method in families:
+        if isinstance(method, Interpolative):
+            makers += job.removing(method, budget, forms, selector=selector, seed=seed, repair=repair)
+    tried = job.clock.time("plans", lambda: candidates_of(makers))
     with progress("candidates", len(tried)) as advance:
         attempts = []
         for plan in tried:
@@ -219,7 +203,7 @@ def execute(
     check_progress(progress)
     budget = budget_of(plan.budget, "plan")
     check_plan(model, plan)
-    job = _Job.start(model, data, progress, limit=parse_memory(memory))
+    job = Job.start(model, data, progress, limit=parse_memory(memory))
     decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
     left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)
     job.sites = replace(job.sites, sites=decided, skips=(*job.sites.skips, *left))
@@ -228,7 +212,7 @@ def execute(
         plan = replace(plan, repair=None)
     calibration = plan.calibration
     job.collect(
-        needed([decision.method for decision in plan.changes if decision.method is not None]),
+        needed([decision.method for decision in plan.changes if decision.method is not None], channels=bool(plan.cuts)),
         positions=calibration.get("positions", POSITIONS),
         enough=calibration.get("enough"),
         seed=plan.seed,
@@ -249,210 +233,3 @@ def _held_to(report: Report, budget: Budget) -> Report:
         if got[name] > bound
     )
     return replace(report, notes=(*report.notes, *over))
-
-
-@dataclass(frozen=True, eq=False)
-class _Attempt:
-    """One plan carried out."""
-
-    comparison: Comparison
-    model: nn.Module
-    plan: Plan
-    remarks: tuple[str, ...]
-
-
-@dataclass(eq=False)
-class _Job:
-    """What the stages of one compression share."""
-
-    model: nn.Module
-    batches: Iterable[Batch]
-    sites: Sites
-    judged: Iterable[Batch]
-    stats: Statistics
-    notes: list[str]
-    clock: _Clock
-    progress: Progress
-    spill: Spill
-    work: Work = field(default_factory=Work)
-
-    @classmethod
-    def start(
-        cls,
-        model: nn.Module,
-        data: Any,
-        progress: Progress,
-        *,
-        only: Sequence[str] | None = None,
-        exclude: Sequence[str] = (),
-        limit: int | None = None,
-    ) -> _Job:
-        """Check the inputs and find the sites."""
-        check_model(model)
-        spill = Spill(None if limit is None else limit // 2)
-        batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
-        example = next(iter(batches))
-        with progress("trace", None):
-            sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
-            check_copy(model, example)
-        world().agree("model", repr((sites.fingerprint, [site.path for site in sites], sites.graph.reason is None)))
-        if by_batch := [skip.path for skip in sites.skips if BY_BATCH in skip.reason]:
-            notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
-        if sites.graph.reason is not None:
-            notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
-        judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
-        if not any(True for _ in judged):
-            judged = batches
-            notes.append(
-                f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
-            )
-        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill)
-
-    def collect(
-        self,
-        statistics: Sequence[str],
-        *,
-        positions: int | None,
-        enough: int | None,
-        seed: int,
-        gradient_samples: int | None,
-    ) -> None:
-        """Collect on the samples that are fitted on."""
-        fit = Split(self.batches, HELD_OUT, held_out=False)
-
-        def moments() -> Statistics:
-            return collect(
-                self.model,
-                fit,
-                sites=self.sites,
-                statistics=statistics,
-                positions=positions,
-                enough=enough,
-                seed=seed,
-                progress=self.progress,
-                world=world(),
-            )
-
-        self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
-        if gradient_samples is None:
-            return
-
-        def gradients() -> str | None:
-            return collect_gradients(
-                self.model,
-                fit,
-                self.stats,
-                sites=self.sites,
-                samples=gradient_samples,
-                seed=seed,
-                progress=self.progress,
-                world=world(),
-            )
-
-        why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients))
-        if why is not None:
-            self.notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
-
-    def attempt(self, plan: Plan) -> _Attempt:
-        """Carry a plan out on a copy and compare it on the held-out samples."""
-
-        world().agree("plan", plan.to_json())
-
-        def work() -> _Attempt:
-            compressed, remarks = carry_out(
-                self.model,
-                copied(self.model),
-                plan,
-                sites=self.sites,
-                stats=self.stats,
-                batches=self.batches,
-                spill=self.spill,
-                recall=self.work.sites(self.model, plan) if plan.repair is not None else always_solve,
-                progress=self.progress,
-                world=world(),
-            )
-            return _Attempt(compare(self.model, compressed, self.judged, world=world()), compressed, plan, remarks)
-
-        return self.clock.time("apply" if plan.repair is None else "repair", work)
-
-    def finish(self, attempts: Sequence[_Attempt]) -> Compressed:
-        """Take the attempt closest to the original, and report."""
-        best = min(attempts, key=lambda attempt: attempt.comparison.divergence)
-        candidates = tuple(
-            Candidate(
-                str((each.plan.selector or {}).get("name", "")),
-                each.comparison.divergence,
-                each.comparison.agreement,
-                each is best,
-            )
-            for each in attempts
-        )
-        example = next(iter(self.batches))
-        with self.progress("latency", None):
-            few = example
-            if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
-                few = take(example, torch.arange(min(batch_size(example), LATENCY_SAMPLES)))
-            latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, few))
-        report = Report(
-            self.sites.model,
-            rows(self.sites, best.plan),
-            self.sites.cost,
-            count(best.model, example),
-            best.plan.budget,
-            latency,
-            best.comparison,
-            candidates if len(candidates) > 1 else (),
-            self.clock.seconds,
-            (*self.notes, *best.remarks),
-            best.plan.seed,
-            environment(),
-        )
-        return Compressed(best.model, best.plan, report)
-
-
-def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:
-    """Measured by the first process while all others wait, so that none disturbs it."""
-    together_with = world()
-    latency = torch.zeros(1, dtype=torch.float64)
-    if together_with.owns(0):
-        latency[0] = latency_ratio(original, compressed, example)
-    together_with.broadcast_([latency], 0)
-    return float(latency)
-
-
-def _candidates(selectors: Sequence[RankSelector], make: Callable[[RankSelector], Plan]) -> list[Plan]:
-    """One plan a selector, equal ones once; a selector that cannot meet the budget drops out while another can."""
-    plans: list[Plan] = []
-    failure: BudgetError | None = None
-    for selector in selectors:
-        try:
-            plan = make(selector)
-        except BudgetError as cause:
-            failure = cause
-            continue
-        if all(plan.decisions != other.decisions for other in plans):
-            plans.append(plan)
-    if not plans and failure is not None:
-        raise failure
-    return plans
-
-
-class _Clock:
-    """Wall-clock seconds a stage.
-
-    Args:
-        after: Called after each stage.
-    """
-
-    def __init__(self, after: Callable[[], None]) -> None:
-        self._after = after
-        self.seconds: dict[str, float] = {}
-
-    def time(self, stage: str, work: Callable[[], T]) -> T:
-        """Do some work and add its seconds to a stage."""
-        start = time.perf_counter()
-        try:
-            return work()
-        finally:
-            self._after()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

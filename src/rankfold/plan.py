@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -69,6 +70,43 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class ChannelDecision:
+    """Which channels of a group stay.
+
+    Attributes:
+        group: Name of the group: the first layer that makes its channels.
+        units: How many units the group has.
+        kept: The units that stay, ascending.
+        why: Why, in words.
+        fold: Whether the layers that read the channels are corrected for what goes, where no repair does it.
+    """
+
+    group: str
+    units: int
+    kept: tuple[int, ...]
+    why: str = ""
+    fold: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict."""
+        return {"group": self.group, "units": self.units, "kept": list(self.kept), "why": self.why, "fold": self.fold}
+
+    @classmethod
+    def from_json(cls, value: Any, place: str) -> ChannelDecision:
+        """Read what `to_json` wrote; raises `PlanError` naming the key."""
+        keys = _object(value, place, required={"group", "units", "kept"}, optional={"why", "fold"})
+        group, units, why, fold = keys["group"], keys["units"], keys.get("why", ""), keys.get("fold", True)
+        if not isinstance(group, str) or not isinstance(why, str) or type(units) is not int or type(fold) is not bool:
+            raise PlanError(
+                place,
+                law="group and why are strings, units an int, fold a bool",
+                got=_pair(group, units),
+                cure="correct them",
+            )
+        return cls(group, units, _ascending(keys["kept"], f"{place} ({group})", units), why, fold)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Enough to rebuild the compressed structure from the original's.
 
@@ -82,6 +120,9 @@ class Plan:
         seed: Seed of everything that was drawn.
         calibration: Manifest of the data.
         repair: The repair at apply time, as its JSON; None for none.
+        channels: One a group of channels of which some are removed.
+        cuts: What that leaves of every tensor: parameter or buffer → axis → indices that stay. Decisions are on the
+            layers as the cuts leave them.
     """
 
     decisions: tuple[Decision, ...]
@@ -93,11 +134,18 @@ class Plan:
     seed: int = 0
     calibration: Mapping[str, Any] = field(default_factory=dict)
     repair: Mapping[str, Any] | None = None
+    channels: tuple[ChannelDecision, ...] = ()
+    cuts: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical JSON text: equal plans give equal bytes."""
+        removed: dict[str, Any] = {
+            "channels": [decision.to_json() for decision in self.channels],
+            "cuts": {name: {str(axis): list(kept) for axis, kept in axes.items()} for name, axes in self.cuts.items()},
+        }
         return canonical_json(
             {
+                **(removed if self.channels or self.cuts else {}),
                 "version": VERSION,
                 "decisions": [decision.to_json() for decision in self.decisions],
                 "skips": [{"path": skip.path, "reason": skip.reason} for skip in self.skips],
@@ -134,7 +182,7 @@ class Plan:
                 got=f"version {shown(value.get('version'))}",
                 cure="write it again with this release, or read it with the release that wrote it",
             )
-        optional = {"model", "budget", "selector", "seed", "calibration", "skips", "repair"}
+        optional = {"model", "budget", "selector", "seed", "calibration", "skips", "repair", "channels", "cuts"}
         keys = _object(value, place, required={"version", "decisions", "fingerprint"}, optional=optional)
         kinds = {
             "decisions": list,
@@ -146,6 +194,8 @@ class Plan:
             "calibration": dict,
             "selector": dict,
             "repair": dict,
+            "channels": list,
+            "cuts": dict,
         }
         for key, kind in kinds.items():
             if keys.get(key) is None and key in {"selector", "repair"}:
@@ -194,6 +244,11 @@ class Plan:
             keys.get("seed", 0),
             keys.get("calibration", {}),
             keys.get("repair"),
+            tuple(
+                ChannelDecision.from_json(item, f"{place}.channels[{i}]")
+                for i, item in enumerate(keys.get("channels", []))
+            ),
+            {name: _axes(value, f"{place}.cuts.{name}") for name, value in keys.get("cuts", {}).items()},
         )
 
     def at(self, site: str) -> Decision:
@@ -222,6 +277,22 @@ class Plan:
     def changes(self) -> tuple[Decision, ...]:
         """The decisions that are not dense."""
         return tuple(decision for decision in self.decisions if decision.method is not None)
+
+
+def _ascending(value: Any, place: str, size: int | None = None) -> tuple[int, ...]:
+    """A list of ascending indices, at least one, all below a size."""
+    whole = isinstance(value, list) and bool(value) and all(type(index) is int and index >= 0 for index in value)
+    if not whole or any(b <= a for a, b in itertools.pairwise(value)) or (size is not None and value[-1] >= size):
+        law = "ascending indices of what stays, at least one" + ("" if size is None else f", all below {size}")
+        raise PlanError(place, law=law, got=shown(value), cure="make the plan again rather than edit the cuts")
+    return tuple(value)
+
+
+def _axes(value: Any, place: str) -> dict[int, tuple[int, ...]]:
+    """The cuts of one tensor."""
+    if not isinstance(value, dict) or not all(axis in ("0", "1") for axis in value):
+        raise PlanError(place, law='an object with axes "0" or "1"', got=shown(value), cure="make the plan again")
+    return {int(axis): _ascending(kept, f"{place}.{axis}") for axis, kept in value.items()}
 
 
 def _pair(first: object, second: object) -> str:

@@ -111,7 +111,7 @@ def plan_cost(sites: Sites, plan: Plan) -> Cost:
     """Predicted cost of the whole compressed model: equal to what `count` finds on the live one.
 
     Args:
-        sites: Of the original model.
+        sites: Of the model that the decisions are on: the original, or the narrowed one where the plan cuts channels.
         plan: Any plan of that model.
     """
     total = sites.cost

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from rankfold.channels.narrowing import Cuts, kept_of, narrow_, narrowed_geometry
 from rankfold.curves import moments_of
 from rankfold.decompositions import factorise
 from rankfold.errors import ModelError, PlanError, near_matches, shown
@@ -43,6 +44,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             got=f"fingerprint {plan.fingerprint[:12]} against {fingerprint(model)[:12]} of this {type(model).__name__}",
             cure="make a plan for this model",
         )
+    check_cuts(model, plan.cuts)
     modules = dict(model.named_modules(remove_duplicate=False))
     decided: dict[int, str] = {}
     for decision in plan.decisions:
@@ -72,7 +74,8 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             )
         if decision.method is None:
             continue
-        shape = adapter.geometry(module).canonical_shape
+        kept = kept_of(decision.site, module, plan.cuts)
+        shape = narrowed_geometry(adapter.geometry(module), kept).canonical_shape
         why = decision.method.refuses(shape)
         if why is None and (decision.rank is None or not decision.method.admits(shape, decision.rank)):
             ranks = decision.method.candidates(shape)
@@ -86,8 +89,31 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             )
 
 
+def check_cuts(model: nn.Module, cuts: Cuts) -> None:
+    """Refuse cuts that do not fit a model.
+
+    Raises:
+        PlanError: Naming the tensor.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, axes in cuts.items():
+        if name not in tensors:
+            raise PlanError(
+                repr(name), law="a parameter or buffer of the model", got="no such", cure=near_matches(name, tensors)
+            )
+        for axis, kept in axes.items():
+            shape = tuple(tensors[name].shape)
+            if axis >= len(shape) or not kept or kept[-1] >= shape[axis]:
+                raise PlanError(
+                    repr(name),
+                    law=f"indices that stay along axis {axis} of a tensor of shape {shape}",
+                    got=shown(list(kept)),
+                    cure="make the plan again",
+                )
+
+
 def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn.Module:
-    """Replace every decided layer of a model by its shell, under all paths of the module.
+    """Cut the channels that go, and replace every decided layer by its shell, under all paths of the module.
 
     Args:
         model: Changed in place.
@@ -97,6 +123,7 @@ def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn
     Returns:
         The root, which is a new module where the model itself is the layer.
     """
+    narrow_(model, plan.cuts)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced: dict[int, nn.Module] = {}
     for decision in plan.changes:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from rankfold._version import __version__
-from rankfold.decompositions import Decomposition
+from rankfold.decompositions import Decomposition, Family
 from rankfold.errors import CheckpointError, WorkDirError
 from rankfold.graph.sites import Sites
 from rankfold.graph.trace import Batch, device_of
@@ -36,7 +36,7 @@ def facts_of(
     sites: Sites,
     batches: Iterable[Batch],
     *,
-    families: Sequence[Decomposition],
+    families: Sequence[Family],
     weighting: bool,
     positions: int | None,
     seed: int,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import rankfold.job
 import rankfold.metrics.latency
-import rankfold.pipeline
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that `cli_networks:NAME` can be imported
 _definitions: list[torch.library.Library] = []  # a Library undoes its definitions when it is collected
@@ -22,7 +22,7 @@ def _short_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time the two forwards for an instant, not for a second."""
     brief = functools.partial(rankfold.metrics.latency.latency_ratio, seconds=0.0)
     monkeypatch.setattr(rankfold.metrics.latency, "latency_ratio", brief)
-    monkeypatch.setattr(rankfold.pipeline, "latency_ratio", brief)
+    monkeypatch.setattr(rankfold.job, "latency_ratio", brief)
 
 
 class Result:
@@ -56,7 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "small"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            rankfold.pipeline,
+            rankfold.job,
             "latency_ratio",
             functools.partial(rankfold.metrics.latency.latency_ratio, seconds=0.0),
         )

@@ -19,6 +19,7 @@ class TestEnergy(SelectorConformance):
 
 class TestUniform(SelectorConformance):
     selector = Uniform()
+    variations: ClassVar = {"spared": 0.5}
 
 
 class TestRounded(SelectorConformance):

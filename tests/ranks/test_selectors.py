@@ -87,8 +87,26 @@ def test_the_lagrangian_spends_where_the_error_is() -> None:
 def test_uniform_loses_nothing_against_the_largest_common_fraction(seed: int) -> None:
     problem = random_problem(seed, sites=6)
     common = at_the_largest_common_fraction(problem, "params")
-    chosen = Uniform().select(problem)
+    chosen = Uniform(spared=0).select(problem)
     assert all(option.error <= error for option, error in zip(chosen, common, strict=True))
+
+
+@given(SEEDS)
+def test_uniform_spares_the_smallest_sites_where_the_budget_lets_it(seed: int) -> None:
+    problem = random_problem(seed, sites=6)
+    costs = [options[0].cost.params for options in problem.options]
+    smallest = min(range(6), key=costs.__getitem__)
+    chosen = Uniform(spared=costs[smallest] / sum(costs) + 1e-9).select(problem)
+    others = sum(min(o.cost.params for o in options) for i, options in enumerate(problem.options) if i != smallest)
+    if others + costs[smallest] <= problem.bounds["params"]:
+        assert chosen[smallest].method is None
+    assert problem.fits(problem.total(chosen))
+
+
+@pytest.mark.parametrize("spared", [-0.1, 1, True, "0.1"])
+def test_a_spared_share_is_below_one(spared: object) -> None:
+    with pytest.raises(OptionError, match=r"Uniform\.spared"):
+        Uniform(spared=spared)  # type: ignore[arg-type]
 
 
 @given(SEEDS)

@@ -239,7 +239,7 @@ def _parse(
     work_dir: Path | None,
     memory: str | None,
 ) -> Request:
-    from rankfold.decompositions import Decomposition
+    from rankfold.decompositions import Family
     from rankfold.ranks import RankSelector
     from rankfold.repair import Lockstep
 
@@ -262,7 +262,7 @@ def _parse(
         "work_dir": work_dir,
     }
     if choice.family:
-        options["families"] = [parse_method(text, Decomposition, option="--family") for text in choice.family]
+        options["families"] = [parse_method(text, Family, option="--family") for text in choice.family]
     if choice.selector is not None:
         options["selector"] = parse_method(choice.selector, RankSelector, option="--selector")
     if choice.repair is not None:

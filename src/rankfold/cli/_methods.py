@@ -17,7 +17,7 @@ def listing() -> str:
     from rankfold.registry import lookup, names
 
     axes = (
-        ("families, for --family", rankfold.decompositions.Decomposition),
+        ("families, for --family", rankfold.decompositions.Family),
         ("selectors, for --selector", rankfold.ranks.RankSelector),
         ("repairs, for --repair", rankfold.repair.Lockstep),
     )

@@ -1,10 +1,22 @@
 """Methods that factorise a canonical weight. They know nothing of layers."""
 
-from rankfold.decompositions._base import Decomposition, Moments
+from rankfold.decompositions._base import Decomposition, Family, Moments
+from rankfold.decompositions._interpolative import Interpolative
 from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
 from rankfold.decompositions._tucker2 import Tucker2
 from rankfold.decompositions._whitened_svd import WhitenedSVD
 from rankfold.decompositions.weighting import factorise, output_errors
 
-__all__ = ["SVD", "Decomposition", "Moments", "SpatialSVD", "Tucker2", "WhitenedSVD", "factorise", "output_errors"]
+__all__ = [
+    "SVD",
+    "Decomposition",
+    "Family",
+    "Interpolative",
+    "Moments",
+    "SpatialSVD",
+    "Tucker2",
+    "WhitenedSVD",
+    "factorise",
+    "output_errors",
+]

@@ -61,7 +61,17 @@ class Moments:
         return self.gram
 
 
-class Decomposition(ABC):
+class Family:
+    """What `families=` may hold: a way to make layers smaller.
+
+    Attributes:
+        needs: Names of the statistics it reads.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ()
+
+
+class Decomposition(Family, ABC):
     """A method: canonical weight + moments + rank → Factors.
 
     A subclass is a frozen dataclass whose fields are its options, in a file of its own, named by

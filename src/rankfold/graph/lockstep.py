@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import OutputKind
 from torch.fx import Node
 from torch.utils import _pytree
 
-from rankfold.graph.regions import Call, schedule
+from rankfold.graph.regions import Call, schedule, tensor_names
 from rankfold.graph.trace import Batch, split_batch
 from rankfold.graph.values import Spill, Values
 
@@ -100,7 +100,7 @@ class Walk:
         self._order = schedule(program, list(calls))
         self._layers: dict[str, nn.Module] = {}
         self._live: dict[Node, Pair] = {}
-        self._names = _tensor_names(program)
+        self._names = tensor_names(program)
 
     def run(self) -> Pair:
         """Walk the whole graph.
@@ -132,8 +132,15 @@ class Walk:
         if call.path in self._layers:
             return
         skip = self._live.get(call.skip) if call.skip is not None else None
-        arrival = Arrival(call, self._live[call.entry], self._live[call.exit].original, skip, self._tensor)
+        arrival = Arrival(call, self._entry(call), self._live[call.exit].original, skip, self._tensor)
         self._layers[call.path] = self._on_site(arrival)
+
+    def _entry(self, call: Call) -> Pair:
+        """A layer's inputs; a parameter is the same for every micro-batch."""
+        if call.entry in self._live:
+            return self._live[call.entry]
+        values = Spill().values([self._tensor(call.entry)] * len(self._batches))
+        return Pair(values, values)
 
     def _stretch(self, steps: range, site: Node | None, last: dict[Node, int]) -> None:
         """Walk from one site to the next, micro-batch by micro-batch.
@@ -194,7 +201,7 @@ class Walk:
     def _installed(self, site: Node, index: int) -> tuple[Any, Any]:
         """A solved site's output in both networks."""
         call = self._calls[site]
-        return self._live[site].original[index], self._layers[call.path](self._live[call.entry].compressed[index])
+        return self._live[site].original[index], self._layers[call.path](self._entry(call).compressed[index])
 
     def _both(self, node: Node, index: int, here: dict[Node, tuple[Any, Any]], *, both: bool) -> tuple[Any, Any]:
         """A node's value in both networks; the same object where it is not another."""
@@ -259,19 +266,6 @@ class Walk:
                 if call.skip is not None and call.skip in at:
                     at[call.skip] = max(at[call.skip], step)
         return at
-
-
-def _tensor_names(program: ExportedProgram) -> dict[Node, str]:
-    """Placeholder nodes of parameters, buffers and constants, and the names of those."""
-    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-    targets = {
-        spec.arg.name: spec.target
-        for spec in program.graph_signature.input_specs
-        if spec.kind in kinds and spec.target is not None
-    }
-    return {
-        node: targets[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in targets
-    }
 
 
 def _calling(target: Any) -> Callable[[Any, Any], Any]:

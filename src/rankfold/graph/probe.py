@@ -123,10 +123,17 @@ def _seen(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module, A
         try:
             _observe(model, example, {key: layer})
         except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
-            text = f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
-            refused[key] = Seen(misuse=f"read elsewhere: the model fails with the layer replaced ({text})")
+            refused[key] = _refused(cause)
     rest = {key: layer for key, layer in layers.items() if key not in refused}
-    return {**_observe(model, example, rest), **refused}
+    try:
+        return {**_observe(model, example, rest), **refused}
+    except Exception as cause:  # noqa: BLE001 - one by one they pass, together they do not
+        return {key: refused.get(key, _refused(cause)) for key in layers}
+
+
+def _refused(cause: Exception) -> Seen:
+    text = f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
+    return Seen(misuse=f"read elsewhere: the model fails with the layer replaced ({text})")
 
 
 def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module, Adapter]]) -> dict[int, Seen]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
 from rankfold.graph.sites import Sites
@@ -70,7 +71,20 @@ def find_calls(program: ExportedProgram, sites: Sites) -> list[Call]:
         owner = parameters.get(_name(node.args[weight]), "").rpartition(".")[0]
         if owner in known:
             calls.append(_call(node, known[owner], _module_path(node), data, buffers))
-    return calls
+    return [call if call.norm is None or _absorbs(call, calls) else replace(call, norm=None) for call in calls]
+
+
+def _absorbs(call: Call, calls: Sequence[Call]) -> bool:
+    """Whether the norm behind a call can take up a bias of its layer: it is behind all calls of that layer, and behind
+    those alone.
+    """
+    own = [other for other in calls if other.path == call.path]
+    if any(other.norm != call.norm for other in own):
+        return False
+    (norm,) = call.exit.users
+    mean = norm.args[3]
+    exits = {other.exit for other in own}
+    return isinstance(mean, Node) and all(_is_batch_norm(user) and user.args[0] in exits for user in mean.users)
 
 
 def _call(node: Node, site: str, path: str, data: int, buffers: dict[str, str]) -> Call:
@@ -93,10 +107,17 @@ def _call(node: Node, site: str, path: str, data: int, buffers: dict[str, str]) 
     norm = None
     if len(exit_node.users) == 1:
         (user,) = exit_node.users
-        if _is_batch_norm(user) and user.args[0] is exit_node:
+        if _is_batch_norm(user) and user.args[0] is exit_node and _channels_are_axis_1(exit_node, node):
             norm = buffers.get(_name(user.args[3]))
     skip, steps = _residual(exit_node)
     return Call(site, entry, exit_node, frozenset(inside), norm, skip, steps)
+
+
+def _channels_are_axis_1(exit_node: Node, layer: Node) -> bool:
+    """Whether axis 1 of a layer's output, which batch norms read, is the axis that it makes."""
+    value = exit_node.meta.get("val")
+    axes = 2 if layer.target in (aten.linear.default, aten.addmm.default) else layer.args[1].meta["val"].ndim  # type: ignore[union-attr]
+    return isinstance(value, Tensor) and value.ndim == axes
 
 
 def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
@@ -113,7 +134,7 @@ def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
         norm = _is_batch_norm(user) and user.args[0] is here
         scaled = user.target in (aten.mul.Tensor, operator.mul) and _is_channel_scale(user, here)
         through = user.target in _SAME_VALUE or (user.target is operator.getitem and user.args[1] == 0)
-        if not (norm or scaled or through):
+        if not (norm or scaled or through) or (scaled and not _same_shape(user, start)):
             return None, ()
         if norm or scaled:
             steps.append(user)
@@ -171,7 +192,7 @@ def _same_shape(first: Node, second: Node) -> bool:
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
         and len(a.shape) == len(b.shape)
-        and (all(str(x) == str(y) for x, y in zip(a.shape[1:], b.shape[1:], strict=True)))
+        and (all(str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)))
     )
 
 
@@ -182,6 +203,19 @@ def _module_path(node: Node) -> str:
 
 def _name(argument: Any) -> str:
     return argument.name if isinstance(argument, Node) else ""
+
+
+def tensor_names(program: ExportedProgram) -> dict[Node, str]:
+    """Placeholder nodes of parameters, buffers and constants, and the names of those."""
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    targets = {
+        spec.arg.name: spec.target
+        for spec in program.graph_signature.input_specs
+        if spec.kind in kinds and spec.target is not None
+    }
+    return {
+        node: targets[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in targets
+    }
 
 
 def schedule(program: ExportedProgram, calls: list[Call]) -> list[Node]:

@@ -328,6 +328,14 @@ def check_model(model: nn.Module) -> None:
         ModelError: Naming the tensor.
     """
     check_module(model)
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ModelError(
+                f"{path}.weight" if path else "weight",
+                law="a forward leaves every parameter as it is",
+                got=f"max_norm={module.max_norm}, by which it rescales the rows that it reads",
+                cure="set max_norm to None; a trained table keeps its rows",
+            )
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
         if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:

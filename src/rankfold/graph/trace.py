@@ -149,6 +149,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
         for module, name, buffer, value in buffers:  # some models count or cache in their forward
             module._buffers[name] = buffer
+            if buffer is not None and buffer.grad_fn is not None and not buffer._is_view():
+                buffer.detach_()  # written into while gradients were on
             if buffer is not None and value is not None and not _same(buffer, value):
                 with torch.no_grad():
                     buffer.copy_(value)

@@ -97,14 +97,18 @@ class ConvAdapter(Adapter):
     def geometry(self, layer: nn.Module) -> Geometry:
         """Straight from the layer's attributes."""
         conv = _conv(layer)
-        padding = conv.padding if isinstance(conv.padding, str) else tuple(int(size) for size in conv.padding)
+        kernel = tuple(conv.weight.shape[2:])
+
+        def sizes(value: int | tuple[int, ...]) -> tuple[int, ...]:  # a bare int, set after the layer was built
+            return (value,) * len(kernel) if isinstance(value, int) else tuple(int(size) for size in value)
+
         return Geometry(
             conv.in_channels,
             conv.out_channels,
-            tuple(conv.kernel_size),
-            tuple(conv.stride),
-            padding,
-            tuple(conv.dilation),
+            kernel,
+            sizes(conv.stride),
+            conv.padding if isinstance(conv.padding, str) else sizes(conv.padding),
+            sizes(conv.dilation),
             conv.groups,
             conv.padding_mode,
             conv.bias is not None,
@@ -117,7 +121,7 @@ class ConvAdapter(Adapter):
 
     def sample_size(self, layer: nn.Module, inputs: Tensor) -> tuple[tuple[int, ...], int]:
         """Spatial size, and the number of samples."""
-        axes = len(_conv(layer).kernel_size)
+        axes = _conv(layer).weight.ndim - 2
         return tuple(inputs.shape[-axes:]), (inputs.shape[0] if inputs.ndim == axes + 2 else 1)
 
     def patches(self, layer: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -149,7 +153,7 @@ class ConvAdapter(Adapter):
     def outputs(self, layer: nn.Module, outputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """Output pixels."""
         conv = _conv(layer)
-        axes = len(conv.kernel_size)
+        axes = conv.weight.ndim - 2
         if outputs.ndim == axes + 1:
             outputs = outputs[None]
         flat = torch.unflatten(outputs.flatten(2), 1, (conv.groups, -1))  # samples × groups × out × positions

@@ -155,7 +155,11 @@ def strong_rrqr(
 
 
 def backward_elimination(
-    consumers: Sequence[tuple[Tensor, Tensor]], *, damping: float = 1e-6, share: float = 1 / 32
+    consumers: Sequence[tuple[Tensor, Tensor]],
+    *,
+    damping: float = 1e-6,
+    share: float = 1 / 32,
+    order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The order in which columns are best removed when all others are refitted, and what that costs, exactly.
 
@@ -169,6 +173,7 @@ def backward_elimination(
             column (k² for a k × k convolution). Rows of `W` carry the weights of the outputs.
         damping: Relative damping of each `K`.
         share: Fraction of the columns left that goes in one step; one at least.
+        order: Remove them in this order instead, and only say what it costs.
 
     Returns:
         Indices in the order of removal, shape (C,), and the summed squared error with the first m of them removed,
@@ -180,22 +185,29 @@ def backward_elimination(
         flat = widen(gram).reshape(weight.shape[1] * width, -1)
         scale = power_of_two_scale(flat)
         inner = cholesky(damped_gram(flat / scale, damping=max(damping, LEAST_DAMPING)))
-        state.append((torch.cholesky_inverse(inner), widen(weight).flatten(1) * scale.sqrt(), width))
+        seen = flat.trace() > 0  # columns that are all zero cost nothing
+        wide = torch.where(seen, widen(weight).flatten(1) * scale.sqrt(), 0.0)
+        state.append((torch.cholesky_inverse(inner), wide, width))
     count = consumers[0][1].shape[1]
     left = torch.arange(count)
-    order: list[int] = []
+    removed: list[int] = []
     errors = [0.0]
     while len(left):
-        costs = torch.stack([_removal_costs(*each) for each in state]).sum(0)
-        cheapest = costs.argsort(stable=True)[: max(1, int(len(left) * share))]
-        order += left[cheapest.cpu()].tolist()
+        taken = max(1, int(len(left) * share))
+        if order is None:
+            costs = torch.stack([_removal_costs(*each) for each in state]).sum(0)
+            cheapest = costs.argsort(stable=True)[:taken]
+        else:
+            ahead = order[len(removed) : len(removed) + taken]
+            cheapest = torch.searchsorted(left, ahead).to(state[0][0].device)
+        removed += left[cheapest.cpu()].tolist()
         joint = torch.stack([_joint_costs(*each, cheapest) for each in state]).sum(0)
         errors += (errors[-1] + joint).tolist()
         keep = torch.ones(len(left), dtype=torch.bool)
         keep[cheapest] = False
         state = [_removed(inverse, weight, width, cheapest, keep) for inverse, weight, width in state]
         left = left[keep]
-    return torch.tensor(order, dtype=torch.int64), torch.tensor(errors, dtype=torch.float64)
+    return torch.tensor(removed, dtype=torch.int64), torch.tensor(errors, dtype=torch.float64)
 
 
 def _removal_costs(inverse: Tensor, weight: Tensor, width: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from rankfold.channels.narrowing import kept_of
 from rankfold.errors import DistributedError, NumericsError, SelfCheckError, TraceError
 from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
@@ -20,6 +21,7 @@ from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.repair.options import Lockstep
 from rankfold.repair.site import Recall, Share, SiteSolver, always_solve
+from rankfold.repair.widened import Widened
 from rankfold.statistics import Statistics
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.surgery import swap
@@ -63,6 +65,7 @@ def lockstep(
     recall: Recall = always_solve,
     progress: Progress = silent,
     world: World = ALONE,
+    base: nn.Module | None = None,
 ) -> Repaired:
     """One lockstep pass over the whole network: about two forward passes, plus the moments and solves.
 
@@ -78,6 +81,7 @@ def lockstep(
         recall: Solves a site, or gives a solution that is there already.
         progress: Told about every site.
         world: The processes that share the micro-batches and solve in turns; all get the same layers.
+        base: The narrowed original, with folded layers, where the plan cuts channels; `stats` are then of it.
 
     Returns:
         The new layers and buffers, ready to be installed.
@@ -124,8 +128,12 @@ def lockstep(
             got="no call that lockstep repair knows",
             cure="pass repair=None, or exclude the layer; please report it",
         )
-    modules = dict(model.named_modules(remove_duplicate=False))
-    solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, starts, samples, world))
+    originals = dict(model.named_modules(remove_duplicate=False))
+    modules = originals if base is None else dict(base.named_modules(remove_duplicate=False))
+    kept = {call.path: kept_of(call.path, originals[call.path], plan.cuts) for call in calls}
+    solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, starts, samples, world), kept)
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    overrides: dict[str, Tensor] = {}  # of the walk, which is as wide as the original
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
 
         def solve(arrival: Arrival) -> nn.Module:
@@ -138,10 +146,15 @@ def lockstep(
                 if not solved.repaired:
                     result.unrepaired.append(path)
             result.buffers.update(solved.buffers)
+            stays = kept[path].outputs
+            for name, value in solved.buffers.items():
+                overrides[name] = value if stays is None else buffers[name].index_copy(0, stays.to(value.device), value)
             advance()
-            return solved.layer
+            if not kept[path]:
+                return solved.layer
+            return Widened(solved.layer, originals[path], kept[path])
 
-        result.outputs = Walk(program, model, calls, result.parts, solve, result.buffers, spill).run()
+        result.outputs = Walk(program, model, calls, result.parts, solve, overrides, spill).run()
     return result
 
 
@@ -175,15 +188,14 @@ def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> fl
     worst = 0.0
     if repaired.outputs is None:
         raise TypeError("the walk did not finish")
-    with evaluating(model):
-        for part, held, walked in zip(repaired.parts, repaired.held, repaired.outputs.compressed, strict=True):
-            rows = torch.nonzero(held).flatten() if bool(held.any()) else torch.arange(len(held))
-            difference, allowed = _difference(model, part, rows, walked)
-            if not difference <= allowed:  # a norm without running moments computes otherwise on part of a batch
-                difference, allowed = _difference(model, part, torch.arange(len(held)), walked)
-            if not difference <= allowed:
-                raise _unequal(model, f"a relative difference of {difference:.3g}", f"at most {allowed:.3g}")
-            worst = max(worst, difference)
+    for part, held, walked in zip(repaired.parts, repaired.held, repaired.outputs.compressed, strict=True):
+        rows = torch.nonzero(held).flatten() if bool(held.any()) else torch.arange(len(held))
+        difference, allowed = _difference(model, part, rows, walked)
+        if not difference <= allowed:  # a norm without running moments computes otherwise on part of a batch
+            difference, allowed = _difference(model, part, torch.arange(len(held)), walked)
+        if not difference <= allowed:
+            raise _unequal(model, f"a relative difference of {difference:.3g}", f"at most {allowed:.3g}")
+        worst = max(worst, difference)
     largest = torch.tensor([worst], dtype=torch.float64)
     world.largest_([largest])
     return float(largest)
@@ -194,13 +206,16 @@ def _difference(model: nn.Module, part: Batch, rows: Tensor, walked: Any) -> tup
     worst, allowed = 0.0, TOLERANCE
     samples = batch_size(part)
     expected = [leaf for leaf in _pytree.tree_leaves(walked) if isinstance(leaf, Tensor)]
-    got = [leaf for leaf in _pytree.tree_leaves(run(model, take(part, rows))) if isinstance(leaf, Tensor)]
+    with evaluating(model):  # anew for each: the walk began every micro-batch with the buffers as they are
+        got = [leaf for leaf in _pytree.tree_leaves(run(model, take(part, rows))) if isinstance(leaf, Tensor)]
     if len(expected) != len(got):
         raise _unequal(model, f"{len(got)} output tensors", f"{len(expected)}")
     for mine, theirs in zip(got, expected, strict=True):
         if not theirs.is_floating_point() or theirs.shape[:1] != (samples,):
             continue
         target = theirs[rows.to(theirs.device)].double()
+        if target.shape != mine.shape and len(rows) < samples:
+            return float("inf"), allowed  # no axis of samples after all: the whole micro-batch will say
         if target.shape != mine.shape:
             raise _unequal(model, f"an output of shape {tuple(mine.shape)}", f"{tuple(target.shape)}")
         if not bool(torch.isfinite(target).all()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
+from rankfold.channels.narrowing import Kept
 from rankfold.decompositions import Moments, factorise
 from rankfold.errors import NumericsError
 from rankfold.factors import Factors
@@ -23,6 +24,7 @@ from rankfold.plan import Decision, Plan
 from rankfold.repair.moments import PairMoments
 from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
+from rankfold.repair.widened import channel_axis, narrowed
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import chunks
 from rankfold.statistics.distributed import ALONE, World
@@ -102,6 +104,7 @@ class SiteSolver:
         options: The repair's options.
         stats: Statistics of the original.
         share: The micro-batches walked here.
+        kept: What stays of each site's channels, by path; `modules` are then narrowed. None cuts nothing.
     """
 
     def __init__(
@@ -111,7 +114,9 @@ class SiteSolver:
         options: Lockstep,
         stats: Statistics | None,
         share: Share,
+        kept: Mapping[str, Kept] | None = None,
     ) -> None:
+        self._kept = {} if kept is None else kept
         self._modules, self._plan, self._options, self._stats, self._share = modules, plan, options, stats, share
         self._turn = 0
 
@@ -123,7 +128,8 @@ class SiteSolver:
         if adapter is None:
             raise TypeError(f"{path} has no adapter")
         untouched = arrival.inputs.same and (arrival.skip is None or arrival.skip.same)
-        if decision.method is None and (not self._options.dense or untouched):
+        cut = self._kept.get(path, Kept()).inputs is not None
+        if decision.method is None and not cut and (not self._options.dense or untouched):
             return Solved(layer)
         fit, held = self._moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
@@ -222,17 +228,19 @@ class SiteSolver:
         """Moments of (x', target) over fitted and held-out samples, at positions drawn by the seed."""
         geometry = adapter.geometry(layer)
         first: Tensor = arrival.inputs.compressed[0]
+        kept, axis = self._kept.get(arrival.call.path, Kept()), channel_axis(layer)
         shape = (geometry.groups, geometry.features, geometry.canonical_shape[0])
         fit, held = (PairMoments.zeros(*shape, first.device) for _ in range(2))
         scale = self._inverse_scale(arrival)
         for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
             positions = self._positions(adapter, layer, inputs, self._share.numbers[i])
             mask = self._share.held[i].to(inputs.device)
-            if inputs.shape[0] != len(mask):  # tokens of all samples in one axis: no sample can be told apart
+            if inputs.shape[0] != len(mask) or not _is_batched(adapter, layer, inputs):  # no sample can be told apart
                 mask = torch.zeros(inputs.shape[0], dtype=torch.bool, device=inputs.device)
             read = [target]
             if scale is not None and arrival.skip is not None:
                 read += [arrival.skip.original[i], arrival.skip.compressed[i], scale.expand(target.shape)]
+            inputs, read = narrowed(inputs, axis, kept.inputs), [narrowed(each, axis, kept.outputs) for each in read]
             for samples, patches, (wanted, *skip) in chunks(adapter, layer, inputs, read, positions):
                 if skip:
                     original, compressed, factor = skip
@@ -300,6 +308,12 @@ class SiteSolver:
         """A buffer of the original."""
         module, _, buffer = name.rpartition(".")
         return tensor(self._modules[module], buffer)
+
+
+def _is_batched(adapter: Adapter, layer: nn.Module, inputs: Tensor) -> bool:
+    """Whether a layer's input has an axis for samples."""
+    axes = len(adapter.geometry(layer).kernel)
+    return inputs.ndim == axes + 2 if axes else inputs.ndim >= 2
 
 
 def _of_samples(rows: Tensor, chosen: Tensor) -> Tensor:

@@ -116,25 +116,34 @@ class Report:
         return self.text()
 
 
-def rows(sites: Sites, plan: Plan) -> tuple[Row, ...]:
-    """Rows of every site and skip under a plan."""
+def rows(sites: Sites, plan: Plan, narrowed: Sites | None = None) -> tuple[Row, ...]:
+    """Rows of every site and skip under a plan.
+
+    Args:
+        sites: Of the original.
+        plan: The plan.
+        narrowed: The sites as the plan's cuts of channels leave them; None where it has none.
+    """
     result = []
     for site in sites:
         decision = plan.at(site.path)
+        left = site if narrowed is None else narrowed.at(site.path)
+        fewer = decision.method is None and left.geometry != site.geometry
         result.append(
             Row(
                 site.path,
                 site.kind,
                 site.weight_shape,
-                decision.form,
+                "channels" if fewer else decision.form,
                 "" if decision.method is None else str(decision.method),
                 decision.rank,
                 dense_cost(site),
-                decision_cost(site, decision),
+                decision_cost(left, decision),
                 decision.why,
             )
         )
-    skipped = [Row(skip.path, "", (), "skipped", "", None, None, None, skip.reason) for skip in sites.skips]
+    kept = [skip for skip in plan.skips if skip.reason.startswith("channels ")]
+    skipped = [Row(skip.path, "", (), "skipped", "", None, None, None, skip.reason) for skip in (*sites.skips, *kept)]
     return (*result, *skipped)
 
 

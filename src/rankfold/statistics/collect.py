@@ -175,7 +175,8 @@ def _forward(model: nn.Module, batch: Batch, number: int) -> None:
             f"batch {number}",
             law="the model runs on every batch of the data",
             got=str(cause),
-            cure="give all batches the shape, dtype and keys of the first",
+            cure="give all batches the shape, dtype and keys of the first; one sample in ten is held out, so the model"
+            " must take batches of any size",
         ) from cause
 
 

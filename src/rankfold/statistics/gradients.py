@@ -62,20 +62,21 @@ def collect_gradients(
     device = device_of(model)
     parts = [(number, part) for number, part in enumerate(_first(batches, samples)) if world.owns(number)]
     why: str | None = None
-    with evaluating(model), progress("gradients", len(parts)) as advance:
+    with progress("gradients", len(parts)) as advance:
         for number, part in parts:
             seen: list[tuple[Site, nn.Module, Tensor]] = []
             handles = [modules[site.path].register_forward_hook(_watch(site, seen)) for site in sites]
             try:
-                with torch.enable_grad():
+                with evaluating(model), torch.enable_grad():
                     output, logits = output_tensor(run(model, to_device(part, device)))
+                    outputs = list(seen)  # a checkpoint in the model runs its layers again on the way back
                     direction = torch.randn(output.shape, generator=generator(seed, number), dtype=torch.float32).to(
                         output
                     )
                     if logits:
                         direction = direction - direction.mean(-1, keepdim=True)
                     gradients = torch.autograd.grad(
-                        (output * direction).sum(), [value for _, _, value in seen], allow_unused=True
+                        (output * direction).sum(), [value for _, _, value in outputs], allow_unused=True
                     )
             except RuntimeError as cause:
                 why = f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
@@ -83,7 +84,7 @@ def collect_gradients(
             finally:
                 for handle in handles:
                     handle.remove()
-            _add(grams, seen, gradients, batch_size(part))
+            _add(grams, outputs, gradients, batch_size(part))
             advance()
     failed = torch.tensor([float(why is not None)])
     world.sum_([failed])

@@ -1,0 +1,1 @@
+"""Removal of channels: what it costs, how many go, which tensors become narrower."""

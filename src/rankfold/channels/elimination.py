@@ -1,0 +1,181 @@
+"""Statistics + channel groups → the order in which units go, and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.decompositions import Interpolative
+from rankfold.errors import DataError
+from rankfold.graph.channels import ChannelGroup, Units
+from rankfold.graph.sites import Site, Sites
+from rankfold.layers import adapter_for
+from rankfold.linalg.interpolative import backward_elimination, pivoted_cholesky, strong_rrqr
+from rankfold.linalg.precision import widen
+from rankfold.linalg.whitening import cholesky, damped_gram
+from rankfold.statistics import Statistics
+from rankfold.statistics.draws import generator
+
+OUTPUT_DAMPING = 0.05  # of a reader's gradient Gram: no output direction is free
+
+
+@dataclass(frozen=True, eq=False)
+class RemovalCurve:
+    """What removing the units of a group costs.
+
+    Attributes:
+        group: The group.
+        order: Units in the order in which they go, shape (units,).
+        errors: Summed squared error of the readers, refitted, with the first m units gone, shape (units + 1,), in the
+            metric of their gradient Grams.
+        relative: The same, each reader's relative to the energy of its own output.
+        gram: Second moment of the units, shape (units, units), for rules that read it; None for the others.
+    """
+
+    group: ChannelGroup
+    order: Tensor
+    errors: Tensor
+    relative: Tensor
+    gram: Tensor | None = None
+
+    def kept(self, count: int, method: Interpolative) -> tuple[int, ...]:
+        """The units that stay when so many do."""
+        chosen = self.order[len(self.order) - count :]
+        if method.rule == "strong-rrqr" and self.gram is not None:
+            chosen = strong_rrqr(self.gram, chosen)
+        return tuple(sorted(chosen.tolist()))
+
+
+def removal_curves(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    stats: Statistics,
+    *,
+    sites: Sites,
+    method: Interpolative,
+    norms: Mapping[str, str | None],
+    seed: int = 0,
+) -> list[RemovalCurve]:
+    """For every group the order of removal by a method's rule, and what it costs the readers when they are refitted.
+
+    The error of a reader is `tr(G D A Dᵀ)`, `G` the Gram of its output gradients where they were collected, so errors
+    of different groups can be summed; without them it is relative to the energy of the reader's output.
+
+    Args:
+        model: The original.
+        groups: Its groups.
+        stats: With input Grams and means.
+        sites: From `find_sites`.
+        method: Says the rule.
+        norms: Running mean of the batch norm that can absorb a layer's bias, by path.
+        seed: Of the rule "random".
+
+    Raises:
+        DataError: The input Grams were not collected.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    curves = []
+    for number, group in enumerate(groups):
+        readers = [
+            _reader(sites.at(path), modules[path], units, stats, centred=norms.get(path) is not None)
+            for path, units in group.read.items()
+        ]
+        gram = None
+        order = None
+        if method.rule in ("pivoted-qr", "strong-rrqr"):
+            raw = [_raw(sites.at(path), units, group.units, stats) for path, units in group.read.items()]
+            gram = torch.stack(raw).sum(0)
+            order = pivoted_cholesky(gram)[0].flip(0)
+        elif method.rule == "magnitude":
+            order = _magnitudes(group, modules).argsort(stable=True)
+        elif method.rule == "random":
+            order = torch.randperm(group.units, generator=generator(seed, number))
+        order, errors = backward_elimination([weighted for weighted, _ in readers], order=order)
+        _, relative = backward_elimination([plain for _, plain in readers], order=order)
+        curves.append(RemovalCurve(group, order, errors, relative, gram))
+    return curves
+
+
+def even(group: ChannelGroup) -> bool:
+    """Whether each reader reads equally many channels of every unit, as elimination needs."""
+    for units in group.read.values():
+        counts = torch.bincount(torch.tensor([u for u in units if u >= 0]), minlength=group.units)
+        if int(counts.min()) != int(counts.max()):
+            return False
+    return True
+
+
+def _places(units: Units, taps: int) -> tuple[Tensor, Tensor]:
+    """Features of a patch by unit, unit after unit, and the features of no unit."""
+    own = torch.tensor(units)
+    order = torch.argsort(own, stable=True)
+    inside = order[own[order] >= 0]
+    spread = torch.arange(taps)
+    return (inside[:, None] * taps + spread).flatten(), (
+        torch.nonzero(own < 0).flatten()[:, None] * taps + spread
+    ).flatten()
+
+
+Reader = tuple[Tensor, Tensor]  # K (C, b, C, b) and W (out, C, b), as `backward_elimination` takes them
+
+
+def _reader(site: Site, layer: nn.Module, units: Units, stats: Statistics, *, centred: bool) -> tuple[Reader, Reader]:
+    """A reader's inputs and weight, unit by unit: weighted by its gradient Gram, and relative to its energy."""
+    adapter = adapter_for(layer)
+    moments = stats.moments(site, 0)
+    if adapter is None or moments.gram is None or moments.mean is None:
+        raise DataError(
+            repr(site.path),
+            law="removal of channels reads input-gram and input-mean",
+            got="none",
+            cure="collect with these statistics",
+        )
+    weight = widen(adapter.canonical(layer))[0].flatten(1)
+    gram = moments.gram.to(weight)
+    if centred or site.geometry.bias:
+        mean = moments.mean.to(weight)
+        gram = gram - torch.outer(mean, mean)
+    inside, outside = _places(units, weight.shape[1] // len(units))
+    inside, outside = inside.to(weight.device), outside.to(weight.device)
+    energy = (weight * (weight @ gram)).sum()
+    relative = weight / torch.where(energy > 0, energy, 1.0).sqrt()
+    weighted = relative
+    if moments.gradient_gram is not None:
+        weighted = cholesky(damped_gram(moments.gradient_gram.to(weight), damping=OUTPUT_DAMPING)).mT @ weight
+    own = gram[inside][:, inside]
+    if len(outside):  # what stays anyway takes its part of the correction: the Schur complement is what is left
+        inner = cholesky(damped_gram(gram[outside][:, outside], damping=1e-6))
+        crossed = gram[outside][:, inside]
+        own = own - crossed.mT @ torch.cholesky_solve(crossed, inner)
+    count = max(units) + 1
+    width = len(inside) // count
+    own = own.reshape(count, width, count, width)
+    first, second = (each[:, inside].reshape(-1, count, width) for each in (weighted, relative))
+    return (own, first), (own, second)
+
+
+def _raw(site: Site, units: Units, count: int, stats: Statistics) -> Tensor:
+    """Second moment of the units as one reader sees them: summed over the taps and the channels of a unit."""
+    moments = stats.moments(site, 0)
+    if moments.gram is None:
+        raise DataError(repr(site.path), law="an input Gram", got="none", cure="collect input-gram")
+    inside, _ = _places(units, len(moments.gram) // len(units))
+    own = widen(moments.gram[inside][:, inside])
+    width = len(inside) // count
+    return torch.diagonal(own.reshape(count, width, count, width), dim1=1, dim2=3).sum(-1)
+
+
+def _magnitudes(group: ChannelGroup, modules: dict[str, nn.Module]) -> Tensor:
+    """Squared norm of the rows that make each unit."""
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for path, units in group.made.items():
+        adapter = adapter_for(modules[path])
+        if adapter is None:
+            raise TypeError(f"{path} has no adapter")
+        rows = widen(adapter.canonical(modules[path])).flatten(0, 1).flatten(1).square().sum(1).cpu()
+        own = torch.tensor(units)
+        total.index_add_(0, own[own >= 0], rows[own >= 0].double())
+    return total

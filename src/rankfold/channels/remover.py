@@ -1,0 +1,193 @@
+"""Channel groups + budget → a plan that removes channels, and cuts what is left by the other families."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from rankfold.channels.elimination import RemovalCurve, even, removal_curves
+from rankfold.channels.narrowing import cuts_of, fold_, narrow_, narrowed_sites, narrowed_statistics
+from rankfold.channels.widths import choose_widths, same_share
+from rankfold.curves import measure
+from rankfold.decompositions import Decomposition, Interpolative
+from rankfold.errors import SiteError
+from rankfold.graph.channels import ChannelGroup, find_channels
+from rankfold.graph.regions import find_calls
+from rankfold.graph.sites import Sites, Skip, fingerprint
+from rankfold.graph.trace import Batch
+from rankfold.metrics.counted import run_one
+from rankfold.plan import ChannelDecision, Decision, Plan
+from rankfold.planning import make_plan
+from rankfold.ranks import Budget, RankSelector
+from rankfold.registry import to_json
+from rankfold.repair import Lockstep
+from rankfold.statistics import Statistics
+from rankfold.statistics.distributed import ALONE, World
+from rankfold.surgery import copied
+
+BLEND = 0.8  # of relative errors in "blended" sizes
+SIZES = ("weighted", "blended", "same share")
+WHY = " sizes: the others say what these said"  # behind the kind of sizes
+
+
+@dataclass(frozen=True, eq=False)
+class Remover:
+    """What all plans that remove channels of one model share.
+
+    Attributes:
+        model: The original.
+        sites: Its sites.
+        stats: Its statistics.
+        method: Says the rule.
+        curves: One a group.
+        norms: Running mean of the batch norm that can absorb a layer's bias, by path.
+        skips: Layers whose channels must stay, with the reason, by path.
+    """
+
+    model: nn.Module
+    sites: Sites
+    stats: Statistics
+    method: Interpolative
+    curves: tuple[RemovalCurve, ...]
+    norms: Mapping[str, str | None]
+    skips: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example: Batch,
+        sites: Sites,
+        stats: Statistics,
+        method: Interpolative,
+        *,
+        seed: int = 0,
+    ) -> Remover:
+        """Find the groups and measure what removing their units costs.
+
+        Each group is tried first: a copy of the model without one of its units must run. A forward that names its own
+        width does not, and its group is skipped with what it raised.
+
+        Raises:
+            SiteError: There is no group whose channels can be removed.
+        """
+        channels = find_channels(model, sites)
+        groups: list[ChannelGroup] = [group for group in channels if even(group)]
+        skips = {skip.path: skip.reason for skip in channels.skips}
+        skips |= {group.name: "frozen: its units are read unevenly" for group in channels if group not in groups}
+        if groups and why_not(model, groups, example) is not None:
+            tried = {group.name: why_not(model, [group], example) for group in groups}
+            skips |= {
+                name: f"frozen: the model fails without one of them ({why})" for name, why in tried.items() if why
+            }
+            groups = [group for group in groups if tried[group.name] is None]
+        if not groups or sites.graph.program is None:
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in list(skips.items())[:3])
+            raise SiteError(
+                str(method),
+                law="there are channels that can be removed",
+                got=f"none ({reasons})" if reasons else "none",
+                cure="use low-rank families",
+            )
+        norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
+        curves = removal_curves(model, groups, stats, sites=sites, method=method, norms=norms, seed=seed)
+        return cls(model, sites, stats, method, tuple(curves), norms, skips)
+
+    def plan(
+        self,
+        budget: Budget,
+        *,
+        share: float,
+        sizes: str = "weighted",
+        families: Sequence[Decomposition],
+        selector: RankSelector,
+        seed: int,
+        repair: Lockstep | None,
+        world: World = ALONE,
+    ) -> Plan:
+        """A plan in which channels make a share of the way to the budget, and the other families the rest.
+
+        Args:
+            budget: For the whole model.
+            share: In (0, 1]; at 1 every layer stays dense on what channels it has left.
+            sizes: How many units of each group go: "weighted" by what the output feels, "blended" with errors relative
+                to each reader, or the "same share" of each.
+            families: For the rest of the way; read where `share` is below 1.
+            selector: Chooses their ranks.
+            seed: Noted in the plan.
+            repair: Noted in the plan.
+            world: The processes that share the curves out among them.
+
+        Raises:
+            BudgetError: The budget cannot be met on this way.
+        """
+        whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
+        part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
+        multiple = self.method.multiple_of
+        if sizes == "same share":
+            widths = same_share(self.model, self.curves, self.sites, part, multiple_of=multiple)
+        else:
+            relative = BLEND if sizes == "blended" else 0.0
+            widths = choose_widths(self.model, self.curves, self.sites, part, multiple_of=multiple, relative=relative)
+        decided = []
+        for curve in self.curves:
+            units, left = curve.group.units, widths[curve.group.name]
+            if left < units:
+                kept = curve.kept(left, self.method)
+                decided.append(ChannelDecision(curve.group.name, units, kept, f"{sizes}{WHY}", self.method.fold))
+        masks = {decision.group: _mask(decision) for decision in decided}
+        cuts = cuts_of(self.model, [curve.group for curve in self.curves], masks)
+        narrow = copied(self.model)
+        if self.method.fold:
+            fold_(narrow, self.sites, cuts, self.stats, self.norms)
+        narrow_(narrow, cuts)
+        sites = narrowed_sites(self.model, self.sites, narrow, cuts)
+        if share < 1 and families:
+            stats = narrowed_statistics(self.stats, self.model, self.sites, cuts, fingerprint(narrow))
+            curves = measure(narrow, stats, sites=sites, families=families, world=world)
+            plan = make_plan(
+                curves,
+                budget=Budget(**bounds),
+                selector=selector,
+                seed=seed,
+                calibration=self.stats.manifest,
+                repair=repair,
+            )
+        else:
+            plan = Plan(
+                tuple(Decision(site.path, why="dense on the channels it has left") for site in sites),
+                sites.skips,
+                sites.fingerprint,
+                sites.model,
+                seed=seed,
+                calibration=dict(self.stats.manifest),
+                repair=None if repair is None else to_json(repair),
+            )
+        return replace(
+            plan,
+            fingerprint=self.sites.fingerprint,
+            budget=budget.to_json(),
+            skips=(*plan.skips, *(Skip(path, f"channels {reason}") for path, reason in self.skips.items())),
+            channels=tuple(decided),
+            cuts=cuts,
+        )
+
+
+def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch) -> str | None:
+    """What a model raises when each of some groups loses its last unit; None where it runs."""
+    masks = {group.name: torch.arange(group.units) < group.units - 1 for group in groups}
+    narrow = narrow_(copied(model), cuts_of(model, groups, masks))
+    try:
+        run_one(narrow, example)
+    except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
+        return f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
+    return None
+
+
+def _mask(decision: ChannelDecision) -> torch.Tensor:
+    mask = torch.zeros(decision.units, dtype=torch.bool)
+    mask[list(decision.kept)] = True
+    return mask

@@ -1,0 +1,55 @@
+"""Removal of channels: those that the others say, with the saying folded into whoever reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rankfold.decompositions._base import Family
+from rankfold.errors import OptionError, near_matches
+from rankfold.registry import register
+
+RULES = ("backward", "magnitude", "pivoted-qr", "random", "strong-rrqr")
+
+
+@register("interpolative")
+@dataclass(frozen=True)
+class Interpolative(Family):
+    """Remove channels (neurons) in groups, and fold a correction into the layers that read them.
+
+    The network keeps its structure: no layer is added, tensors become smaller. Of a group of channels `Z` some columns
+    `J` stay; every layer that reads them gets the least-squares weight on `Z_J`, from its own inputs.
+
+    Attributes:
+        rule: Which channels stay. "backward": elimination with refit, the cheapest channels first, exact for what their
+            removal costs the layers that read them. "pivoted-qr": the first pivots of the activations. "strong-rrqr":
+            those, with exchanges until no coefficient is above 2. "magnitude": the largest rows of the layers that make
+            them. "random".
+        fold: Whether the readers are corrected; without it channels are only cut.
+        multiple_of: Numbers of kept units are rounded to multiples of this, where a group has so many.
+
+    References:
+        Chee, Flynn, Damle, De Sa, NeurIPS 2022, arXiv 2108.00065 (pivoted QR, `W ← W Tᵀ`). We differ in choosing by
+        what the readers lose, in one fold for each reader on its own inputs, in a bias that takes up the means, and in
+        groups through residual streams, concatenation and depthwise convolutions.
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("input-gram", "input-mean")
+    rule: str = "backward"
+    fold: bool = True
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise OptionError(
+                "Interpolative.rule",
+                law=f"one of {', '.join(RULES)}",
+                got=repr(self.rule),
+                cure=near_matches(str(self.rule), RULES),
+            )
+        if not isinstance(self.fold, bool):
+            raise OptionError("Interpolative.fold", law="True or False", got=repr(self.fold), cure="pass a bool")
+        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
+            raise OptionError(
+                "Interpolative.multiple_of", law="an int of at least 1", got=repr(self.multiple_of), cure="try 8"
+            )

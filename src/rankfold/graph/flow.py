@@ -1,0 +1,413 @@
+"""Where each channel goes: coordinates that flow through the exported graph.
+
+Every layer that makes channels gives them numbers. A value's numbers are a tensor that broadcasts against the value:
+operators that only move elements are run on the numbers themselves, operators that combine element by element unite
+what meets, and an operator that is not known freezes what it touches.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from rankfold.graph.regions import tensor_names
+
+STAYS = -1  # number of an element that is no channel of any layer
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ELEMENTWISE = _names(
+    "relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu mish softplus erf relu6 clone contiguous"
+    " dropout alias detach _to_copy to type_as neg exp log sqrt rsqrt pow abs clamp clamp_min clamp_max reciprocal sin"
+    " cos add sub mul div maximum minimum where square lift_fresh_copy feature_dropout alpha_dropout"
+)
+_LAYOUT = _names(
+    "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand repeat slice select"
+    " narrow split split_with_sizes chunk unbind cat stack roll flip movedim pixel_shuffle channel_shuffle"
+    " native_channel_shuffle repeat_interleave swapaxes"
+)
+_SPATIAL = _names(
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d"
+    " max_pool2d max_pool3d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d upsample_nearest1d"
+    " upsample_bicubic2d max_pool2d_with_indices"
+)
+_REDUCTIONS = _names("mean sum amax amin")
+_SOFTMAX = _names("softmax _softmax log_softmax _log_softmax")
+_BATCH_NORMS = _names("batch_norm _native_batch_norm_legit_no_training")
+_CONVOLUTIONS = _names("conv1d conv2d conv3d")
+
+
+@dataclass(eq=False)
+class Flow:
+    """What the walk found.
+
+    Attributes:
+        made: For every layer that makes channels, the numbers of its outputs.
+        read: For every layer that reads channels, the numbers of its input channels (features of a linear layer).
+        carried: For every parameter or buffer that goes along with channels, axis → numbers.
+        depthwise: Convolutions that work on each channel alone; their weights are among `carried`.
+    """
+
+    made: dict[str, Tensor] = field(default_factory=dict)
+    read: dict[str, Tensor] = field(default_factory=dict)
+    carried: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    depthwise: set[str] = field(default_factory=set)
+    _parents: list[int] = field(default_factory=list)
+    _frozen: dict[int, str] = field(default_factory=dict)
+
+    def root(self, number: int) -> int:
+        """The number that stands for all that must go together with this one."""
+        while self._parents[number] != number:
+            self._parents[number] = self._parents[self._parents[number]]
+            number = self._parents[number]
+        return number
+
+    def why_frozen(self, number: int) -> str | None:
+        """Why a channel must stay; None where it may go."""
+        return self._frozen.get(self.root(number))
+
+    def fresh(self, count: int) -> Tensor:
+        """New numbers."""
+        start = len(self._parents)
+        self._parents += range(start, start + count)
+        return torch.arange(start, start + count)
+
+    def freeze(self, numbers: Tensor | None, reason: str) -> None:
+        """Say that channels must stay; the first reason holds."""
+        for number in [] if numbers is None else torch.unique(numbers).tolist():
+            if number != STAYS:
+                self._frozen.setdefault(self.root(number), reason)
+
+    def unite(self, first: Tensor, second: Tensor, reason: str) -> None:
+        """Say that channels at the same places must go together; one that meets none is frozen."""
+        one, other = _broadcast(first, second)
+        for a, b in sorted(set(zip(one.flatten().tolist(), other.flatten().tolist(), strict=True))):
+            if a == STAYS or b == STAYS:
+                self.freeze(torch.tensor([max(a, b)]), reason)
+                continue
+            a, b = self.root(a), self.root(b)
+            if a == b:
+                continue
+            self._parents[max(a, b)] = min(a, b)
+            why = self._frozen.get(a) or self._frozen.get(b)
+            if why is not None:
+                self._frozen[min(a, b)] = why
+
+
+def follow(program: ExportedProgram, layers: dict[str, str]) -> Flow:
+    """Let channels flow through a graph.
+
+    Args:
+        program: The functional program.
+        layers: Path of the site by the name of its weight parameter; other layers freeze what they read.
+    """
+    walk = _Walk(program, layers)
+    for node in program.graph.nodes:
+        walk.step(node)
+    return walk.flow
+
+
+class _Walk:
+    """The walk: numbers of every node's value, a tensor that broadcasts against it, a list of such, or None."""
+
+    def __init__(self, program: ExportedProgram, layers: dict[str, str]) -> None:
+        self.flow = Flow()
+        self._layers = layers
+        self._names = tensor_names(program)
+        self._numbers: dict[Node, Any] = {}
+        self._blind: set[str] = set()  # layers that were called on what is not followed
+
+    def step(self, node: Node) -> None:
+        """Take one node."""
+        if node.op == "output":
+            for argument in node.all_input_nodes:
+                self._freeze_all(argument, "it is in the output of the model")
+        if node.op != "call_function" or not _has_tensors(node):
+            return
+        name = _operator(node)
+        inputs = [argument for argument in node.all_input_nodes if self._numbers.get(argument) is not None]
+        if name in _CONVOLUTIONS or name in ("linear", "addmm"):
+            self._numbers[node] = self._layer(node, name)
+        elif not inputs:
+            return
+        elif name in _BATCH_NORMS:
+            numbers = self._norm(node)
+            self._numbers[node] = numbers if name == "batch_norm" else [numbers, None, None]
+        elif name == "getitem":
+            values = self._numbers[inputs[0]]
+            self._numbers[node] = values[_place(node)] if isinstance(values, (list, tuple)) else None
+        elif name in _ELEMENTWISE:
+            self._numbers[node] = self._elementwise(node)
+        elif name in _LAYOUT:
+            self._numbers[node] = self._moved(node)
+        elif name == "pad":
+            self._numbers[node] = self._padded(node)
+        elif name in _SPATIAL:
+            axes = 3 if name.partition("_with")[0].endswith("3d") else 1 if name.endswith("1d") else 2
+            numbers = self._without(node, inputs[0], range(-axes, 0), name)
+            self._numbers[node] = [numbers, None] if "_with_indices" in name else numbers
+        elif name in _REDUCTIONS:
+            self._numbers[node] = self._reduced(node, inputs[0], name)
+        elif name in _SOFTMAX:
+            self._numbers[node] = self._without(node, inputs[0], [_argument(node, "dim")], name)
+        elif name == "layer_norm":
+            self._numbers[node] = self._without(
+                node, inputs[0], range(-len(_argument(node, "normalized_shape")), 0), name
+            )
+        else:
+            for argument in inputs:
+                self._freeze_all(argument, f"{name} is no operator that channels are followed through")
+
+    def _freeze_all(self, node: Node, reason: str) -> None:
+        numbers = self._numbers.get(node)
+        for part in numbers if isinstance(numbers, (list, tuple)) else [numbers]:
+            self.flow.freeze(part, reason)
+
+    def _layer(self, node: Node, name: str) -> Tensor | None:
+        """A convolution or linear layer: reads channels and makes new ones."""
+        data, weight = (node.args[1], node.args[2]) if name == "addmm" else (node.args[0], node.args[1])
+        bias = node.args[0] if name == "addmm" else node.args[2] if len(node.args) > 2 else None
+        axis = 1 if name in _CONVOLUTIONS else -1
+        numbers = self._numbers.get(data) if isinstance(data, Node) else None
+        full = self._names.get(weight, "") if isinstance(weight, Node) else ""
+        shape = _shape(node)
+        groups = int(_scalar(_argument(node, "groups"))) if name in _CONVOLUTIONS else 1
+        if groups > 1 and isinstance(weight, Node) and weight in self._names:
+            return self._grouped(full, bias, numbers, groups, shape)
+        path = self._layers.get(full)
+        if path is None:
+            self.flow.freeze(numbers, f"{full or name} reads it, which is no layer that can be changed")
+            return None
+        if numbers is not None and any(size > 1 for i, size in enumerate(numbers.shape) if i != axis % numbers.ndim):
+            self.flow.freeze(numbers, f"{path} reads it along another axis than its own")
+            numbers = None
+        if numbers is not None:
+            if path in self._blind:
+                self.flow.freeze(numbers, f"{path} is also called on what is not followed")
+            self._note(self.flow.read, path, _spread(numbers, axis, _shape(data)[axis]).flatten())
+        else:
+            self._blind.add(path)
+            self.flow.freeze(self.flow.read.get(path), f"{path} is also called on what is not followed")
+        if path not in self.flow.made:
+            self.flow.made[path] = self.flow.fresh(shape[axis])
+            if isinstance(bias, Node) and bias in self._names:
+                self.flow.carried.setdefault(self._names[bias], {})[0] = self.flow.made[path]
+        return _along(self.flow.made[path], axis, len(shape))
+
+    def _grouped(
+        self, weight: str, bias: Any, numbers: Tensor | None, groups: int, shape: Sequence[int]
+    ) -> Tensor | None:
+        """A depthwise convolution carries its channels; any other grouped one freezes them."""
+        if numbers is None:
+            return None
+        path = weight.rpartition(".")[0]
+        if groups != shape[1] or numbers.shape[1] != groups or numbers.numel() != groups:
+            self.flow.freeze(numbers, f"{path} is a grouped convolution")
+            return None
+        own = numbers.flatten()
+        self.flow.depthwise.add(path)
+        self._carry(weight, 0, own)
+        if isinstance(bias, Node) and bias in self._names:
+            self._carry(self._names[bias], 0, own)
+        return numbers
+
+    def _norm(self, node: Node) -> Tensor | None:
+        """A batch norm: its tensors go along."""
+        data: Any = node.args[0]
+        numbers = self._numbers.get(data)
+        if not isinstance(numbers, Tensor):
+            return None
+        if any(size > 1 for axis, size in enumerate(numbers.shape) if axis != 1):
+            self.flow.freeze(numbers, "a batch norm reads it along another axis than its own")
+            return None
+        for argument in node.args[1:5]:
+            if isinstance(argument, Node):
+                if argument not in self._names:
+                    self.flow.freeze(numbers, "a batch norm with computed weights reads it")
+                    return None
+                self._carry(self._names[argument], 0, numbers.flatten())
+        return numbers
+
+    def _elementwise(self, node: Node) -> Tensor | None:
+        """Element by element: what meets goes together."""
+        rank = len(_shape(node))
+        tracked: Tensor | None = None
+        others = []
+        for argument in node.all_input_nodes:
+            numbers = self._numbers.get(argument)
+            if isinstance(numbers, Tensor):
+                aligned = numbers.reshape(*[1] * (rank - numbers.ndim), *numbers.shape)
+                if tracked is not None:
+                    self.flow.unite(tracked, aligned, "it meets channels that are not followed")
+                    tracked, aligned = _broadcast(tracked, aligned)
+                    aligned = torch.maximum(tracked, aligned)
+                tracked = aligned
+            elif _is_tensor(argument):
+                others.append(argument)
+        if tracked is None:
+            return None
+        for argument in others:
+            self._meets(argument, tracked)
+        return _compressed(tracked)
+
+    def _meets(self, argument: Node, numbers: Tensor) -> None:
+        """A tensor without numbers meets channels: a parameter goes along, anything else must not tell them apart."""
+        shape = _shape(argument)
+        sizes = numbers.shape[numbers.ndim - len(shape) :]
+        varying = [axis for axis, size in enumerate(sizes) if size > 1 and shape[axis] > 1]
+        if not varying:
+            return
+        outer = any(size > 1 for size in numbers.shape[: numbers.ndim - len(shape)])
+        if argument not in self._names or len(varying) > 1 or outer or sum(size > 1 for size in numbers.shape) > 1:
+            self.flow.freeze(numbers, "it meets a tensor that is no parameter of one axis")
+            return
+        self._carry(self._names[argument], varying[0], numbers.flatten())
+
+    def _moved(self, node: Node) -> Any:
+        """An operator that only moves elements, run on the numbers."""
+
+        def value(argument: Node) -> Any:
+            if not _is_tensor(argument):
+                return _scalar(argument)
+            numbers, shape = self._numbers.get(argument), _shape(argument)
+            if not isinstance(numbers, Tensor):
+                return torch.full((1,) * len(shape), STAYS).expand(shape)
+            return numbers.expand(shape)
+
+        args: Any = torch.fx.node.map_arg(node.args, value)
+        kwargs: Any = torch.fx.node.map_arg(node.kwargs, value)
+        target: Any = node.target
+        if _operator(node) in ("view", "_unsafe_view"):
+            target = torch.ops.aten.reshape.default
+        result = target(*args, **kwargs)
+        if isinstance(result, (list, tuple)):
+            return [_compressed(part) for part in result]
+        return _compressed(result)
+
+    def _padded(self, node: Node) -> Tensor | None:
+        """Padding of other axes than the channels' changes nothing; padded channels are no layer's."""
+        data: Any = node.args[0]
+        numbers, amounts = self._numbers[data], [int(_scalar(size)) for size in node.args[1]]  # type: ignore[union-attr]
+        axes = {-1 - i // 2 for i, size in enumerate(amounts) if size}
+        if all(numbers.shape[axis] == 1 for axis in axes):
+            return numbers if isinstance(numbers, Tensor) else None
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        if mode != "constant":
+            self.flow.freeze(numbers, f"padding of channels by {mode}")
+            return None
+        return _compressed(torch.nn.functional.pad(numbers.expand(_shape(data)), amounts, value=STAYS))
+
+    def _without(self, node: Node, argument: Node, axes: Iterable[int], name: str) -> Tensor | None:
+        """An operator that mixes along some axes and keeps the others apart."""
+        numbers = self._numbers[argument]
+        if any(numbers.shape[axis] > 1 for axis in axes):
+            self.flow.freeze(numbers, f"{name} mixes channels")
+            return None
+        return numbers if isinstance(numbers, Tensor) else None
+
+    def _reduced(self, node: Node, argument: Node, name: str) -> Tensor | None:
+        """A sum or mean over axes."""
+        numbers: Tensor = self._numbers[argument]
+        dim = _argument(node, "dim")
+        axes = list(range(numbers.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+        if self._without(node, argument, axes, name) is None:
+            return None
+        if _argument(node, "keepdim"):
+            return numbers
+        kept = [size for axis, size in enumerate(numbers.shape) if axis not in {a % numbers.ndim for a in axes}]
+        return numbers.reshape(kept)
+
+    def _note(self, table: dict[str, Tensor], path: str, numbers: Tensor) -> None:
+        """Note what a layer reads or makes; at a second call both go together."""
+        if path in table:
+            self.flow.unite(table[path], numbers, f"{path} is also called on what is not followed")
+        else:
+            table[path] = numbers
+
+    def _carry(self, name: str, axis: int, numbers: Tensor) -> None:
+        """Note a tensor that goes along with channels."""
+        own = self.flow.carried.setdefault(name, {})
+        if axis in own:
+            self.flow.unite(own[axis], numbers, f"{name} is also used where channels are not followed")
+        else:
+            own[axis] = numbers
+
+
+def _operator(node: Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.partition("::")[2].rstrip("_")
+    return "getitem" if node.target is operator.getitem else str(getattr(node.target, "__name__", node.target))
+
+
+def _place(node: Node) -> int:
+    place = node.args[1]
+    if not isinstance(place, int):
+        raise TypeError(f"{node} takes no place of a tuple")
+    return place
+
+
+def _broadcast(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (first + second).shape
+    return first.expand(shape), second.expand(shape)
+
+
+def _argument(node: Node, name: str) -> Any:
+    """An argument of an operator by name, or its default."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    for place, argument in enumerate(schema.arguments):
+        if argument.name == name:
+            return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
+    return None
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def _has_tensors(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, (Tensor, list, tuple))
+
+
+def _scalar(argument: Any) -> Any:
+    """A number, as it was for the example that was traced."""
+    value = argument.meta.get("val") if isinstance(argument, Node) else argument
+    return _hint(value)
+
+
+def _hint(value: Any) -> Any:
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    return tuple(int(_hint(size)) for size in node.meta["val"].shape)
+
+
+def _along(numbers: Tensor, axis: int, rank: int) -> Tensor:
+    """Numbers of one axis, ready to broadcast."""
+    return numbers.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+
+
+def _spread(numbers: Tensor, axis: int, size: int) -> Tensor:
+    """Numbers along an axis, where all are one too."""
+    return numbers.expand([size if i == axis % numbers.ndim else -1 for i in range(numbers.ndim)])
+
+
+def _compressed(numbers: Tensor) -> Tensor | None:
+    """Numbers with every axis along which they do not change cut to 1; None where there is no channel."""
+    for axis, size in enumerate(numbers.shape):
+        if size > 1:
+            first = numbers.narrow(axis, 0, 1)
+            if bool((numbers == first).all()):
+                numbers = first
+    return None if bool((numbers == STAYS).all()) else numbers.contiguous()

@@ -1,0 +1,312 @@
+"""The stages of one compression, and what they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rankfold.applying import carry_out
+from rankfold.channels.narrowing import narrow_, narrowed_sites
+from rankfold.channels.remover import SIZES, Remover
+from rankfold.decompositions import Decomposition, Interpolative
+from rankfold.errors import BudgetError, SiteError
+from rankfold.graph.refusals import BY_BATCH
+from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.graph.trace import Batch, batch_size, take
+from rankfold.graph.values import Spill
+from rankfold.metrics.compare import Comparison, compare
+from rankfold.metrics.counted import count
+from rankfold.metrics.latency import latency_ratio
+from rankfold.plan import Plan
+from rankfold.progress import Progress
+from rankfold.ranks import Budget, Lagrangian, RankSelector
+from rankfold.repair import Lockstep
+from rankfold.repair.site import always_solve
+from rankfold.report.data import Candidate, Report, environment, rows
+from rankfold.statistics import Statistics
+from rankfold.statistics.collect import collect
+from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.distributed import world
+from rankfold.statistics.gradients import collect_gradients
+from rankfold.surgery import check_copy, copied
+from rankfold.work import Work
+
+LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` returns.
+
+    Attributes:
+        model: The compressed model, a plain `nn.Module`.
+        plan: What was decided.
+        report: What was done, before and after.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One plan carried out."""
+
+    comparison: Comparison
+    model: nn.Module
+    plan: Plan
+    remarks: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Job:
+    """What the stages of one compression share."""
+
+    model: nn.Module
+    batches: Iterable[Batch]
+    sites: Sites
+    judged: Iterable[Batch]
+    stats: Statistics
+    notes: list[str]
+    clock: _Clock
+    progress: Progress
+    spill: Spill
+    work: Work = field(default_factory=Work)
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        data: Any,
+        progress: Progress,
+        *,
+        only: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        limit: int | None = None,
+    ) -> Job:
+        """Check the inputs and find the sites."""
+        check_model(model)
+        spill = Spill(None if limit is None else limit // 2)
+        batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
+        example = next(iter(batches))
+        with progress("trace", None):
+            sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
+            check_copy(model, example)
+        world().agree("model", repr((sites.fingerprint, [site.path for site in sites], sites.graph.reason is None)))
+        if by_batch := [skip.path for skip in sites.skips if BY_BATCH in skip.reason]:
+            notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
+        if sites.graph.reason is not None:
+            notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
+        judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
+        if not any(True for _ in judged):
+            judged = batches
+            notes.append(
+                f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
+            )
+        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill)
+
+    def collect(
+        self,
+        statistics: Sequence[str],
+        *,
+        positions: int | None,
+        enough: int | None,
+        seed: int,
+        gradient_samples: int | None,
+    ) -> None:
+        """Collect on the samples that are fitted on."""
+        fit = Split(self.batches, HELD_OUT, held_out=False)
+
+        def moments() -> Statistics:
+            return collect(
+                self.model,
+                fit,
+                sites=self.sites,
+                statistics=statistics,
+                positions=positions,
+                enough=enough,
+                seed=seed,
+                progress=self.progress,
+                world=world(),
+            )
+
+        self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
+        if gradient_samples is None:
+            return
+
+        def gradients() -> str | None:
+            return collect_gradients(
+                self.model,
+                fit,
+                self.stats,
+                sites=self.sites,
+                samples=gradient_samples,
+                seed=seed,
+                progress=self.progress,
+                world=world(),
+            )
+
+        why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients))
+        if why is not None:
+            self.notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
+
+    def removing(
+        self,
+        method: Interpolative,
+        budget: Budget,
+        forms: Sequence[Decomposition],
+        *,
+        selector: RankSelector | None,
+        seed: int,
+        repair: Lockstep | None,
+    ) -> list[Callable[[], Plan]]:
+        """Plans that remove channels: alone, and with other families for the rest of the way."""
+        try:
+            remover = self.clock.time(
+                "curves",
+                lambda: Remover.of(self.model, next(iter(self.batches)), self.sites, self.stats, method, seed=seed),
+            )
+        except SiteError as cause:
+            if not forms:
+                raise
+            self.notes.append(f"no channels were removed: {cause.got}")
+            return []
+        return [
+            partial(
+                remover.plan,
+                budget,
+                share=share,
+                sizes=sizes,
+                families=forms,
+                selector=Lagrangian() if selector is None else selector,
+                seed=seed,
+                repair=repair,
+                world=world(),
+            )
+            for share, sizes in ([*((1.0, sizes) for sizes in SIZES), *(((0.5, "blended"),) if forms else ())])
+        ]
+
+    def attempt(self, plan: Plan) -> Attempt:
+        """Carry a plan out on a copy and compare it on the held-out samples."""
+
+        world().agree("plan", plan.to_json())
+
+        def work() -> Attempt:
+            compressed, remarks = carry_out(
+                self.model,
+                copied(self.model),
+                plan,
+                sites=self.sites,
+                stats=self.stats,
+                batches=self.batches,
+                spill=self.spill,
+                recall=self.work.sites(self.model, plan) if plan.repair is not None and not plan.cuts else always_solve,
+                progress=self.progress,
+                world=world(),
+            )
+            return Attempt(compare(self.model, compressed, self.judged, world=world()), compressed, plan, remarks)
+
+        return self.clock.time("apply" if plan.repair is None else "repair", work)
+
+    def narrowed(self, plan: Plan) -> Sites | None:
+        """The sites as a plan's cuts leave them; None where it cuts nothing."""
+        if not plan.cuts:
+            return None
+        return narrowed_sites(self.model, self.sites, narrow_(copied(self.model), plan.cuts), plan.cuts)
+
+    def finish(self, attempts: Sequence[Attempt]) -> Compressed:
+        """Take the attempt closest to the original, and report."""
+        best = min(attempts, key=lambda attempt: attempt.comparison.divergence)
+        candidates = tuple(
+            Candidate(
+                _named(each.plan),
+                each.comparison.divergence,
+                each.comparison.agreement,
+                each is best,
+            )
+            for each in attempts
+        )
+        example = next(iter(self.batches))
+        with self.progress("latency", None):
+            few = example
+            if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
+                few = take(example, torch.arange(min(batch_size(example), LATENCY_SAMPLES)))
+            latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, few))
+        report = Report(
+            self.sites.model,
+            rows(self.sites, best.plan, self.narrowed(best.plan)),
+            self.sites.cost,
+            count(best.model, example),
+            best.plan.budget,
+            latency,
+            best.comparison,
+            candidates if len(candidates) > 1 else (),
+            self.clock.seconds,
+            (*self.notes, *best.remarks),
+            best.plan.seed,
+            environment(),
+        )
+        return Compressed(best.model, best.plan, report)
+
+
+def _named(plan: Plan) -> str:
+    """Which way a candidate went, for the report."""
+    selector = str((plan.selector or {}).get("name", ""))
+    sizes = [f"channels, {decision.why.partition(' sizes')[0]}" for decision in plan.channels[:1]]
+    return " + ".join([*sizes, *([selector] if selector else [])])
+
+
+def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:
+    """Measured by the first process while all others wait, so that none disturbs it."""
+    together_with = world()
+    latency = torch.zeros(1, dtype=torch.float64)
+    if together_with.owns(0):
+        latency[0] = latency_ratio(original, compressed, example)
+    together_with.broadcast_([latency], 0)
+    return float(latency)
+
+
+def candidates_of(makers: Sequence[Callable[[], Plan]]) -> list[Plan]:
+    """The plans, equal ones once; one that cannot be made under the budget drops out while another can."""
+    plans: list[Plan] = []
+    failure: BudgetError | None = None
+    for make in makers:
+        try:
+            plan = make()
+        except BudgetError as cause:
+            failure = cause
+            continue
+        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for other in plans):
+            plans.append(plan)
+    if not plans and failure is not None:
+        raise failure
+    return plans
+
+
+class _Clock:
+    """Wall-clock seconds a stage.
+
+    Args:
+        after: Called after each stage.
+    """
+
+    def __init__(self, after: Callable[[], None]) -> None:
+        self._after = after
+        self.seconds: dict[str, float] = {}
+
+    def time(self, stage: str, work: Callable[[], T]) -> T:
+        """Do some work and add its seconds to a stage."""
+        start = time.perf_counter()
+        try:
+            return work()
+        finally:
+            self._after()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

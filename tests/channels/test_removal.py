@@ -1,0 +1,263 @@
+"""Removal of channels, end to end on small networks."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import rankfold as rf
+from rankfold.decompositions._interpolative import RULES
+from rankfold.errors import BudgetError, OptionError, PlanError, SiteError
+from rankfold.metrics.counted import count
+from rankfold.plan import Plan
+
+
+class Residual(nn.Module):
+    """A stem, two blocks on a residual stream with batch norms, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.n0 = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        for block in (1, 2):
+            self.add_module(f"a{block}", nn.Conv2d(12, 16, 3, padding=1, bias=False))
+            self.add_module(f"m{block}", nn.BatchNorm2d(16))
+            self.add_module(f"b{block}", nn.Conv2d(16, 12, 3, padding=1, bias=False))
+            self.add_module(f"n{block}", nn.BatchNorm2d(12))
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.n0(self.stem(x)))
+        h = F.relu(h + self.n1(self.b1(F.relu(self.m1(self.a1(h))))))
+        h = F.relu(h + self.n2(self.b2(F.relu(self.m2(self.a2(h))))))
+        y: Tensor = self.head(h.mean((2, 3)))
+        return y
+
+
+class Separable(nn.Module):
+    """Pointwise, depthwise, pointwise, with concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.dw = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.left, self.right = nn.Conv2d(16, 12, 1), nn.Conv2d(16, 14, 1)
+        self.head = nn.Linear(26 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu6(self.dw(F.relu6(self.first(x))))
+        h = torch.cat([self.left(h).relu(), self.right(h).relu()], 1)
+        y: Tensor = self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
+        return y
+
+
+class Gated(nn.Module):
+    """A transformer's gated MLP with a packed projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.both, self.down = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(24, 16, bias=False)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x.flatten(1)[:, :48].unflatten(1, (8, 6)))
+        gate, up = self.both(h).chunk(2, -1)
+        y: Tensor = self.head(F.layer_norm(h + self.down(F.silu(gate) * up), (16,)).mean(1))
+        return y
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "separable": Separable, "gated": Gated}
+
+
+def _images(samples: int = 80, seed: int = 0) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    waves = torch.randn(12, 3, 8, 8, generator=g)
+    return list((torch.randn(samples, 12, generator=g) @ waves.flatten(1)).reshape(-1, 3, 8, 8).div(3).split(40))
+
+
+def _made(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)  # type: ignore[arg-type]
+            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    return model.eval()
+
+
+def _error(model: nn.Module, other: nn.Module, data: list[Tensor]) -> float:
+    with torch.no_grad():
+        x = torch.cat(data)
+        expected = model(x)
+        return float((other(x) - expected).norm() / (expected - expected.mean(0)).norm())
+
+
+@pytest.mark.parametrize("repair", [rf.Lockstep(), None], ids=["lockstep", "fold alone"])
+@pytest.mark.parametrize("budget", [rf.Budget(params=0.6), rf.Budget(macs=0.6)], ids=["params", "macs"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_structure_stays_and_the_budget_holds(
+    name: str, budget: rf.Budget, repair: rf.Lockstep | None, tmp_path: Path
+) -> None:
+    model, data = _made(name), _images()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    out = rf.compress(model, data, budget=budget, families=[rf.Interpolative()], repair=repair)
+    assert [type(m) for m in out.model.modules()] == [type(m) for m in model.modules()]
+    assert list(out.model.state_dict()) == list(model.state_dict())
+    amounts, whole = out.report.after.amounts(), out.report.before.amounts()
+    for resource, bound in budget.bounds(out.report.before).items():
+        assert 0.8 * bound <= amounts[resource] <= bound
+    assert amounts["params"] < whole["params"]
+    assert out.report.after == count(out.model, data[0])
+    rows = sum(row.after.params for row in out.report.rows if row.after is not None)
+    norms = sum(p.numel() for m in out.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    assert rows + norms == amounts["params"]
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    rf.save(out, tmp_path / "small")
+    again = rf.load(tmp_path / "small", factory=lambda: _made(name))
+    with torch.no_grad():
+        assert torch.equal(again(data[0]), out.model(data[0]))
+    assert Plan.load(tmp_path / "small" / "plan.json") == out.plan
+
+
+def test_repair_beats_the_fold_and_the_fold_beats_cutting() -> None:
+    model, data, fresh = _made("residual"), _images(400), _images(200, seed=0)
+    errors = []
+    for fold, repair in ((True, rf.Lockstep()), (True, None), (False, None)):
+        method = rf.Interpolative(rule="magnitude", fold=fold)
+        out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[method], repair=repair)
+        errors.append(_error(model, out.model, fresh))
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("repair", [rf.Lockstep(), None], ids=["lockstep", "fold alone"])
+def test_channels_that_others_say_exactly_go_without_an_error(repair: rf.Lockstep | None) -> None:
+    model, data = _made("residual"), _images(200)
+    twin, norm = model.a1, model.m1
+    with torch.no_grad():
+        twin.weight[8:] = twin.weight[:8]
+        for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+            tensor[8:] = tensor[:8]
+    out = rf.compress(
+        model,
+        data,
+        budget=rf.Budget(params=0.85),
+        families=[rf.Interpolative()],
+        repair=repair,
+        only=["a1", "b1", "a2", "b2"],
+    )
+    decision = next(decision for decision in out.plan.channels if decision.group == "a1")
+    assert len(decision.kept) <= 12
+    assert sorted(unit % 8 for unit in decision.kept[:8]) == list(range(8)) or len(decision.kept) >= 8
+    assert _error(model, out.model, data) < 2e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_gives_a_network_of_the_size_asked(rule: str) -> None:
+    model, data = _made("separable"), _images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.7), families=[rf.Interpolative(rule=rule)])
+    assert out.report.after.params <= 0.7 * out.report.before.params
+    again = rf.compress(model, data, budget=rf.Budget(params=0.7), families=[rf.Interpolative(rule=rule)])
+    assert out.plan == again.plan
+    assert all(torch.equal(a, b) for a, b in zip(out.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_kept_units_are_multiples() -> None:
+    method = rf.Interpolative(multiple_of=4)
+    out = rf.compress(_made("residual"), _images(), budget=rf.Budget(params=0.6), families=[method])
+    assert out.plan.channels
+    assert all(len(decision.kept) % 4 == 0 for decision in out.plan.channels)
+
+
+def test_channels_and_ranks_share_one_budget() -> None:
+    model, data = _made("residual"), _images(200)
+    out = rf.compress(model, data, budget=rf.Budget(params=0.5), families=[rf.WhitenedSVD(), rf.Interpolative()])
+    assert out.report.after.params <= 0.5 * out.report.before.params
+    names = {candidate.selector for candidate in out.report.candidates}
+    assert names >= {"lagrangian", "channels, weighted", "channels, same share", "channels, blended + lagrangian"}
+    assert sum(candidate.taken for candidate in out.report.candidates) == 1
+    best = min(out.report.candidates, key=lambda candidate: candidate.divergence)
+    assert best.taken
+
+
+def test_a_plan_is_carried_out_again_to_the_same_bits() -> None:
+    model, data = _made("residual"), _images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[rf.Interpolative()])
+    plan = Plan.from_json(out.plan.to_json())
+    for again in (rf.execute(model, data, plan).model, rf.apply(model, plan, data)):
+        assert all(torch.equal(a, b) for a, b in zip(out.model.parameters(), again.parameters(), strict=True))
+
+
+def _dead(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.a1.weight.zero_()
+        model.m1.bias.zero_()
+        model.m1.running_mean.zero_()
+
+
+def _constant(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.m1.weight[3] = 0
+        model.m1.bias[3] = 1
+
+
+@pytest.mark.parametrize("kind", ["dead", "constant", "few samples"])
+def test_degenerate_channels_are_no_error(kind: str) -> None:
+    model, data = _made("residual"), _images(6 if kind == "few samples" else 80)
+    {"dead": _dead, "constant": _constant, "few samples": lambda _: None}[kind](model)
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[rf.Interpolative()])
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in out.model.parameters())
+    if kind == "dead":
+        assert len(next(d for d in out.plan.channels if d.group == "a1").kept) <= 2
+
+
+def test_a_model_that_reads_its_own_width_is_no_crash() -> None:
+    class Fixed(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.relu(self.n0(self.stem(x)))
+            h = h + self.n1(self.b1(F.relu(self.m1(self.a1(h)).reshape(-1, 16, 8, 8))))
+            y: Tensor = self.head(h.mean((2, 3)))
+            return y
+
+    torch.manual_seed(0)
+    model, data = Fixed().eval(), _images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.8), families=[rf.Interpolative()])
+    assert "a1" not in {decision.group for decision in out.plan.channels}
+    skip = next(row for row in out.report.rows if row.form == "skipped" and row.path == "a1")
+    assert "the model fails without one of them" in skip.why
+
+
+def test_bad_input_is_refused_by_name() -> None:
+    model, data = _made("residual"), _images()
+    with pytest.raises(OptionError, match=r"Interpolative\.rule"):
+        rf.Interpolative(rule="best")
+    with pytest.raises(OptionError, match=r"Interpolative\.multiple_of"):
+        rf.Interpolative(multiple_of=0)
+    with pytest.raises(OptionError, match=r"Interpolative\.fold"):
+        rf.Interpolative(fold=1)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="put it in brackets"):
+        rf.compress(model, data, budget=rf.Budget(params=0.6), families=rf.Interpolative())  # type: ignore[arg-type]
+    with pytest.raises(BudgetError, match="the smallest"):
+        rf.compress(model, data, budget=rf.Budget(params=0.001), families=[rf.Interpolative()])
+    with pytest.raises(SiteError, match="there are channels that can be removed"):
+        rf.compress(
+            nn.Linear(12, 10), [torch.randn(20, 12)], budget=rf.Budget(params=0.6), families=[rf.Interpolative()]
+        )
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[rf.Interpolative()])
+    with pytest.raises(OptionError, match=r"use rankfold\.apply"):
+        rf.apply_(copy.deepcopy(model), out.plan, data)
+    name = next(iter(out.plan.cuts))
+    wrong = replace(out.plan, cuts={**out.plan.cuts, name: {0: (999,)}})
+    with pytest.raises(PlanError, match="indices that stay along axis 0"):
+        rf.apply(model, wrong, data)
+    edited = json.loads(out.plan.to_json())
+    edited["channels"][0]["kept"].append(99999)
+    with pytest.raises(PlanError, match="ascending indices of what stays"):
+        Plan.from_json(json.dumps(edited))
