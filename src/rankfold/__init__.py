@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from rankfold.graph.channels import ChannelGroup, Channels, find_channels
     from rankfold.graph.sites import Site, Sites, Skip, find_sites
     from rankfold.metrics.compare import Comparison, compare
+    from rankfold.metrics.corruptions import Blur, Brightness, Corruption, Noise
+    from rankfold.metrics.decisions import Decisions, decisions
     from rankfold.pipeline import Compressed, compress, execute
     from rankfold.plan import ChannelDecision, Decision, Plan
     from rankfold.planning import make_plan, plan_cost
@@ -62,6 +64,8 @@ _HOME = {
     "rankfold.graph.channels": ("ChannelGroup", "Channels", "find_channels"),
     "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
     "rankfold.metrics.compare": ("Comparison", "compare"),
+    "rankfold.metrics.corruptions": ("Blur", "Brightness", "Corruption", "Noise"),
+    "rankfold.metrics.decisions": ("Decisions", "decisions"),
     "rankfold.pipeline": ("Compressed", "compress", "execute"),
     "rankfold.plan": ("ChannelDecision", "Decision", "Plan"),
     "rankfold.planning": ("make_plan", "plan_cost"),
@@ -79,13 +83,17 @@ _WHERE = {name: module for module, exported in _HOME.items() for name in exporte
 
 __all__ = [
     "SVD",
+    "Blur",
+    "Brightness",
     "Budget",
     "ChannelDecision",
     "ChannelGroup",
     "Channels",
     "Comparison",
     "Compressed",
+    "Corruption",
     "Decision",
+    "Decisions",
     "Decomposition",
     "Energy",
     "Factors",
@@ -96,6 +104,7 @@ __all__ = [
     "MatrixFactors",
     "MirroredFactors",
     "Moments",
+    "Noise",
     "Plan",
     "RankCurve",
     "RankSelector",
@@ -120,6 +129,7 @@ __all__ = [
     "collect_gradients",
     "compare",
     "compress",
+    "decisions",
     "execute",
     "find_channels",
     "find_sites",
