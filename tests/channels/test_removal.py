@@ -72,7 +72,30 @@ class Gated(nn.Module):
         return y
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"residual": Residual, "separable": Separable, "gated": Gated}
+class Attending(nn.Module):
+    """Attention in which two heads share a key, and a head behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, 16)
+        self.q, self.k, self.v = nn.Linear(16, 48), nn.Linear(16, 24), nn.Linear(16, 24)
+        self.o, self.head = nn.Linear(48, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x.flatten(1)[:, :48].unflatten(1, (8, 6)))
+        q, k, v = (layer(h).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y: Tensor = self.head(F.layer_norm(h + self.o(attended), (16,)).mean(1))
+        return y
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "residual": Residual,
+    "separable": Separable,
+    "gated": Gated,
+    "attending": Attending,
+}
 
 
 def _images(samples: int = 80, seed: int = 0) -> list[Tensor]:

@@ -166,6 +166,59 @@ def test_what_is_not_known_freezes_with_its_reason(kind: str) -> None:
     assert reason in next(skip.reason for skip in channels.skips if skip.path == "a")
 
 
+class Attention(nn.Module):
+    """Self-attention with rotary angles; several heads may share a key."""
+
+    def __init__(self, heads: int = 4, keys: int = 4, width: int = 6) -> None:
+        super().__init__()
+        self.width, self.times = width, heads // keys
+        self.q, self.k, self.v = (nn.Linear(20, count * width) for count in (heads, keys, keys))
+        self.o = nn.Linear(heads * width, 20)
+        self.register_buffer("angles", torch.randn(1, 1, 7, width // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def heads(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (-1, self.width)).transpose(1, 2)
+
+        def turned(y: Tensor) -> Tensor:
+            angles = torch.cat([self.angles, self.angles], -1)  # type: ignore[list-item]
+            half = self.width // 2
+            return y * angles.cos() + torch.cat([-y[..., half:], y[..., :half]], -1) * angles.sin()
+
+        q, k, v = turned(heads(self.q(x))), turned(heads(self.k(x))), heads(self.v(x))
+        k, v = k.repeat_interleave(self.times, 1), v.repeat_interleave(self.times, 1)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("keys", [4, 2, 1])
+def test_a_head_goes_with_its_queries_keys_and_values(keys: int) -> None:
+    model = nn.Sequential(Attention(keys=keys), nn.Linear(20, 20))
+    channels = _channels(model, torch.zeros(2, 7, 20))
+    if keys == 1:
+        assert {"0.q", "0.k", "0.v"} <= {skip.path for skip in channels.skips}
+        return
+    group = channels.at("0.v")
+    assert group.units == keys
+    assert set(group.made) == {"0.q", "0.k", "0.v"}
+    by_head = tuple(unit for unit in range(keys) for _ in range(6))
+    assert group.made["0.k"] == group.made["0.v"] == by_head
+    assert group.made["0.q"] == group.read["0.o"] == tuple(u for u in range(keys) for _ in range(24 // keys))
+
+
+def test_a_mask_of_its_own_for_each_head_freezes_them() -> None:
+    class Biased(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (m(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for m in (self.q, self.k, self.v))
+            bias = x.mean() + torch.arange(4.0)[None, :, None, None].expand(1, 4, 7, 7)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+            return self.o(y.transpose(1, 2).flatten(2))
+
+    channels = _channels(Biased(), torch.zeros(2, 7, 20))
+    assert len(channels) == 0
+    assert "a mask of its own for each head" in channels.skips[0].reason
+
+
 def test_a_layer_called_twice_reads_both_inputs() -> None:
     model = Net(lambda m, x: m.head(m.a(x)) + m.head(m.b(x)), a=conv(3, 6), b=conv(3, 6), head=conv(6, 4))
     (group,) = _channels(model, IMAGE)

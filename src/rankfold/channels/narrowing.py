@@ -146,18 +146,19 @@ def narrowed_site(site: Site, kept: Kept) -> Site:
     return replace(site, geometry=narrowed_geometry(site.geometry, kept))
 
 
-def narrowed_sites(model: nn.Module, sites: Sites, narrow: nn.Module, cuts: Cuts) -> Sites:
-    """The sites of the narrowed model, with its cost by formula.
+def narrowed_sites(model: nn.Module, sites: Sites, narrow: nn.Module, cuts: Cuts, *, cost: Cost | None = None) -> Sites:
+    """The sites of the narrowed model, with its cost.
 
     Args:
         model: The original.
         sites: Its sites.
         narrow: The narrowed model.
         cuts: What stays.
+        cost: Of the narrowed model, as counted; None takes it by formula, attention of heads that are gone included.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     kept = tuple(narrowed_site(site, kept_of(site.path, modules[site.path], cuts)) for site in sites)
-    cost = narrowed_cost(model, sites, cuts)
+    cost = narrowed_cost(model, sites, cuts) if cost is None else cost
     return replace(sites, sites=kept, cost=cost, fingerprint=fingerprint(narrow))
 
 

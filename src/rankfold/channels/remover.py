@@ -18,7 +18,7 @@ from rankfold.graph.channels import ChannelGroup, find_channels
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites, Skip, fingerprint
 from rankfold.graph.trace import Batch
-from rankfold.metrics.counted import run_one
+from rankfold.metrics.counted import count, run_one
 from rankfold.plan import ChannelDecision, Decision, Plan
 from rankfold.planning import make_plan
 from rankfold.ranks import Budget, RankSelector
@@ -39,6 +39,7 @@ class Remover:
 
     Attributes:
         model: The original.
+        example: One batch.
         sites: Its sites.
         stats: Its statistics.
         method: Says the rule.
@@ -48,6 +49,7 @@ class Remover:
     """
 
     model: nn.Module
+    example: Batch
     sites: Sites
     stats: Statistics
     method: Interpolative
@@ -94,7 +96,7 @@ class Remover:
             )
         norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
         curves = removal_curves(model, groups, stats, sites=sites, method=method, norms=norms, seed=seed)
-        return cls(model, sites, stats, method, tuple(curves), norms, skips)
+        return cls(model, example, sites, stats, method, tuple(curves), norms, skips)
 
     def plan(
         self,
@@ -144,7 +146,7 @@ class Remover:
         if self.method.fold:
             fold_(narrow, self.sites, cuts, self.stats, self.norms)
         narrow_(narrow, cuts)
-        sites = narrowed_sites(self.model, self.sites, narrow, cuts)
+        sites = narrowed_sites(self.model, self.sites, narrow, cuts, cost=count(narrow, self.example))
         if share < 1 and families:
             stats = narrowed_statistics(self.stats, self.model, self.sites, cuts, fingerprint(narrow))
             curves = measure(narrow, stats, sites=sites, families=families, world=world)

@@ -195,7 +195,9 @@ class _Ledger:
             for side, table in enumerate((curve.group.read, curve.group.made)):
                 for path, own in table.items():
                     changes.setdefault(path, [torch.zeros(units + 1, dtype=torch.int64)] * 2)[side] = gone(own)
-            carried = torch.zeros(2, units + 1, dtype=torch.int64)
+            carried = torch.zeros(3, units + 1, dtype=torch.int64)
+            if curve.group.macs:
+                carried[2, 1:] = torch.tensor(curve.group.macs)[order].cumsum(0)
             for name, axes in curve.group.carried.items():
                 if name in weights:  # a depthwise convolution
                     both = gone(axes[0])
@@ -220,7 +222,7 @@ class _Ledger:
             site = self._sites[path]
             total = total + _cost(site, have_in, have_out) - _cost(site, have_in - fewer_in, have_out - fewer_out)
         gone = self._carried[group][:, units - after] - self._carried[group][:, units - left]
-        return total + Cost(int(gone[0]), 0, int(gone[1]))
+        return total + Cost(int(gone[0]), int(gone[2]), int(gone[1]))
 
     def take(self, group: int, left: int, after: int) -> None:
         """Carry out a step, forwards or back."""

@@ -26,6 +26,7 @@ class ChannelGroup:
         made: Layers that make the channels: path → unit of every output channel.
         carried: Parameters and buffers that go along: name → axis → unit of every index.
         read: Layers that read them: path → unit of every input channel (feature of a linear layer).
+        macs: MACs per sample that go with each unit beside those of the layers: attention of a head.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ChannelGroup:
     made: dict[str, Units] = field(hash=False)
     carried: dict[str, dict[int, Units]] = field(hash=False)
     read: dict[str, Units] = field(hash=False)
+    macs: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """One line a role."""
@@ -140,7 +142,12 @@ def _grouped(flow: Flow) -> Channels:
             for axis, numbers in axes.items():
                 if max(at := places(numbers)) >= 0:
                     carried.setdefault(name, {})[axis] = at
-        groups.append(ChannelGroup(members[0], len(units), made, carried, read))
+        macs = [0] * len(units)
+        for numbers, each in flow.attended:
+            for unit in places(numbers):
+                if unit >= 0:
+                    macs[unit] += each
+        groups.append(ChannelGroup(members[0], len(units), made, carried, read, tuple(macs)))
     return Channels(tuple(groups), tuple(skips))
 
 

@@ -55,12 +55,14 @@ class Flow:
         made: For every layer that makes channels, the numbers of its outputs.
         read: For every layer that reads channels, the numbers of its input channels (features of a linear layer).
         carried: For every parameter or buffer that goes along with channels, axis → numbers.
+        attended: For every attention the number of each head and the MACs of a head, per sample.
         depthwise: Convolutions that work on each channel alone; their weights are among `carried`.
     """
 
     made: dict[str, Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     carried: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    attended: list[tuple[Tensor, int]] = field(default_factory=list)
     depthwise: set[str] = field(default_factory=set)
     _parents: list[int] = field(default_factory=list)
     _frozen: dict[int, str] = field(default_factory=dict)
@@ -164,6 +166,8 @@ class _Walk:
             self._numbers[node] = self._without(
                 node, inputs[0], range(-len(_argument(node, "normalized_shape")), 0), name
             )
+        elif name == "scaled_dot_product_attention":
+            self._numbers[node] = self._attention(node)
         else:
             for argument in inputs:
                 self._freeze_all(argument, f"{name} is no operator that channels are followed through")
@@ -268,10 +272,44 @@ class _Walk:
         if not varying:
             return
         outer = any(size > 1 for size in numbers.shape[: numbers.ndim - len(shape)])
+        offset = numbers.ndim - len(shape)
+        others = [axis for axis, size in enumerate(numbers.shape) if size > 1 and axis - offset not in varying]
+        if argument not in self._names and others:  # rotary angles differ along a head, and are the same for all heads
+            for axis in varying:
+                first = numbers.narrow(axis + offset, 0, 1).expand(numbers.shape)
+                self.flow.unite(first, numbers, "it meets channels that are not followed")
+            return
         if argument not in self._names or len(varying) > 1 or outer or sum(size > 1 for size in numbers.shape) > 1:
             self.flow.freeze(numbers, "it meets a tensor that is no parameter of one axis")
             return
         self._carry(self._names[argument], varying[0], numbers.flatten())
+
+    def _attention(self, node: Node) -> Tensor | None:
+        """Attention: a head's queries, keys and values go together; where heads share keys, all of those heads do."""
+        operands: list[Any] = list(node.args[:3])
+        read = [self._numbers.get(each) for each in operands]
+        mask = _argument(node, "attn_mask")
+        own_mask = isinstance(mask, Node) and len(_shape(mask)) == 4 and _shape(mask)[1] > 1
+        followed = [each for each in read if isinstance(each, Tensor)]
+        by_head = all(each.ndim == 4 and each.shape[0] == each.shape[2] == 1 for each in followed)
+        if len(followed) < 3 or not by_head or own_mask:
+            why = (
+                "attention reads it with a mask of its own for each head" if own_mask else "attention reads part of it"
+            )
+            for each in followed:
+                self.flow.freeze(each, why)
+            return None
+        shapes = [_shape(each) for each in operands]
+        queries, keys, values = (
+            each.expand(1, shape[1], 1, shape[3])[0, :, 0] for each, shape in zip(followed, shapes, strict=True)
+        )
+        times = len(queries) // len(values)
+        first = values[:, :1]
+        for each, heads in ((values, first), (keys, first), (queries, first.repeat_interleave(times, 0))):
+            self.flow.unite(heads.expand(each.shape), each, "attention reads part of it")
+        _, _, asked, width = shapes[0]
+        self.flow.attended.append((first[:, 0].repeat_interleave(times), asked * shapes[1][2] * (width + shapes[2][3])))
+        return _compressed(values.repeat_interleave(times, 0)[None, :, None])
 
     def _moved(self, node: Node) -> Any:
         """An operator that only moves elements, run on the numbers."""
