@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.channels.narrowing import fold_, narrow_, narrowed_statistics
+from rankfold.channels.narrowing import fold_and_cut_
 from rankfold.curves import needed
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.graph.regions import find_calls
-from rankfold.graph.sites import Sites, check_model, find_sites, fingerprint
+from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch
 from rankfold.graph.values import Spill
 from rankfold.plan import Decision, Plan
@@ -115,7 +115,12 @@ def carry_out(
                 got="a plan that removes channels",
                 cure="use rankfold.apply",
             )
-        stats = narrowed_in(model, target, plan, sites, stats)
+        norms: dict[str, str | None] | None = None
+        if any(decision.fold for decision in plan.channels):
+            norms = {}
+            if plan.repair is None and sites.graph.program is not None:  # a repair finds the norms' shifts itself
+                norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
+        stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms)
         base, shells = target, replace(plan, cuts={})
     if plan.repair is None:
         return install_shells(target, shells, shared_out(filler(stats), world)), ()
@@ -146,19 +151,6 @@ def carry_out(
             back.get_buffer(name).copy_(value)
         raise
     return result, tuple(remarks)
-
-
-def narrowed_in(
-    model: nn.Module, target: nn.Module, plan: Plan, sites: Sites, stats: Statistics | None
-) -> Statistics | None:
-    """Fold and cut the channels of a copy; returns the statistics of what stays."""
-    if stats is not None and any(decision.fold for decision in plan.channels):
-        norms: dict[str, str | None] = {}
-        if plan.repair is None and sites.graph.program is not None:  # a repair finds the norms' shifts itself
-            norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
-        fold_(target, sites, plan.cuts, stats, norms)
-    narrow_(target, plan.cuts)
-    return None if stats is None else narrowed_statistics(stats, model, sites, plan.cuts, fingerprint(target))
 
 
 def _checked(

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 
 from rankfold.applying import carry_out
-from rankfold.channels.narrowing import narrow_, narrowed_sites
+from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import SIZES, Remover
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, SiteError
@@ -26,6 +26,7 @@ from rankfold.metrics.latency import latency_ratio
 from rankfold.plan import Plan
 from rankfold.progress import Progress
 from rankfold.ranks import Budget, Lagrangian, RankSelector
+from rankfold.registry import name_of
 from rankfold.repair import Lockstep
 from rankfold.repair.site import always_solve
 from rankfold.report.data import Candidate, Report, environment, rows
@@ -39,6 +40,7 @@ from rankfold.work import Work
 
 LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
 T = TypeVar("T")
+Maker: TypeAlias = tuple[str, Callable[[], Plan]]  # what a candidate is called, and how it is made
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,7 @@ class Attempt:
     model: nn.Module
     plan: Plan
     remarks: tuple[str, ...]
+    name: str = ""
 
 
 @dataclass(eq=False)
@@ -167,7 +170,7 @@ class Job:
         selector: RankSelector | None,
         seed: int,
         repair: Lockstep | None,
-    ) -> list[Callable[[], Plan]]:
+    ) -> list[Maker]:
         """Plans that remove channels: alone, and with other families for the rest of the way."""
         try:
             remover = self.clock.time(
@@ -179,23 +182,35 @@ class Job:
                 raise
             self.notes.append(f"no channels were removed: {cause.got}")
             return []
+        chosen = Lagrangian() if selector is None else selector
+        ways = [(f"channels, {sizes}", 1.0, sizes) for sizes in SIZES]
+        if forms:
+            ways.append((f"channels, blended + {name_of(chosen)}", 0.5, "blended"))
         return [
-            partial(
-                remover.plan,
-                budget,
-                share=share,
-                sizes=sizes,
-                families=forms,
-                selector=Lagrangian() if selector is None else selector,
-                seed=seed,
-                repair=repair,
-                world=world(),
+            (
+                name,
+                partial(
+                    remover.plan,
+                    budget,
+                    share=share,
+                    sizes=sizes,
+                    families=forms,
+                    selector=chosen,
+                    seed=seed,
+                    repair=repair,
+                    world=world(),
+                ),
             )
-            for share, sizes in ([*((1.0, sizes) for sizes in SIZES), *(((0.5, "blended"),) if forms else ())])
+            for name, share, sizes in ways
         ]
 
-    def attempt(self, plan: Plan) -> Attempt:
-        """Carry a plan out on a copy and compare it on the held-out samples."""
+    def attempt(self, plan: Plan, name: str = "") -> Attempt:
+        """Carry a plan out on a copy and compare it on the held-out samples.
+
+        Args:
+            plan: The plan.
+            name: Which way it was made, for the report.
+        """
 
         world().agree("plan", plan.to_json())
 
@@ -212,22 +227,17 @@ class Job:
                 progress=self.progress,
                 world=world(),
             )
-            return Attempt(compare(self.model, compressed, self.judged, world=world()), compressed, plan, remarks)
+            comparison = compare(self.model, compressed, self.judged, world=world())
+            return Attempt(comparison, compressed, plan, remarks, name)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
-
-    def narrowed(self, plan: Plan) -> Sites | None:
-        """The sites as a plan's cuts leave them; None where it cuts nothing."""
-        if not plan.cuts:
-            return None
-        return narrowed_sites(self.model, self.sites, narrow_(copied(self.model), plan.cuts), plan.cuts)
 
     def finish(self, attempts: Sequence[Attempt]) -> Compressed:
         """Take the attempt closest to the original, and report."""
         best = min(attempts, key=lambda attempt: attempt.comparison.divergence)
         candidates = tuple(
             Candidate(
-                _named(each.plan),
+                each.name,
                 each.comparison.divergence,
                 each.comparison.agreement,
                 each is best,
@@ -242,7 +252,7 @@ class Job:
             latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, few))
         report = Report(
             self.sites.model,
-            rows(self.sites, best.plan, self.narrowed(best.plan)),
+            rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts)),
             self.sites.cost,
             count(best.model, example),
             best.plan.budget,
@@ -257,13 +267,6 @@ class Job:
         return Compressed(best.model, best.plan, report)
 
 
-def _named(plan: Plan) -> str:
-    """Which way a candidate went, for the report."""
-    selector = str((plan.selector or {}).get("name", ""))
-    sizes = [f"channels, {decision.why.partition(' sizes')[0]}" for decision in plan.channels[:1]]
-    return " + ".join([*sizes, *([selector] if selector else [])])
-
-
 def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:
     """Measured by the first process while all others wait, so that none disturbs it."""
     together_with = world()
@@ -274,18 +277,18 @@ def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> 
     return float(latency)
 
 
-def candidates_of(makers: Sequence[Callable[[], Plan]]) -> list[Plan]:
-    """The plans, equal ones once; one that cannot be made under the budget drops out while another can."""
-    plans: list[Plan] = []
+def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
+    """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can."""
+    plans: list[tuple[str, Plan]] = []
     failure: BudgetError | None = None
-    for make in makers:
+    for name, make in makers:
         try:
             plan = make()
         except BudgetError as cause:
             failure = cause
             continue
-        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for other in plans):
-            plans.append(plan)
+        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for _, other in plans):
+            plans.append((name, plan))
     if not plans and failure is not None:
         raise failure
     return plans

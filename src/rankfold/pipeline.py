@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ from rankfold.errors import OptionError, PlanError, shown
 from rankfold.graph.sites import Skip, check_module, check_selection
 from rankfold.graph.trace import device_of
 from rankfold.graph.values import Memory, parse_memory
-from rankfold.job import Compressed, Job, candidates_of
+from rankfold.job import Compressed, Job, Maker, candidates_of
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
 from rankfold.progress import Progress, check_progress, silent
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
+from rankfold.registry import name_of
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
 from rankfold.statistics.collect import check_positions
@@ -139,7 +140,7 @@ def compress(
     )
     stats = job.stats
     forms = [method for method in families if isinstance(method, Decomposition)]
-    makers: list[Callable[[], Plan]] = []
+    makers: list[Maker] = []
     if forms:
         curves = job.clock.time(
             "curves",
@@ -155,15 +156,16 @@ def compress(
                 curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair
             )
 
-        makers += [partial(by, chosen) for chosen in ([Lagrangian(), Uniform()] if selector is None else [selector])]
+        for chosen in [Lagrangian(), Uniform()] if selector is None else [selector]:
+            makers.append((name_of(chosen), partial(by, chosen)))
     for method in families:
         if isinstance(method, Interpolative):
             makers += job.removing(method, budget, forms, selector=selector, seed=seed, repair=repair)
     tried = job.clock.time("plans", lambda: candidates_of(makers))
     with progress("candidates", len(tried)) as advance:
         attempts = []
-        for plan in tried:
-            attempts.append(job.attempt(plan))
+        for name, plan in tried:
+            attempts.append(job.attempt(plan, name))
             advance()
     return job.finish(attempts)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompositions import Interpolative
-from rankfold.errors import DataError
+from rankfold.channels.narrowing import features
+from rankfold.decompositions import Interpolative, output_root
 from rankfold.graph.channels import ChannelGroup, Units
 from rankfold.graph.sites import Site, Sites
 from rankfold.layers import adapter_for
@@ -18,8 +18,6 @@ from rankfold.linalg.precision import widen
 from rankfold.linalg.whitening import cholesky, damped_gram
 from rankfold.statistics import Statistics
 from rankfold.statistics.draws import generator
-
-OUTPUT_DAMPING = 0.05  # of a reader's gradient Gram: no output direction is free
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,10 +111,7 @@ def _places(units: Units, taps: int) -> tuple[Tensor, Tensor]:
     own = torch.tensor(units)
     order = torch.argsort(own, stable=True)
     inside = order[own[order] >= 0]
-    spread = torch.arange(taps)
-    return (inside[:, None] * taps + spread).flatten(), (
-        torch.nonzero(own < 0).flatten()[:, None] * taps + spread
-    ).flatten()
+    return features(inside, taps), features(torch.nonzero(own < 0).flatten(), taps)
 
 
 Reader = tuple[Tensor, Tensor]  # K (C, b, C, b) and W (out, C, b), as `backward_elimination` takes them
@@ -125,26 +120,18 @@ Reader = tuple[Tensor, Tensor]  # K (C, b, C, b) and W (out, C, b), as `backward
 def _reader(site: Site, layer: nn.Module, units: Units, stats: Statistics, *, centred: bool) -> tuple[Reader, Reader]:
     """A reader's inputs and weight, unit by unit: weighted by its gradient Gram, and relative to its energy."""
     adapter = adapter_for(layer)
-    moments = stats.moments(site, 0)
-    if adapter is None or moments.gram is None or moments.mean is None:
-        raise DataError(
-            repr(site.path),
-            law="removal of channels reads input-gram and input-mean",
-            got="none",
-            cure="collect with these statistics",
-        )
+    if adapter is None:
+        raise TypeError(f"{site.path} has no adapter")
+    moments = replace(stats.moments(site, 0), bias=centred or site.geometry.bias)
     weight = widen(adapter.canonical(layer))[0].flatten(1)
-    gram = moments.gram.to(weight)
-    if centred or site.geometry.bias:
-        mean = moments.mean.to(weight)
-        gram = gram - torch.outer(mean, mean)
+    gram = moments.metric(site.path).to(weight)
     inside, outside = _places(units, weight.shape[1] // len(units))
     inside, outside = inside.to(weight.device), outside.to(weight.device)
     energy = (weight * (weight @ gram)).sum()
     relative = weight / torch.where(energy > 0, energy, 1.0).sqrt()
     weighted = relative
     if moments.gradient_gram is not None:
-        weighted = cholesky(damped_gram(moments.gradient_gram.to(weight), damping=OUTPUT_DAMPING)).mT @ weight
+        weighted = output_root(moments.gradient_gram.to(weight)) @ weight
     own = gram[inside][:, inside]
     if len(outside):  # what stays anyway takes its part of the correction: the Schur complement is what is left
         inner = cholesky(damped_gram(gram[outside][:, outside], damping=1e-6))
@@ -159,11 +146,9 @@ def _reader(site: Site, layer: nn.Module, units: Units, stats: Statistics, *, ce
 
 def _raw(site: Site, units: Units, count: int, stats: Statistics) -> Tensor:
     """Second moment of the units as one reader sees them: summed over the taps and the channels of a unit."""
-    moments = stats.moments(site, 0)
-    if moments.gram is None:
-        raise DataError(repr(site.path), law="an input Gram", got="none", cure="collect input-gram")
-    inside, _ = _places(units, len(moments.gram) // len(units))
-    own = widen(moments.gram[inside][:, inside])
+    gram = replace(stats.moments(site, 0), bias=False).metric(site.path)
+    inside, _ = _places(units, len(gram) // len(units))
+    own = widen(gram[inside][:, inside])
     width = len(inside) // count
     return torch.diagonal(own.reshape(count, width, count, width), dim1=1, dim2=3).sum(-1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -12,10 +11,9 @@ from torch import Tensor, nn
 
 from rankfold.graph.channels import ChannelGroup, kept_indices
 from rankfold.graph.sites import Site, Sites, fingerprint
-from rankfold.layers import Geometry, adapter_for, tensor
+from rankfold.layers import Geometry, adapter_for, resize, tensor
+from rankfold.linalg.interpolative import interpolation
 from rankfold.linalg.precision import widen
-from rankfold.linalg.whitening import cholesky, damped_gram
-from rankfold.metrics.cost import Cost, dense_cost
 from rankfold.statistics import Statistics
 
 Cuts = Mapping[str, Mapping[int, tuple[int, ...]]]  # parameter or buffer → axis → indices that stay
@@ -86,8 +84,11 @@ def kept_of(path: str, layer: nn.Module, cuts: Cuts) -> Kept:
 
 
 def _weight_axes(layer: nn.Module) -> tuple[int, int]:
-    """Axes of the weight that are outputs and inputs; transformers' `Conv1D` stores in × out."""
-    return (1, 0) if type(layer).__name__ == "Conv1D" else (0, 1)
+    """Axes of the stored weight that are outputs and inputs."""
+    adapter = adapter_for(layer)
+    if adapter is None:
+        raise TypeError(f"{type(layer).__name__} has no adapter")
+    return adapter.weight_axes
 
 
 def narrowed_geometry(geometry: Geometry, kept: Kept) -> Geometry:
@@ -121,24 +122,8 @@ def narrow_(model: nn.Module, cuts: Cuts) -> nn.Module:
                 else:
                     module._buffers[name] = smaller
         if any(name.rpartition(".")[0] == path for name in cuts):
-            _resize(module)
+            resize(module)
     return model
-
-
-def _resize(module: Any) -> None:
-    """Make the attributes that say sizes agree with the tensors."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        out, inner = module.weight.shape[:2]
-        if module.groups > 1:
-            module.groups = out // (module.out_channels // module.groups)
-        module.in_channels, module.out_channels = inner * module.groups, out
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        kept = module.weight if module.running_mean is None else module.running_mean
-        module.num_features = len(kept)
-    elif type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
-        module.nx, module.nf = module.weight.shape
 
 
 def narrowed_site(site: Site, kept: Kept) -> Site:
@@ -146,40 +131,16 @@ def narrowed_site(site: Site, kept: Kept) -> Site:
     return replace(site, geometry=narrowed_geometry(site.geometry, kept))
 
 
-def narrowed_sites(model: nn.Module, sites: Sites, narrow: nn.Module, cuts: Cuts, *, cost: Cost | None = None) -> Sites:
-    """The sites of the narrowed model, with its cost.
+def narrowed_sites(model: nn.Module, sites: Sites, cuts: Cuts) -> tuple[Site, ...]:
+    """The sites as the cuts leave them.
 
     Args:
         model: The original.
         sites: Its sites.
-        narrow: The narrowed model.
         cuts: What stays.
-        cost: Of the narrowed model, as counted; None takes it by formula, attention of heads that are gone included.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    kept = tuple(narrowed_site(site, kept_of(site.path, modules[site.path], cuts)) for site in sites)
-    cost = narrowed_cost(model, sites, cuts) if cost is None else cost
-    return replace(sites, sites=kept, cost=cost, fingerprint=fingerprint(narrow))
-
-
-def narrowed_cost(model: nn.Module, sites: Sites, cuts: Cuts) -> Cost:
-    """Cost of the narrowed dense model by formula."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    cost = sites.cost
-    own: set[str] = set()
-    for site in sites:
-        cost = cost - dense_cost(site) + dense_cost(narrowed_site(site, kept_of(site.path, modules[site.path], cuts)))
-        own |= {f"{site.path}.{name}" if site.path else name for name in ("weight", "bias")}
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    parameters = dict(model.named_parameters())
-    for name, axes in cuts.items():
-        if name in own or name not in tensors:
-            continue
-        value = tensors[name]
-        left = prod(len(axes[axis]) if axis in axes else size for axis, size in enumerate(value.shape))
-        gone = value.numel() - left
-        cost = cost - Cost(gone if name in parameters else 0, 0, gone * value.element_size())
-    return cost
+    return tuple(narrowed_site(site, kept_of(site.path, modules[site.path], cuts)) for site in sites)
 
 
 def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts: Cuts, print_of: str) -> Statistics:
@@ -196,7 +157,6 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
     result = {}
     for site in sites:
         kept = kept_of(site.path, modules[site.path], cuts)
-        features, outputs = features_of(site.geometry, kept), kept.outputs
         depthwise = site.geometry.groups > 1
         own = {}
         for name, statistic in stats.sites.get(site.path, {}).items():
@@ -204,7 +164,7 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
             if total is not None and kept and depthwise and kept.outputs is not None:
                 total = total[kept.outputs.to(total.device)]
             elif total is not None:
-                index = features if name.startswith("input") else outputs
+                index = kept.outputs if statistic.reads_outputs else features_of(site.geometry, kept)
                 if index is not None:
                     place = index.to(total.device)
                     total = total[:, place] if total.ndim == 2 else total[:, place][:, :, place]
@@ -217,8 +177,12 @@ def features_of(geometry: Geometry, kept: Kept) -> Tensor | None:
     """Places in a flattened patch `in·k…` of the input channels that stay; None for all."""
     if kept.inputs is None or geometry.groups > 1:
         return None
-    taps = geometry.features * geometry.groups // geometry.inputs
-    return (kept.inputs[:, None] * taps + torch.arange(taps)).flatten()
+    return features(kept.inputs, geometry.features // geometry.inputs)
+
+
+def features(channels: Tensor, taps: int) -> Tensor:
+    """Places in a flattened patch `in·k…` of some channels, `taps` each."""
+    return (channels[:, None] * taps + torch.arange(taps)).flatten()
 
 
 def fold_(
@@ -232,9 +196,9 @@ def fold_(
 ) -> None:
     """Fold into every layer that reads removed channels what the others say of them.
 
-    `W ← W A_{:J} A_JJ⁻¹` is the least-squares weight on the channels `J` that stay, in the metric of the layer's own
-    inputs: covariances where a bias, or a batch norm right behind, takes up the mean; raw moments otherwise. The
-    columns of removed channels become zero, so that cutting them afterwards changes nothing.
+    `W ← W Tᵀ`, `T = A_JJ⁻¹ A_J` from `interpolation`, is the least-squares weight on the channels `J` that stay, in the
+    metric of the layer's own inputs: covariances where a bias, or a batch norm right behind, takes up the mean; raw
+    moments otherwise. The columns of removed channels become zero, so that cutting them afterwards changes nothing.
 
     Args:
         model: Changed in place; not yet cut.
@@ -249,44 +213,47 @@ def fold_(
     for site in sites:
         layer = modules[site.path]
         kept = kept_of(site.path, layer, cuts)
-        features, adapter = features_of(site.geometry, kept), adapter_for(layer)
-        if features is None or adapter is None:
+        places, adapter = features_of(site.geometry, kept), adapter_for(layer)
+        if places is None or adapter is None:
             continue
         norm = None if site.geometry.bias else norms.get(site.path)
-        moments = stats.moments(site, 0)
-        if moments.gram is None or moments.mean is None:
-            raise ValueError(f"{site.path} has no input moments")
-        gram = moments.gram
-        if site.geometry.bias or norm is not None:
-            gram = gram - torch.outer(moments.mean, moments.mean)
+        moments = replace(stats.moments(site, 0), bias=site.geometry.bias or norm is not None)
         old = widen(adapter.canonical(layer))[0].flatten(1)
-        new = folded(old, gram.to(old), features, damping=damping)
+        new = torch.zeros_like(old)
+        new[:, places] = old @ interpolation(moments.metric(site.path).to(old), places, damping=damping).mT
+        mean = old.new_zeros(old.shape[1]) if moments.mean is None else moments.mean.to(old)
         with torch.no_grad():
             canonical = adapter.canonical(layer)
             canonical.copy_(new.reshape(canonical.shape))
-            shift = (old - new) @ moments.mean.to(old)
+            shift = (old - new) @ mean
             if site.geometry.bias:
                 tensor(layer, "bias").add_(shift.to(canonical.dtype))
             elif norm is not None:
                 buffers[norm].sub_(shift.to(buffers[norm].dtype))
 
 
-def folded(weight: Tensor, gram: Tensor, features: Tensor, *, damping: float = FOLD_DAMPING) -> Tensor:
-    """`W A_{:J} (A_JJ + λI)⁻¹` in the columns `J`, zero elsewhere.
-
-    Solved for the change, so that a Gram of zeros leaves the weight of the kept columns as it is.
+def fold_and_cut_(
+    target: nn.Module,
+    model: nn.Module,
+    sites: Sites,
+    cuts: Cuts,
+    stats: Statistics | None,
+    norms: Mapping[str, str | None] | None,
+) -> Statistics | None:
+    """Fold and cut the channels of a copy.
 
     Args:
-        weight: `W`, shape (out, n).
-        gram: `A`, shape (n, n).
-        features: `J`.
-        damping: Relative.
+        target: The copy.
+        model: The original.
+        sites: Of the original.
+        cuts: What stays.
+        stats: Of the original.
+        norms: As for `fold_`; None folds nothing.
+
+    Returns:
+        The statistics of what stays.
     """
-    places = features.to(weight.device)
-    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    gone[places] = False
-    inner = cholesky(damped_gram(gram[places][:, places], damping=damping))
-    change = torch.cholesky_solve((weight[:, gone] @ gram[gone][:, places]).mT, inner).mT
-    result = torch.zeros_like(weight)
-    result[:, places] = weight[:, places] + change
-    return result
+    if stats is not None and norms is not None:
+        fold_(target, sites, cuts, stats, norms)
+    narrow_(target, cuts)
+    return None if stats is None else narrowed_statistics(stats, model, sites, cuts, fingerprint(target))

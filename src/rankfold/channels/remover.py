@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve, even, removal_curves
-from rankfold.channels.narrowing import cuts_of, fold_, narrow_, narrowed_sites, narrowed_statistics
+from rankfold.channels.narrowing import cuts_of, fold_and_cut_, narrow_, narrowed_sites
 from rankfold.channels.widths import choose_widths, same_share
 from rankfold.curves import measure
 from rankfold.decompositions import Decomposition, Interpolative
@@ -30,7 +30,6 @@ from rankfold.surgery import copied
 
 BLEND = 0.8  # of relative errors in "blended" sizes
 SIZES = ("weighted", "blended", "same share")
-WHY = " sizes: the others say what these said"  # behind the kind of sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,19 +138,29 @@ class Remover:
             units, left = curve.group.units, widths[curve.group.name]
             if left < units:
                 kept = curve.kept(left, self.method)
-                decided.append(ChannelDecision(curve.group.name, units, kept, f"{sizes}{WHY}", self.method.fold))
+                decided.append(
+                    ChannelDecision(
+                        curve.group.name,
+                        units,
+                        kept,
+                        f"{sizes} sizes: the others say what these said",
+                        self.method.fold,
+                    )
+                )
         masks = {decision.group: _mask(decision) for decision in decided}
         cuts = cuts_of(self.model, [curve.group for curve in self.curves], masks)
-        narrow = copied(self.model)
-        if self.method.fold:
-            fold_(narrow, self.sites, cuts, self.stats, self.norms)
-        narrow_(narrow, cuts)
-        sites = narrowed_sites(self.model, self.sites, narrow, cuts, cost=count(narrow, self.example))
         if share < 1 and families:
-            stats = narrowed_statistics(self.stats, self.model, self.sites, cuts, fingerprint(narrow))
-            curves = measure(narrow, stats, sites=sites, families=families, world=world)
+            narrow = copied(self.model)
+            norms = self.norms if self.method.fold else None
+            stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms)
+            sites = replace(
+                self.sites,
+                sites=narrowed_sites(self.model, self.sites, cuts),
+                cost=count(narrow, self.example),
+                fingerprint=fingerprint(narrow),
+            )
             plan = make_plan(
-                curves,
+                measure(narrow, stats, sites=sites, families=families, world=world),
                 budget=Budget(**bounds),
                 selector=selector,
                 seed=seed,
@@ -160,10 +169,10 @@ class Remover:
             )
         else:
             plan = Plan(
-                tuple(Decision(site.path, why="dense on the channels it has left") for site in sites),
-                sites.skips,
-                sites.fingerprint,
-                sites.model,
+                tuple(Decision(site.path, why="dense on the channels it has left") for site in self.sites),
+                self.sites.skips,
+                self.sites.fingerprint,
+                self.sites.model,
                 seed=seed,
                 calibration=dict(self.stats.manifest),
                 repair=None if repair is None else to_json(repair),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve
 from rankfold.errors import BudgetError
-from rankfold.graph.sites import Site, Sites
-from rankfold.metrics.cost import Cost
+from rankfold.graph.sites import Sites
+from rankfold.metrics.cost import Cost, dense_cost
 
 STEPS = 64  # a group's units go in about so many steps
 
@@ -128,15 +128,16 @@ def same_share(
     Raises:
         BudgetError: The bounds are not met with one unit left in every group.
     """
+    ledger = _Ledger(model, curves, sites)
+    left = [curve.group.units for curve in curves]
     for spared in (True, False):
         for percent in range(100, 0, -1):
-            ledger, left = _Ledger(model, curves, sites), []
             for i, curve in enumerate(curves):
                 units = curve.group.units
                 kept = units if spared and len(curve.group.made) > 1 else max(1, units * percent // 100)
                 kept = max(multiple_of, kept // multiple_of * multiple_of) if units > multiple_of else units
-                left.append(kept)
-                ledger.take(i, units, kept)
+                ledger.take(i, left[i], kept)
+                left[i] = kept
             if all(ledger.cost.amounts()[name] <= bound for name, bound in bounds.items()):
                 for i, curve in enumerate(curves):
                     _give_back(ledger, curve, i, left, bounds, multiple_of)
@@ -174,6 +175,7 @@ class _Ledger:
     def __init__(self, model: nn.Module, curves: Sequence[RemovalCurve], sites: Sites) -> None:
         self.cost = sites.cost
         self._sites = {site.path: site for site in sites}
+        self._layers: dict[tuple[str, int, int], Cost] = {}
         self._left = {site.path: [site.geometry.inputs, site.geometry.outputs] for site in sites}
         parameters = dict(model.named_parameters())
         tensors = {**parameters, **dict(model.named_buffers())}
@@ -219,8 +221,8 @@ class _Ledger:
             have_in, have_out = self._left[path]
             fewer_in = int(inputs[units - after] - inputs[units - left])
             fewer_out = int(outputs[units - after] - outputs[units - left])
-            site = self._sites[path]
-            total = total + _cost(site, have_in, have_out) - _cost(site, have_in - fewer_in, have_out - fewer_out)
+            after_in, after_out = have_in - fewer_in, have_out - fewer_out
+            total = total + self._layer(path, have_in, have_out) - self._layer(path, after_in, after_out)
         gone = self._carried[group][:, units - after] - self._carried[group][:, units - left]
         return total + Cost(int(gone[0]), int(gone[2]), int(gone[1]))
 
@@ -232,12 +234,12 @@ class _Ledger:
             self._left[path][0] -= int(inputs[units - after] - inputs[units - left])
             self._left[path][1] -= int(outputs[units - after] - outputs[units - left])
 
-
-def _cost(site: Site, inputs: int, outputs: int) -> Cost:
-    """Cost of a layer with so many channels left."""
-    geometry = site.geometry
-    depthwise = geometry.groups > 1
-    weights = outputs * prod(geometry.canonical_shape[1:]) if depthwise else outputs * inputs * prod(geometry.kernel)
-    params = weights + (outputs if geometry.bias else 0)
-    macs = weights * sum(count * prod(geometry.output_size(size)) for size, count in site.calls)
-    return Cost(params, macs, params * site.element_size)
+    def _layer(self, path: str, inputs: int, outputs: int) -> Cost:
+        """Cost of a layer with so many channels left."""
+        known = self._layers.get((path, inputs, outputs))
+        if known is None:
+            site = self._sites[path]
+            groups = inputs if site.geometry.groups > 1 else 1
+            geometry = replace(site.geometry, inputs=inputs, outputs=outputs, groups=groups)
+            known = self._layers[path, inputs, outputs] = dense_cost(replace(site, geometry=geometry))
+        return known

@@ -6,7 +6,7 @@ from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
 from rankfold.decompositions._tucker2 import Tucker2
 from rankfold.decompositions._whitened_svd import WhitenedSVD
-from rankfold.decompositions.weighting import factorise, output_errors
+from rankfold.decompositions.weighting import factorise, output_errors, output_root
 
 __all__ = [
     "SVD",
@@ -19,4 +19,5 @@ __all__ = [
     "WhitenedSVD",
     "factorise",
     "output_errors",
+    "output_root",
 ]

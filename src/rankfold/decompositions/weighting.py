@@ -29,7 +29,7 @@ def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moment
     """
     if moments.gradient_gram is None or not method.needs:
         return method.decompose(weight, rank, moments)
-    root = _root(moments.gradient_gram.to(widen(weight)))
+    root = output_root(moments.gradient_gram.to(widen(weight)))
     factors = method.decompose(_mix(root, widen(weight)), rank, moments)
     eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
     return factors.mixed(torch.linalg.solve_triangular(root, eye, upper=True))
@@ -44,7 +44,7 @@ def output_errors(method: Decomposition, weight: Tensor, moments: Moments) -> tu
     weight = widen(weight)
     flat = weight.flatten(1)
     if moments.gradient_gram is not None:
-        root = _root(moments.gradient_gram.to(weight))
+        root = output_root(moments.gradient_gram.to(weight))
         flat = root @ flat
         if method.needs:
             weight = flat.reshape(weight.shape)
@@ -53,7 +53,7 @@ def output_errors(method: Decomposition, weight: Tensor, moments: Moments) -> tu
     return method.errors(weight, moments), float(energy)
 
 
-def _root(gradient_gram: Tensor) -> Tensor:
+def output_root(gradient_gram: Tensor) -> Tensor:
     """Upper triangular `F` with `FᵀF = G + λI`.
 
     Any such `F` is the symmetric root times a rotation of the outputs, which no method that minimises a norm notices;

@@ -56,14 +56,12 @@ class Flow:
         read: For every layer that reads channels, the numbers of its input channels (features of a linear layer).
         carried: For every parameter or buffer that goes along with channels, axis → numbers.
         attended: For every attention the number of each head and the MACs of a head, per sample.
-        depthwise: Convolutions that work on each channel alone; their weights are among `carried`.
     """
 
     made: dict[str, Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     carried: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     attended: list[tuple[Tensor, int]] = field(default_factory=list)
-    depthwise: set[str] = field(default_factory=set)
     _parents: list[int] = field(default_factory=list)
     _frozen: dict[int, str] = field(default_factory=dict)
 
@@ -219,7 +217,6 @@ class _Walk:
             self.flow.freeze(numbers, f"{path} is a grouped convolution")
             return None
         own = numbers.flatten()
-        self.flow.depthwise.add(path)
         self._carry(weight, 0, own)
         if isinstance(bias, Node) and bias in self._names:
             self._carry(self._names[bias], 0, own)

@@ -2,6 +2,7 @@
 
 from rankfold.layers.adapters import Adapter, adapter_for, why_no_adapter
 from rankfold.layers.geometry import Geometry, tensor
+from rankfold.layers.resizing import resize
 from rankfold.layers.shells import build_shell, dense_geometry, fill_shell, forms, stages
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "dense_geometry",
     "fill_shell",
     "forms",
+    "resize",
     "stages",
     "tensor",
     "why_no_adapter",

@@ -16,6 +16,8 @@ class Adapter(ABC):
     """One layer kind. Stateless: every method takes the layer."""
 
     kind: ClassVar[str]
+    weight_axes: ClassVar[tuple[int, int]] = (0, 1)
+    """Axes of the stored weight that are output and input channels."""
 
     @abstractmethod
     def geometry(self, layer: nn.Module) -> Geometry:
@@ -83,6 +85,8 @@ class LinearAdapter(Adapter):
 
 class TransposedLinearAdapter(LinearAdapter):
     """transformers' `Conv1D`: `y = x W + b` with `W` stored in × out."""
+
+    weight_axes = (1, 0)
 
     def canonical(self, layer: nn.Module) -> Tensor:
         """(1, out, in), a transposed view."""
@@ -195,7 +199,7 @@ def adapter_for(layer: nn.Module) -> Adapter | None:
         return _LINEAR
     if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return _CONV
-    return _TRANSPOSED if _is_transformers_conv1d(layer) else None
+    return _TRANSPOSED if is_transformers_conv1d(layer) else None
 
 
 def why_no_adapter(layer: nn.Module) -> str | None:
@@ -209,11 +213,12 @@ def why_no_adapter(layer: nn.Module) -> str | None:
         if getattr(kind, "_conv_forward", None) is not getattr(base, "_conv_forward", None):
             return f"{kind.__name__} overrides the convolution of nn.{base.__name__}"
         return None
-    if _is_transformers_conv1d(layer):
+    if is_transformers_conv1d(layer):
         return None
     return f"no adapter for layers of kind {kind.__name__}"
 
 
-def _is_transformers_conv1d(layer: nn.Module) -> bool:
+def is_transformers_conv1d(layer: nn.Module) -> bool:
+    """Whether a layer is transformers' `Conv1D`."""
     kind = type(layer)
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"

@@ -140,6 +140,17 @@ def _check_number(labels: Tensor, samples: int, number: int) -> None:
         )
 
 
+def check_shapes(first: Tensor, second: Tensor) -> None:
+    """Refuse outputs of two models that have not one shape."""
+    if first.shape != second.shape:
+        raise DataError(
+            "output",
+            law="both models give outputs of one shape",
+            got=f"{tuple(first.shape)} and {tuple(second.shape)}",
+            cure="compare a model with its own compression",
+        )
+
+
 def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: World = ALONE) -> Comparison:
     """Run both models over data and compare their outputs.
 
@@ -222,13 +233,7 @@ class _Tally:
 
     def add(self, number: int, batch: Batch, first: Tensor, second: Tensor, logits: bool) -> None:
         """Add one batch of outputs."""
-        if first.shape != second.shape:
-            raise DataError(
-                "output",
-                law="both models give outputs of one shape",
-                got=f"{tuple(first.shape)} and {tuple(second.shape)}",
-                cure="compare a model with its own compression",
-            )
+        check_shapes(first, second)
         for whose, output, cure in (
             ("original", first, "look at that batch, or at the model's weights"),
             ("compressed", second, "look at the site errors in the report"),

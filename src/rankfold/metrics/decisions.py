@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.graph.sites import check_module
 from rankfold.graph.trace import Batch, device_of, evaluating, run, split_batch, to_device
-from rankfold.metrics.compare import labels_of, output_tensor
+from rankfold.metrics.compare import check_shapes, labels_of, output_tensor
 from rankfold.metrics.corruptions import CORRUPTIONS, Corruption
 from rankfold.statistics.data import as_batches, numbered
 from rankfold.statistics.draws import check_seed, generator
@@ -132,7 +132,6 @@ def decisions(
     same = dict.fromkeys((corruption.name for corruption in corruptions), 0)
     attacked, fooled = [0, 0], [0, 0]
     for number, batch in numbered(as_batches(data)):
-        batch = to_device(batch, device_of(original)) if labels_of(batch) is None else batch
         first, second = _logits(original, batch), _logits(compressed, batch)
         tally.add(first, second, labels_of(batch))
         for place, corruption in enumerate(corruptions):
@@ -226,13 +225,7 @@ class _Tally:
 
     def add(self, first: Tensor, second: Tensor, labels: Tensor | None) -> None:
         """Add the logits of a batch."""
-        if first.shape != second.shape:
-            raise DataError(
-                "output",
-                law="both models give outputs of one shape",
-                got=f"{tuple(first.shape)} and {tuple(second.shape)}",
-                cure="compare a model with its own compression",
-            )
+        check_shapes(first, second)
         self.first.append(first.argmax(1))
         self.second.append(second.argmax(1))
         self.margins.append((_margin(first), _margin(second)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import scipy
 import torch
 
 from rankfold._version import __version__
-from rankfold.graph.sites import Sites
+from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.compare import Comparison
 from rankfold.metrics.cost import Cost, dense_cost
 from rankfold.plan import Plan
@@ -116,18 +116,17 @@ class Report:
         return self.text()
 
 
-def rows(sites: Sites, plan: Plan, narrowed: Sites | None = None) -> tuple[Row, ...]:
+def rows(sites: Sites, plan: Plan, narrowed: Sequence[Site] | None = None) -> tuple[Row, ...]:
     """Rows of every site and skip under a plan.
 
     Args:
         sites: Of the original.
         plan: The plan.
-        narrowed: The sites as the plan's cuts of channels leave them; None where it has none.
+        narrowed: The same sites as the plan's cuts of channels leave them; None where it has none.
     """
     result = []
-    for site in sites:
+    for site, left in zip(sites, sites if narrowed is None else narrowed, strict=True):
         decision = plan.at(site.path)
-        left = site if narrowed is None else narrowed.at(site.path)
         fewer = decision.method is None and left.geometry != site.geometry
         result.append(
             Row(
@@ -142,7 +141,8 @@ def rows(sites: Sites, plan: Plan, narrowed: Sites | None = None) -> tuple[Row, 
                 decision.why,
             )
         )
-    kept = [skip for skip in plan.skips if skip.reason.startswith("channels ")]
+    decided = {site.path for site in sites}
+    kept = [skip for skip in plan.skips if skip.path in decided]  # sites whose output channels must stay
     skipped = [Row(skip.path, "", (), "skipped", "", None, None, None, skip.reason) for skip in (*sites.skips, *kept)]
     return (*result, *skipped)
 
