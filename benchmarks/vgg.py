@@ -80,7 +80,9 @@ def augmented(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Share of images whose class the network gets right."""
-    hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True))
+    hits = sum(
+        int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True)
+    )
     return hits / len(images)
 
 

@@ -13,6 +13,7 @@ from rankfold._version import __version__
 
 if TYPE_CHECKING:
     from rankfold.applying import apply, apply_
+    from rankfold.channels.widths import InterpolativeGreedy, RemovalGreedy, SameShare, WidthSelector
     from rankfold.checkpoint import load, save
     from rankfold.curves import measure, needed
     from rankfold.decompositions import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from rankfold.factors import Factors, MatrixFactors, MirroredFactors, SpatialFactors, TuckerFactors
     from rankfold.graph.channels import ChannelGroup, Channels, find_channels
     from rankfold.graph.sites import Site, Sites, Skip, find_sites
+    from rankfold.hugging_face import save_pretrained
     from rankfold.metrics.compare import Comparison, compare
     from rankfold.metrics.corruptions import Blur, Brightness, Corruption, Noise
     from rankfold.metrics.decisions import Decisions, decisions
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "rankfold.applying": ("apply", "apply_"),
+    "rankfold.channels.widths": ("InterpolativeGreedy", "RemovalGreedy", "SameShare", "WidthSelector"),
     "rankfold.checkpoint": ("load", "save"),
     "rankfold.curves": ("measure", "needed"),
     "rankfold.decompositions": (
@@ -63,6 +66,7 @@ _HOME = {
     "rankfold.factors": ("Factors", "MatrixFactors", "MirroredFactors", "SpatialFactors", "TuckerFactors"),
     "rankfold.graph.channels": ("ChannelGroup", "Channels", "find_channels"),
     "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
+    "rankfold.hugging_face": ("save_pretrained",),
     "rankfold.metrics.compare": ("Comparison", "compare"),
     "rankfold.metrics.corruptions": ("Blur", "Brightness", "Corruption", "Noise"),
     "rankfold.metrics.decisions": ("Decisions", "decisions"),
@@ -99,6 +103,7 @@ __all__ = [
     "Factors",
     "Family",
     "Interpolative",
+    "InterpolativeGreedy",
     "Lagrangian",
     "Lockstep",
     "MatrixFactors",
@@ -109,8 +114,10 @@ __all__ = [
     "RankCurve",
     "RankSelector",
     "RankfoldError",
+    "RemovalGreedy",
     "Report",
     "Rounded",
+    "SameShare",
     "Site",
     "Sites",
     "Skip",
@@ -122,6 +129,7 @@ __all__ = [
     "TuckerFactors",
     "Uniform",
     "WhitenedSVD",
+    "WidthSelector",
     "__version__",
     "apply",
     "apply_",
@@ -142,6 +150,7 @@ __all__ = [
     "reestimate_batch_norms",
     "register",
     "save",
+    "save_pretrained",
 ]
 
 

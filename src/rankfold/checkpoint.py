@@ -47,16 +47,8 @@ def save(out: Compressed, path: str | Path, *, overwrite: bool = False) -> None:
         OptionError: `out` is not what `compress` returned, or `path` is no path.
         WriteError: The directory is taken or cannot be written; nothing half-written is left.
     """
-    from rankfold.pipeline import Compressed
-
-    if not isinstance(out, Compressed):
-        raise OptionError(
-            "out",
-            law="what rankfold.compress or rankfold.execute returned",
-            got=f"a {type(out).__name__}",
-            cure="pass what compress returned, not its model alone",
-        )
-    _check_path(path)
+    check_compressed(out)
+    check_path(path)
     sums: dict[str, str] = {}
 
     def noting(name: str, write: Callable[[Path], None]) -> Callable[[Path], None]:
@@ -178,7 +170,20 @@ def _difference(model: nn.Module, plan: Plan, weights: Path) -> str | None:
     return None
 
 
-def _check_path(path: str | Path) -> None:
+def check_compressed(out: object) -> None:
+    """Refuse what `compress` and `execute` did not return."""
+    from rankfold.pipeline import Compressed
+
+    if not isinstance(out, Compressed):
+        raise OptionError(
+            "out",
+            law="what rankfold.compress or rankfold.execute returned",
+            got=f"a {type(out).__name__}",
+            cure="pass what compress returned, not its model alone",
+        )
+
+
+def check_path(path: str | Path) -> None:
     """Refuse what is no path.
 
     Raises:
@@ -198,7 +203,7 @@ def verify(path: str | Path) -> Path:
         OptionError: `path` is no path.
         CheckpointError: A file is missing, truncated or altered.
     """
-    _check_path(path)
+    check_path(path)
     folder = Path(path)
     try:
         got = None if folder.is_dir() else "a file" if folder.exists() else "nothing there"

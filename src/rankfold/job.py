@@ -13,7 +13,8 @@ from torch import nn
 
 from rankfold.applying import carry_out
 from rankfold.channels.narrowing import narrowed_sites
-from rankfold.channels.remover import SIZES, Remover
+from rankfold.channels.remover import Remover
+from rankfold.channels.widths import SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, SiteError
 from rankfold.graph.refusals import BY_BATCH
@@ -168,14 +169,19 @@ class Job:
         forms: Sequence[Decomposition],
         *,
         selector: RankSelector | None,
+        sizes: WidthSelector | None,
         seed: int,
         repair: Lockstep | None,
     ) -> list[Maker]:
         """Plans that remove channels: alone, and with other families for the rest of the way."""
+        tried = SIZES if sizes is None else {name_of(sizes): sizes}
+        grams = any(each.reads_grams for each in tried.values())
         try:
             remover = self.clock.time(
                 "curves",
-                lambda: Remover.of(self.model, next(iter(self.batches)), self.sites, self.stats, method, seed=seed),
+                lambda: Remover.of(
+                    self.model, next(iter(self.batches)), self.sites, self.stats, method, grams=grams, seed=seed
+                ),
             )
         except SiteError as cause:
             if not forms:
@@ -183,9 +189,10 @@ class Job:
             self.notes.append(f"no channels were removed: {cause.got}")
             return []
         chosen = Lagrangian() if selector is None else selector
-        ways = [(f"channels, {sizes}", 1.0, sizes) for sizes in SIZES]
+        ways = [(f"channels, {name}", 1.0, each) for name, each in tried.items()]
         if forms:
-            ways.append((f"channels, blended + {name_of(chosen)}", 0.5, "blended"))
+            name, each = list(tried.items())[len(tried) // 2]
+            ways.append((f"channels, {name} + {name_of(chosen)}", 0.5, each))
         return [
             (
                 name,
@@ -193,7 +200,7 @@ class Job:
                     remover.plan,
                     budget,
                     share=share,
-                    sizes=sizes,
+                    sizes=each,
                     families=forms,
                     selector=chosen,
                     seed=seed,
@@ -201,7 +208,7 @@ class Job:
                     world=world(),
                 ),
             )
-            for name, share, sizes in ways
+            for name, share, each in ways
         ]
 
     def attempt(self, plan: Plan, name: str = "") -> Attempt:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.channels.widths import WidthSelector
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.errors import OptionError, PlanError, shown
@@ -21,7 +22,7 @@ from rankfold.job import Compressed, Job, Maker, candidates_of
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
 from rankfold.progress import Progress, check_progress, silent
-from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
+from rankfold.ranks import Budget, Lagrangian, RankSelector, Selector, Uniform
 from rankfold.registry import name_of
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
@@ -46,7 +47,7 @@ def compress(
     budget: Budget,
     families: Sequence[Family] = DEFAULT_FAMILIES,
     repair: Lockstep | None = DEFAULT_REPAIR,
-    selector: RankSelector | None = None,
+    selector: Selector | None = None,
     weighting: bool = True,
     only: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
@@ -73,7 +74,8 @@ def compress(
         budget: How large the whole model may be.
         families: Methods to choose from, site by site.
         repair: How sites are re-solved at apply time; None leaves the factors as decomposed.
-        selector: How ranks are chosen; a given one is taken as it is.
+        selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
+            `InterpolativeGreedy`); a given one is taken as it is.
         weighting: Weigh errors by what the network's output feels of them (one backward pass over 256 samples).
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.
@@ -106,12 +108,19 @@ def compress(
             "repair", law="an instance of Lockstep, or None", got=repr(repair), cure="try rankfold.Lockstep()"
         )
     if selector is not None:
-        check_kinds({"selector": (selector, RankSelector)})
+        check_kinds({"selector": (selector, Selector)})
     if not isinstance(weighting, bool):
         raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
     if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
         raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
     check_families(families)
+    if isinstance(selector, WidthSelector) and not all(isinstance(method, Interpolative) for method in families):
+        raise OptionError(
+            "selector",
+            law="a selector that chooses how many channels stay needs families that remove channels, and no other",
+            got=f"{selector!r} with {', '.join(type(method).__name__ for method in families)}",
+            cure="pass families=[rankfold.Interpolative()], or another selector",
+        )
     check_selection(only, exclude)
     check_positions(positions)
     check_seed(seed)
@@ -140,6 +149,8 @@ def compress(
     )
     stats = job.stats
     forms = [method for method in families if isinstance(method, Decomposition)]
+    sizes = selector if isinstance(selector, WidthSelector) else None
+    ranked = selector if isinstance(selector, RankSelector) else None
     makers: list[Maker] = []
     if forms:
         curves = job.clock.time(
@@ -156,11 +167,19 @@ def compress(
                 curves, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair
             )
 
-        for chosen in [Lagrangian(), Uniform()] if selector is None else [selector]:
+        for chosen in [Lagrangian(), Uniform()] if ranked is None else [ranked]:
             makers.append((name_of(chosen), partial(by, chosen)))
     for method in families:
         if isinstance(method, Interpolative):
-            makers += job.removing(method, budget, forms, selector=selector, seed=seed, repair=repair)
+            makers += job.removing(
+                method,
+                budget,
+                forms,
+                selector=ranked,
+                sizes=sizes,
+                seed=seed,
+                repair=repair,
+            )
     tried = job.clock.time("plans", lambda: candidates_of(makers))
     with progress("candidates", len(tried)) as advance:
         attempts = []

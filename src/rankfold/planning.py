@@ -9,7 +9,7 @@ from rankfold.errors import OptionError, PlanError, shown
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.cost import Cost, dense_cost, site_cost
 from rankfold.plan import ERROR, Decision, Plan
-from rankfold.ranks import Budget, Curves, Lagrangian, RankSelector
+from rankfold.ranks import Budget, Curves, Lagrangian, RankSelector, Selector
 from rankfold.registry import to_json
 from rankfold.repair import Lockstep
 from rankfold.statistics.draws import check_seed
@@ -18,6 +18,7 @@ CURES: Mapping[type, str] = {
     Curves: "pass what rankfold.measure gave",
     Budget: "try rankfold.Budget(params=0.5)",
     RankSelector: "try rankfold.Uniform(), or leave it out",
+    Selector: "try rankfold.Uniform(), or leave it out",
     Lockstep: "try rankfold.Lockstep(), or None",
 }
 

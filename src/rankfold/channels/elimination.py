@@ -30,7 +30,7 @@ class RemovalCurve:
         errors: Summed squared error of the readers, refitted, with the first m units gone, shape (units + 1,), in the
             metric of their gradient Grams.
         relative: The same, each reader's relative to the energy of its own output.
-        gram: Second moment of the units, shape (units, units), for rules that read it; None for the others.
+        gram: Second moment of the units, shape (units, units), where it was asked for or the rule reads it.
     """
 
     group: ChannelGroup
@@ -55,6 +55,7 @@ def removal_curves(
     sites: Sites,
     method: Interpolative,
     norms: Mapping[str, str | None],
+    grams: bool = False,
     seed: int = 0,
 ) -> list[RemovalCurve]:
     """For every group the order of removal by a method's rule, and what it costs the readers when they are refitted.
@@ -69,6 +70,7 @@ def removal_curves(
         sites: From `find_sites`.
         method: Says the rule.
         norms: Running mean of the batch norm that can absorb a layer's bias, by path.
+        grams: Whether the curves hold the Gram of each group, whatever the rule.
         seed: Of the rule "random".
 
     Raises:
@@ -83,9 +85,11 @@ def removal_curves(
         ]
         gram = None
         order = None
-        if method.rule in ("pivoted-qr", "strong-rrqr"):
+        by_pivots = method.rule in ("pivoted-qr", "strong-rrqr")
+        if by_pivots or grams:
             raw = [_raw(sites.at(path), units, group.units, stats) for path, units in group.read.items()]
             gram = torch.stack(raw).sum(0)
+        if by_pivots and gram is not None:
             order = pivoted_cholesky(gram)[0].flip(0)
         elif method.rule == "magnitude":
             order = _magnitudes(group, modules).argsort(stable=True)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve, even, removal_curves
+from rankfold.channels.ledger import Stack, Widths, stacks_of
 from rankfold.channels.narrowing import cuts_of, fold_and_cut_, narrow_, narrowed_sites
-from rankfold.channels.widths import choose_widths, same_share
+from rankfold.channels.stock import is_stock, stock_units
+from rankfold.channels.widths import WidthSelector
 from rankfold.curves import measure
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import SiteError
@@ -22,14 +25,11 @@ from rankfold.metrics.counted import count, run_one
 from rankfold.plan import ChannelDecision, Decision, Plan
 from rankfold.planning import make_plan
 from rankfold.ranks import Budget, RankSelector
-from rankfold.registry import to_json
+from rankfold.registry import name_of, to_json
 from rankfold.repair import Lockstep
 from rankfold.statistics import Statistics
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.surgery import copied
-
-BLEND = 0.8  # of relative errors in "blended" sizes
-SIZES = ("weighted", "blended", "same share")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Remover:
         stats: Its statistics.
         method: Says the rule.
         curves: One a group.
+        stacks: Which groups go together, and how far.
         norms: Running mean of the batch norm that can absorb a layer's bias, by path.
         skips: Layers whose channels must stay, with the reason, by path.
     """
@@ -53,6 +54,7 @@ class Remover:
     stats: Statistics
     method: Interpolative
     curves: tuple[RemovalCurve, ...]
+    stacks: tuple[Stack, ...]
     norms: Mapping[str, str | None]
     skips: Mapping[str, str]
 
@@ -65,12 +67,22 @@ class Remover:
         stats: Statistics,
         method: Interpolative,
         *,
+        grams: bool = False,
         seed: int = 0,
     ) -> Remover:
         """Find the groups and measure what removing their units costs.
 
         Each group is tried first: a copy of the model without one of its units must run. A forward that names its own
         width does not, and its group is skipped with what it raised.
+
+        Args:
+            model: The original.
+            example: One batch.
+            sites: Its sites.
+            stats: Its statistics.
+            method: Says the rule.
+            grams: Whether the curves hold the Grams of the groups, for `WidthSelector.reads_grams`.
+            seed: Of the rule "random".
 
         Raises:
             SiteError: There is no group whose channels can be removed.
@@ -93,16 +105,30 @@ class Remover:
                 got=f"none ({reasons})" if reasons else "none",
                 cure="use low-rank families",
             )
+        stock = method.uniform and is_stock(model)
+        stacks = stacks_of(
+            groups,
+            multiple_of=method.multiple_of,
+            uniform=method.uniform,
+            allowed=partial(stock_units, model) if stock else None,
+        )
+        if stock:
+            skips |= {
+                groups[i].name: "frozen: no configuration of its class says fewer"
+                for stack in stacks
+                for i in stack.members
+                if len(stack.allowed) == 1
+            }
         norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
-        curves = removal_curves(model, groups, stats, sites=sites, method=method, norms=norms, seed=seed)
-        return cls(model, example, sites, stats, method, tuple(curves), norms, skips)
+        curves = removal_curves(model, groups, stats, sites=sites, method=method, norms=norms, grams=grams, seed=seed)
+        return cls(model, example, sites, stats, method, tuple(curves), stacks, norms, skips)
 
     def plan(
         self,
         budget: Budget,
         *,
         share: float,
-        sizes: str = "weighted",
+        sizes: WidthSelector,
         families: Sequence[Decomposition],
         selector: RankSelector,
         seed: int,
@@ -114,8 +140,7 @@ class Remover:
         Args:
             budget: For the whole model.
             share: In (0, 1]; at 1 every layer stays dense on what channels it has left.
-            sizes: How many units of each group go: "weighted" by what the output feels, "blended" with errors relative
-                to each reader, or the "same share" of each.
+            sizes: How many units of each group go.
             families: For the rest of the way; read where `share` is below 1.
             selector: Chooses their ranks.
             seed: Noted in the plan.
@@ -127,15 +152,12 @@ class Remover:
         """
         whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
         part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
-        multiple = self.method.multiple_of
-        if sizes == "same share":
-            widths = same_share(self.model, self.curves, self.sites, part, multiple_of=multiple)
-        else:
-            relative = BLEND if sizes == "blended" else 0.0
-            widths = choose_widths(self.model, self.curves, self.sites, part, multiple_of=multiple, relative=relative)
+        widths = Widths(self.model, self.curves, self.sites, part, self.stacks)
+        sizes.select(widths)
+        chosen = widths.chosen()
         decided = []
         for curve in self.curves:
-            units, left = curve.group.units, widths[curve.group.name]
+            units, left = curve.group.units, chosen[curve.group.name]
             if left < units:
                 kept = curve.kept(left, self.method)
                 decided.append(
@@ -143,7 +165,7 @@ class Remover:
                         curve.group.name,
                         units,
                         kept,
-                        f"{sizes} sizes: the others say what these said",
+                        f"sizes by {name_of(sizes)}: the others say what these said",
                         self.method.fold,
                     )
                 )
@@ -173,6 +195,7 @@ class Remover:
                 self.sites.skips,
                 self.sites.fingerprint,
                 self.sites.model,
+                selector=to_json(sizes),
                 seed=seed,
                 calibration=dict(self.stats.manifest),
                 repair=None if repair is None else to_json(repair),

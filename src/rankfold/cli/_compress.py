@@ -240,7 +240,7 @@ def _parse(
     memory: str | None,
 ) -> Request:
     from rankfold.decompositions import Family
-    from rankfold.ranks import RankSelector
+    from rankfold.ranks import Selector
     from rankfold.repair import Lockstep
 
     if positions is not None:
@@ -264,7 +264,7 @@ def _parse(
     if choice.family:
         options["families"] = [parse_method(text, Family, option="--family") for text in choice.family]
     if choice.selector is not None:
-        options["selector"] = parse_method(choice.selector, RankSelector, option="--selector")
+        options["selector"] = parse_method(choice.selector, Selector, option="--selector")
     if choice.repair is not None:
         none = choice.repair == "none"
         options["repair"] = None if none else parse_method(choice.repair, Lockstep, option="--repair")

@@ -11,6 +11,7 @@ WIDTH = 100
 
 def listing() -> str:
     """Every registered family, selector and repair with its options and their defaults."""
+    import rankfold.channels.widths
     import rankfold.decompositions
     import rankfold.ranks
     import rankfold.repair
@@ -18,7 +19,7 @@ def listing() -> str:
 
     axes = (
         ("families, for --family", rankfold.decompositions.Family),
-        ("selectors, for --selector", rankfold.ranks.RankSelector),
+        ("selectors, for --selector", rankfold.ranks.Selector),
         ("repairs, for --repair", rankfold.repair.Lockstep),
     )
     lines: list[str] = []

@@ -27,6 +27,8 @@ class Interpolative(Family):
             them. "random".
         fold: Whether the readers are corrected; without it channels are only cut.
         multiple_of: Numbers of kept units are rounded to multiples of this, where a group has so many.
+        uniform: Whether groups at the same place of like layers keep equally many units: every block of a stack the
+            same width, as configurations of stock architectures ask for.
 
     References:
         Chee, Flynn, Damle, De Sa, NeurIPS 2022, arXiv 2108.00065 (pivoted QR, `W ← W Tᵀ`). We differ in choosing by
@@ -38,6 +40,7 @@ class Interpolative(Family):
     rule: str = "backward"
     fold: bool = True
     multiple_of: int = 1
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
@@ -47,8 +50,11 @@ class Interpolative(Family):
                 got=repr(self.rule),
                 cure=near_matches(str(self.rule), RULES),
             )
-        if not isinstance(self.fold, bool):
-            raise OptionError("Interpolative.fold", law="True or False", got=repr(self.fold), cure="pass a bool")
+        for name in ("fold", "uniform"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(
+                    f"Interpolative.{name}", law="True or False", got=repr(getattr(self, name)), cure="pass a bool"
+                )
         if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
             raise OptionError(
                 "Interpolative.multiple_of", law="an int of at least 1", got=repr(self.multiple_of), cure="try 8"

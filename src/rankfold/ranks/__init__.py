@@ -1,6 +1,6 @@
 """From curves and a budget to one decision a site."""
 
-from rankfold.ranks._base import RankSelector
+from rankfold.ranks._base import RankSelector, Selector
 from rankfold.ranks._energy import Energy
 from rankfold.ranks._lagrangian import Lagrangian
 from rankfold.ranks._rounded import Rounded
@@ -18,5 +18,6 @@ __all__ = [
     "RankCurve",
     "RankSelector",
     "Rounded",
+    "Selector",
     "Uniform",
 ]

@@ -12,7 +12,11 @@ from numpy.typing import NDArray
 from rankfold.ranks.curve import Option, Problem
 
 
-class RankSelector(ABC):
+class Selector:
+    """How sizes under a budget are chosen: ranks of factors, or numbers of channels that stay."""
+
+
+class RankSelector(Selector, ABC):
     """Curves + budget → one option a site. A subclass is a frozen, registered dataclass in a file of its own."""
 
     @abstractmethod

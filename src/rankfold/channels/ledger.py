@@ -1,0 +1,238 @@
+"""What a model costs while units of its channel groups go, step by step."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from rankfold.channels.elimination import RemovalCurve
+from rankfold.errors import BudgetError
+from rankfold.graph.channels import ChannelGroup
+from rankfold.graph.sites import Sites
+from rankfold.metrics.cost import Cost, dense_cost
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Groups that keep equally many units.
+
+    Attributes:
+        members: Their places among the groups.
+        allowed: How many units they may keep, ascending; the last is all.
+    """
+
+    members: tuple[int, ...]
+    allowed: tuple[int, ...]
+
+
+class Widths:
+    """Groups on their way to a budget: how many units of each are left, and what the model then costs.
+
+    Args:
+        model: The original.
+        curves: One a group.
+        sites: From `find_sites`.
+        bounds: Absolute bounds on the whole model, by resource.
+        stacks: Which groups go together, and how far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        curves: Sequence[RemovalCurve],
+        sites: Sites,
+        bounds: Mapping[str, int],
+        stacks: Sequence[Stack],
+    ) -> None:
+        self.curves, self.bounds, self.stacks = tuple(curves), dict(bounds), tuple(stacks)
+        self._ledger = _Ledger(model, curves, sites)
+        self.left = [self.units(s) for s in range(len(self.stacks))]
+
+    def units(self, stack: int) -> int:
+        """Units that each group of a stack had."""
+        return self.stacks[stack].allowed[-1]
+
+    def groups(self, stack: int) -> tuple[RemovalCurve, ...]:
+        """The groups of a stack."""
+        return tuple(self.curves[i] for i in self.stacks[stack].members)
+
+    @property
+    def cost(self) -> Cost:
+        """Of the whole model."""
+        return self._ledger.cost
+
+    def broken(self) -> list[str]:
+        """Resources whose bound does not hold yet."""
+        amounts = self.cost.amounts()
+        return [name for name, bound in self.bounds.items() if amounts[name] > bound]
+
+    def rounded(self, stack: int, wanted: int) -> int:
+        """The allowed number of units at or below a wanted one; the smallest allowed where there is none below."""
+        allowed = self.stacks[stack].allowed
+        return allowed[max(0, bisect_right(allowed, wanted) - 1)]
+
+    def saved(self, stack: int, after: int) -> Cost:
+        """About what going down to some units saves."""
+        return sum((self._ledger.saved(i, self.left[stack], after) for i in self.stacks[stack].members), Cost())
+
+    def work(self, stack: int) -> int:
+        """MACs of the layers that make and read a stack, as they are now."""
+        return sum(self._ledger.work(i) for i in self.stacks[stack].members)
+
+    def set(self, stack: int, after: int) -> None:
+        """Go to some units, down or back up."""
+        for i in self.stacks[stack].members:
+            self._ledger.take(i, self.left[stack], after)
+        self.left[stack] = after
+
+    def give_back(self, stacks: Sequence[int]) -> None:
+        """Let units that fit again come back, stack after stack, since a last step went further than it had to."""
+        for stack in stacks:
+            while (have := self.left[stack]) < self.units(stack):
+                allowed = self.stacks[stack].allowed
+                self.set(stack, allowed[bisect_right(allowed, have)])
+                if self.broken():
+                    self.set(stack, have)
+                    break
+
+    def chosen(self) -> dict[str, int]:
+        """Units left by name of the group."""
+        return {curve.group.name: left for stack, left in enumerate(self.left) for curve in self.groups(stack)}
+
+    def impossible(self) -> BudgetError:
+        """The error for bounds that are broken where no step is left."""
+        reached, broken = self.cost.amounts(), self.broken()
+        return BudgetError(
+            f"Budget.{broken[0]}",
+            law="the smallest reachable model is within every bound",
+            got=", ".join(
+                f"{name} at most {self.bounds[name]} where the smallest is {reached[name]}" for name in broken
+            ),
+            cure="raise the bound, or allow families that shrink layers without channel groups",
+            smallest=reached,
+        )
+
+
+def stacks_of(
+    groups: Sequence[ChannelGroup],
+    *,
+    multiple_of: int = 1,
+    uniform: bool = False,
+    allowed: Callable[[Sequence[ChannelGroup]], Collection[int]] | None = None,
+) -> tuple[Stack, ...]:
+    """Which groups go together, and how far.
+
+    Args:
+        groups: All groups.
+        multiple_of: Kept units are multiples of this, where a group has so many.
+        uniform: Whether groups at the same place of like layers go together.
+        allowed: For groups that go together, which numbers of units smaller than the whole there may be; None is all.
+    """
+    numbers: dict[object, list[int]] = {}
+    for i, group in enumerate(groups):
+        numbers.setdefault(_place_of(group) if uniform else i, []).append(i)
+    stacks = []
+    for members in numbers.values():
+        own = [groups[i] for i in members]
+        units = own[0].units
+        fewer = range(multiple_of, units, multiple_of) if units > multiple_of else range(0)
+        fits = fewer if allowed is None else set(allowed(own))
+        stacks.append(Stack(tuple(members), (*(count for count in fewer if count in fits), units)))
+    return tuple(stacks)
+
+
+def _place_of(group: ChannelGroup) -> tuple[object, ...]:
+    """What groups at the same place of like layers have in common: their paths but for the numbers, and their size."""
+    paths = [re.sub(r"\d+", "*", path) for path in (group.name, *group.made, *group.read)]
+    return (group.units, *paths)
+
+
+class _Ledger:
+    """Channels left of every layer, and what the whole costs.
+
+    Args:
+        model: The original.
+        curves: One a group.
+        sites: From `find_sites`.
+    """
+
+    def __init__(self, model: nn.Module, curves: Sequence[RemovalCurve], sites: Sites) -> None:
+        self.cost = sites.cost
+        self._sites = {site.path: site for site in sites}
+        self._layers: dict[tuple[str, int, int], Cost] = {}
+        self._left = {site.path: [site.geometry.inputs, site.geometry.outputs] for site in sites}
+        parameters = dict(model.named_parameters())
+        tensors = {**parameters, **dict(model.named_buffers())}
+        weights = {f"{path}.weight" if path else "weight": path for path in self._sites}
+        biases = {f"{path}.bias" if path else "bias" for path in self._sites}
+        self._changes: list[dict[str, list[torch.Tensor]]] = []  # group → layer → inputs, outputs gone by units removed
+        self._carried: list[
+            torch.Tensor
+        ] = []  # group → parameters and bytes gone by units removed, shape (2, units + 1)
+        for curve in curves:
+            units, order = curve.group.units, curve.order
+            changes: dict[str, list[torch.Tensor]] = {}
+
+            def gone(own: Sequence[int], units: int = units, order: torch.Tensor = order) -> torch.Tensor:
+                places = torch.tensor(own)
+                counts = torch.bincount(places[places >= 0], minlength=units)[order]
+                return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+            for side, table in enumerate((curve.group.read, curve.group.made)):
+                for path, own in table.items():
+                    changes.setdefault(path, [torch.zeros(units + 1, dtype=torch.int64)] * 2)[side] = gone(own)
+            carried = torch.zeros(3, units + 1, dtype=torch.int64)
+            if curve.group.macs:
+                carried[2, 1:] = torch.tensor(curve.group.macs)[order].cumsum(0)
+            for name, axes in curve.group.carried.items():
+                if name in weights:  # a depthwise convolution
+                    both = gone(axes[0])
+                    changes[weights[name]] = [both, both]
+                elif name not in biases and name in tensors:
+                    value = tensors[name]
+                    for axis, own in axes.items():
+                        slices = gone(own) * (value.numel() // value.shape[axis])
+                        carried[0] += slices * (name in parameters)
+                        carried[1] += slices * value.element_size()
+            self._changes.append(changes)
+            self._carried.append(carried)
+
+    def saved(self, group: int, left: int, after: int) -> Cost:
+        """What a step saves."""
+        total = Cost()
+        units = self._carried[group].shape[1] - 1
+        for path, (inputs, outputs) in self._changes[group].items():
+            have_in, have_out = self._left[path]
+            fewer_in = int(inputs[units - after] - inputs[units - left])
+            fewer_out = int(outputs[units - after] - outputs[units - left])
+            after_in, after_out = have_in - fewer_in, have_out - fewer_out
+            total = total + self._layer(path, have_in, have_out) - self._layer(path, after_in, after_out)
+        gone = self._carried[group][:, units - after] - self._carried[group][:, units - left]
+        return total + Cost(int(gone[0]), int(gone[2]), int(gone[1]))
+
+    def take(self, group: int, left: int, after: int) -> None:
+        """Carry out a step, forwards or back."""
+        self.cost = self.cost - self.saved(group, left, after)
+        units = self._carried[group].shape[1] - 1
+        for path, (inputs, outputs) in self._changes[group].items():
+            self._left[path][0] -= int(inputs[units - after] - inputs[units - left])
+            self._left[path][1] -= int(outputs[units - after] - outputs[units - left])
+
+    def work(self, group: int) -> int:
+        """MACs of the layers that a group touches, as they are now."""
+        return sum(self._layer(path, *self._left[path]).macs for path in self._changes[group])
+
+    def _layer(self, path: str, inputs: int, outputs: int) -> Cost:
+        """Cost of a layer with so many channels left."""
+        known = self._layers.get((path, inputs, outputs))
+        if known is None:
+            site = self._sites[path]
+            groups = inputs if site.geometry.groups > 1 else 1
+            geometry = replace(site.geometry, inputs=inputs, outputs=outputs, groups=groups)
+            known = self._layers[path, inputs, outputs] = dense_cost(replace(site, geometry=geometry))
+        return known
