@@ -26,7 +26,6 @@ _LAYER_OPS = (
 )
 _SAME_VALUE = (aten.clone.default, aten.dropout.default, aten.contiguous.default, aten.alias.default)
 _ADDS = (aten.add.Tensor, operator.add)
-_RECTIFIERS = (aten.relu.default, aten.hardtanh.default, aten.clamp.default, aten.clamp_min.default, aten.relu6.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +39,7 @@ class Call:
         inside: Nodes of the layer's own code, `exit` included.
         norm: Name of the running mean of a batch norm that alone reads the output and can absorb a bias; None if none.
         skip: The other operand of the residual `add` that the output reaches through per-channel affine steps alone.
-        scale_nodes: Those steps, in order; also where they lead to a rectifier without an `add`.
-        bounds: What lies outside of them is cut off by a rectifier right behind the steps and the `add`; None if none.
+        scale_nodes: Those steps, in order.
     """
 
     path: str
@@ -51,7 +49,6 @@ class Call:
     norm: str | None
     skip: Node | None
     scale_nodes: tuple[Node, ...]
-    bounds: tuple[float, float] | None = None
 
 
 def find_calls(program: ExportedProgram, sites: Sites) -> list[Call]:
@@ -112,7 +109,8 @@ def _call(node: Node, site: str, path: str, data: int, buffers: dict[str, str]) 
         (user,) = exit_node.users
         if _is_batch_norm(user) and user.args[0] is exit_node and _channels_are_axis_1(exit_node, node):
             norm = buffers.get(_name(user.args[3]))
-    return Call(site, entry, exit_node, frozenset(inside), norm, *_behind(exit_node))
+    skip, steps = _residual(exit_node)
+    return Call(site, entry, exit_node, frozenset(inside), norm, skip, steps)
 
 
 def _channels_are_axis_1(exit_node: Node, layer: Node) -> bool:
@@ -122,12 +120,8 @@ def _channels_are_axis_1(exit_node: Node, layer: Node) -> bool:
     return isinstance(value, Tensor) and value.ndim == axes
 
 
-def _behind(start: Node) -> tuple[Node | None, tuple[Node, ...], tuple[float, float] | None]:
-    """Follow per-channel affine steps from a node to an `add`, or a rectifier, or both.
-
-    Returns:
-        The other operand of the `add`, the steps, and the bounds of the rectifier.
-    """
+def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
+    """Follow per-channel affine steps from a node to an `add`; the other operand, and the steps."""
     steps: list[Node] = []
     here = start
     while len(here.users) == 1:
@@ -135,51 +129,17 @@ def _behind(start: Node) -> tuple[Node | None, tuple[Node, ...], tuple[float, fl
         if user.target in _ADDS and len(user.args) == 2 and not user.kwargs:
             others = [arg for arg in user.args if arg is not here]
             if len(others) == 1 and isinstance(others[0], Node) and _same_shape(others[0], start):
-                return others[0], tuple(steps), _rectified(user)
-            return None, (), None
-        bounds = _bounds(user)
-        if bounds is not None:
-            return None, tuple(steps), bounds
+                return others[0], tuple(steps)
+            return None, ()
         norm = _is_batch_norm(user) and user.args[0] is here
         scaled = user.target in (aten.mul.Tensor, operator.mul) and _is_channel_scale(user, here)
         through = user.target in _SAME_VALUE or (user.target is operator.getitem and user.args[1] == 0)
         if not (norm or scaled or through) or (scaled and not _same_shape(user, start)):
-            return None, (), None
+            return None, ()
         if norm or scaled:
             steps.append(user)
         here = user
-    return None, (), None
-
-
-def _rectified(node: Node) -> tuple[float, float] | None:
-    """The bounds of a rectifier that alone reads a node."""
-    while len(node.users) == 1:
-        (node,) = node.users
-        if node.target not in _SAME_VALUE:
-            return _bounds(node)
-    return None
-
-
-def _bounds(node: Node) -> tuple[float, float] | None:
-    """Outside of what a node cuts its input off; None where it is no rectifier."""
-    if node.target not in _RECTIFIERS:
-        return None
-    given = [*node.args[1:], *node.kwargs.values()]
-    if any(isinstance(bound, Node) for bound in given):
-        return None
-    names = [argument.name for argument in node.target._schema.arguments]
-    own = {**dict(zip(names[1:], node.args[1:], strict=False)), **node.kwargs}
-    if node.target is aten.relu.default:
-        return 0.0, float("inf")
-    if node.target is aten.relu6.default:
-        return 0.0, 6.0
-    if node.target is aten.hardtanh.default:
-        return float(own.get("min_val", -1.0)), float(own.get("max_val", 1.0))  # type: ignore[arg-type]
-    low, high = own.get("min"), own.get("max")
-    return (
-        float("-inf") if low is None else float(low),  # type: ignore[arg-type]
-        float("inf") if high is None else float(high),  # type: ignore[arg-type]
-    )
+    return None, ()
 
 
 def _is_channel_scale(node: Node, here: Node) -> bool:
@@ -191,10 +151,8 @@ def _is_channel_scale(node: Node, here: Node) -> bool:
     return isinstance(value, Tensor) and value.ndim <= 3 and others[0].name.startswith(("p_", "b_", "c_"))
 
 
-def channel_affine(
-    call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
-) -> tuple[Tensor | None, Tensor | None]:
-    """The factor `a` and the shift `c` of the steps behind a layer: `a·y + c` reaches the `add` or the rectifier.
+def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]) -> Tensor | None:
+    """The factor `a` by which the steps between a layer and its residual `add` scale each channel.
 
     Args:
         call: With `scale_nodes`.
@@ -202,28 +160,21 @@ def channel_affine(
         value_of: Gives the tensor of a parameter or buffer node.
 
     Returns:
-        Tensors that broadcast against the output, or None for a factor of 1 and a shift of 0.
+        A tensor that broadcasts against the output, or None for a factor of 1.
     """
     scale: Tensor | None = None
-    shift: Tensor | None = None
     for node in call.scale_nodes:
-        own: Tensor | None = None
         if _is_batch_norm(node):
-            weight, bias, mean, variance = node.args[1:5]
-            step = (value_of(variance).double() + _batch_norm_eps(node)).rsqrt()  # type: ignore[arg-type]
+            weight, variance, eps = node.args[1], node.args[4], _batch_norm_eps(node)
+            step = (value_of(variance).double() + eps).rsqrt()  # type: ignore[arg-type]
             if weight is not None:
                 step = step * value_of(weight).double()  # type: ignore[arg-type]
-            own = -step * value_of(mean).double()  # type: ignore[arg-type]
-            if bias is not None:
-                own = own + value_of(bias).double()  # type: ignore[arg-type]
-            places = (-1, *[1] * (len(shape) - 2))
-            step, own = step.reshape(places), own.reshape(places)
+            step = step.reshape(-1, *[1] * (len(shape) - 2))
         else:
             other = next(arg for arg in node.args if isinstance(arg, Node) and arg.op == "placeholder")
             step = value_of(other).double()
         scale = step if scale is None else scale * step
-        shift = own if shift is None else shift * step + (0.0 if own is None else own)
-    return scale, shift
+    return scale
 
 
 def _is_batch_norm(node: Node) -> bool:

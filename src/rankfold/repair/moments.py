@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,24 +47,13 @@ class PairMoments:
             inputs: `x'`, shape (groups, positions, n).
             targets: `y`, shape (groups, positions, out).
         """
+        wide = self.xx.dtype
         self.count += inputs.shape[1]
         self.xx += gram(inputs)
-        self.x += total(inputs)
-        self.aim(inputs, targets)
-
-    def same_inputs(self) -> PairMoments:
-        """The same inputs, and no target seen yet."""
-        return replace(self, yx=torch.zeros_like(self.yx), y=torch.zeros_like(self.y), yy=torch.zeros_like(self.yy))
-
-    def aim(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add the targets of inputs that were added before; shapes as in `update`."""
         self.yx += cross(targets, inputs)
+        self.x += total(inputs)
         self.y += total(targets)
-        self.yy += targets.to(self.yy.dtype).square().sum((1, 2))
-
-    def sum_targets(self, world: World) -> None:
-        """Take in the targets that all other processes saw."""
-        world.sum_([self.yx, self.y, self.yy])
+        self.yy += targets.to(wide).square().sum((1, 2))
 
     def sum_over(self, world: World) -> None:
         """Take in the positions that all other processes saw."""

@@ -36,7 +36,6 @@ class Lockstep:
     dense: bool = True
     samples_per_feature: int = 48
     batch: int = 128
-    rectified: int = 3
     reestimate_batch_norms: bool = False
 
     def __post_init__(self) -> None:

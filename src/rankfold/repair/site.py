@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import TypeAlias
@@ -16,19 +16,21 @@ from rankfold.decompositions import Moments, factorise
 from rankfold.errors import NumericsError
 from rankfold.factors import Factors
 from rankfold.graph.lockstep import Arrival
+from rankfold.graph.regions import channel_scale
 from rankfold.graph.sites import Site
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.repair.moments import PairMoments
 from rankfold.repair.options import Lockstep
-from rankfold.repair.rectified import Behind, relaxed
 from rankfold.repair.solve import as_moments, best_bias, ridge
 from rankfold.repair.widened import channel_axis, narrowed
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import chunks
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import enough_positions, generator
+
+SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
 
 
 @dataclass(eq=False)
@@ -129,14 +131,8 @@ class SiteSolver:
         cut = self._kept.get(path, Kept()).inputs is not None
         if decision.method is None and not cut and (not self._options.dense or untouched):
             return Solved(layer)
-        rectify = decision.method is None and cut
-        behind = Behind.of(arrival, absorb_skip=self._options.absorb_skip, rectify=rectify)
-        fit, held = self._moments(arrival, layer, adapter, behind)
+        fit, held = self._moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
-        if behind is not None and behind.low is not None and self._options.rectified:
-            fit, held = self._rectified(
-                arrival, layer, adapter, behind, fit, held, bias=adapter.geometry(layer).bias or norm is not None
-            )
         turn, self._turn = self._turn, self._turn + 1
         mine = self._share.world.owns(turn)
         solved = self._solved(decision, layer, adapter, norm, fit, held) if mine else None
@@ -228,18 +224,30 @@ class SiteSolver:
         """The output weighting of a site, where gradients were collected."""
         return None if self._stats is None else self._stats.gradient_gram(path, group)
 
-    def _moments(
-        self, arrival: Arrival, layer: nn.Module, adapter: Adapter, behind: Behind | None
-    ) -> tuple[PairMoments, PairMoments]:
+    def _moments(self, arrival: Arrival, layer: nn.Module, adapter: Adapter) -> tuple[PairMoments, PairMoments]:
         """Moments of (x', target) over fitted and held-out samples, at positions drawn by the seed."""
         geometry = adapter.geometry(layer)
         first: Tensor = arrival.inputs.compressed[0]
+        kept, axis = self._kept.get(arrival.call.path, Kept()), channel_axis(layer)
         shape = (geometry.groups, geometry.features, geometry.canonical_shape[0])
         fit, held = (PairMoments.zeros(*shape, first.device) for _ in range(2))
-        for patches, (wanted, *_), mask in self._rows(arrival, layer, adapter, behind):
-            for moments, chosen in ((fit, ~mask), (held, mask)):
-                if bool(chosen.any()):
-                    moments.update(_of_samples(patches, chosen), _of_samples(wanted, chosen))
+        scale = self._inverse_scale(arrival)
+        for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
+            positions = self._positions(adapter, layer, inputs, self._share.numbers[i])
+            mask = self._share.held[i].to(inputs.device)
+            if inputs.shape[0] != len(mask) or not _is_batched(adapter, layer, inputs):  # no sample can be told apart
+                mask = torch.zeros(inputs.shape[0], dtype=torch.bool, device=inputs.device)
+            read = [target]
+            if scale is not None and arrival.skip is not None:
+                read += [arrival.skip.original[i], arrival.skip.compressed[i], scale.expand(target.shape)]
+            inputs, read = narrowed(inputs, axis, kept.inputs), [narrowed(each, axis, kept.outputs) for each in read]
+            for samples, patches, (wanted, *skip) in chunks(adapter, layer, inputs, read, positions):
+                if skip:
+                    original, compressed, factor = skip
+                    wanted = wanted + (original - compressed) * factor
+                for moments, chosen in ((fit, ~mask[samples]), (held, mask[samples])):
+                    if bool(chosen.any()):
+                        moments.update(_of_samples(patches, chosen), _of_samples(wanted, chosen))
         fit.sum_over(self._share.world)
         held.sum_over(self._share.world)
         for moments, part in ((fit, "fitted"), (held, "held-out")):
@@ -252,52 +260,6 @@ class SiteSolver:
                 )
         return fit, held
 
-    def _rectified(
-        self,
-        arrival: Arrival,
-        layer: nn.Module,
-        adapter: Adapter,
-        behind: Behind,
-        fit: PairMoments,
-        held: PairMoments,
-        *,
-        bias: bool,
-    ) -> tuple[PairMoments, PairMoments]:
-        """The same inputs against targets that ask nothing of what the rectifier cuts off."""
-        originals = widen(adapter.canonical(layer))
-        for _ in range(self._options.rectified):
-            weights = torch.stack(
-                [ridge(fit, g, w.flatten(1), bias=bias, strength=self._options.ridge) for g, w in enumerate(originals)]
-            )
-            shifts = torch.stack([best_bias(fit, g, w) if bias else w.new_zeros(len(w)) for g, w in enumerate(weights)])
-            fit, held = fit.same_inputs(), held.same_inputs()
-            for patches, (wanted, low, high), mask in self._rows(arrival, layer, adapter, behind):
-                predicted = patches @ weights.mT.to(patches.dtype) + shifts[:, None].to(patches.dtype)
-                target = relaxed(wanted, predicted, low, high)
-                for moments, chosen in ((fit, ~mask), (held, mask)):
-                    if bool(chosen.any()):
-                        moments.aim(_of_samples(patches, chosen), _of_samples(target, chosen))
-            fit.sum_targets(self._share.world)
-            held.sum_targets(self._share.world)
-        return fit, held
-
-    def _rows(
-        self, arrival: Arrival, layer: nn.Module, adapter: Adapter, behind: Behind | None
-    ) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
-        """Patches, targets (and below and above which values a rectifier cuts off), and which samples are held out."""
-        kept, axis = self._kept.get(arrival.call.path, Kept()), channel_axis(layer)
-        for i, inputs in enumerate(arrival.inputs.compressed):
-            positions = self._positions(adapter, layer, inputs, self._share.numbers[i])
-            mask = self._share.held[i].to(inputs.device)
-            if inputs.shape[0] != len(mask) or not _is_batched(adapter, layer, inputs):  # no sample can be told apart
-                mask = torch.zeros(inputs.shape[0], dtype=torch.bool, device=inputs.device)
-            read = [arrival.outputs[i]]
-            if behind is not None:
-                read = [behind.target(arrival, i), *(behind.ends(arrival, i) or ())]
-            inputs, read = narrowed(inputs, axis, kept.inputs), [narrowed(each, axis, kept.outputs) for each in read]
-            for samples, patches, outputs in chunks(adapter, layer, inputs, read, positions):
-                yield patches, outputs, mask[samples]
-
     def _positions(self, adapter: Adapter, layer: nn.Module, inputs: Tensor, number: int) -> Tensor | None:
         size, _ = adapter.sample_size(layer, inputs)
         geometry = adapter.geometry(layer)
@@ -306,6 +268,17 @@ class SiteSolver:
         if available <= wanted:
             return None
         return torch.randperm(available, generator=generator(self._plan.seed, number))[:wanted].sort().values
+
+    def _inverse_scale(self, arrival: Arrival) -> Tensor | None:
+        """`1/a` of the steps to the residual `add`; None where no error of a skip branch is to be taken up."""
+        if not self._options.absorb_skip or arrival.skip is None or arrival.skip.same:
+            return None
+        output: Tensor = arrival.outputs[0]
+        factor = channel_scale(arrival.call, output.shape, arrival.tensor)
+        if factor is None:
+            return output.new_ones(())
+        size = factor.abs()
+        return torch.where(size > SMALL_SCALE * size.median(), 1 / factor, 0.0).to(output.dtype)
 
     def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: _Candidate) -> nn.Module:
         weight, has_bias = adapter.canonical(layer), adapter.geometry(layer).bias
