@@ -62,7 +62,7 @@ def examine(case: Case, *, trace_only: bool = False, kept: float = KEPT) -> Cove
     model, data = case.make(), case.data()
     sites = rf.find_sites(model, data[0])
     channels = rf.find_channels(model, sites)
-    macs = {site.path: site.macs for site in sites}
+    macs = {site.path: site.macs for site in (*sites, *sites.fixed)}
     whole = max(sites.cost.macs, 1)
     touched = {path for group in channels for path in (*group.made, *group.read)}
     touched |= {name.removesuffix(".weight") for group in channels for name in group.carried}  # depthwise layers

@@ -11,9 +11,9 @@ from torch import nn
 
 from rankfold.channels.narrowing import fold_and_cut_
 from rankfold.curves import needed
-from rankfold.errors import DataError, OptionError, shown
+from rankfold.errors import DataError, OptionError, SiteError, shown
 from rankfold.graph.regions import find_calls
-from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.graph.sites import Site, Sites, check_model, find_sites
 from rankfold.graph.trace import Batch
 from rankfold.graph.values import Spill
 from rankfold.plan import Decision, Plan
@@ -120,8 +120,8 @@ def carry_out(
             norms = {}
             if plan.repair is None and sites.graph.program is not None:  # a repair finds the norms' shifts itself
                 norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
-        stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms)
-        base, shells = target, replace(plan, cuts={})
+        stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms, plan.attributes)
+        base, shells = target, replace(plan, cuts={}, attributes={})
     if plan.repair is None:
         return install_shells(target, shells, shared_out(filler(stats), world)), ()
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
@@ -168,6 +168,24 @@ def _checked(
         norms = reestimate_batch_norms(result, Split(batches, HELD_OUT, held_out=False), world=world)
         remarks.append(f"running moments of {len(norms)} batch norms were estimated anew, as asked")
     return remarks
+
+
+def decided_sites(sites: Sites, plan: Plan) -> tuple[Site, ...]:
+    """The sites that a plan decides on, in its order.
+
+    Raises:
+        SiteError: It decides on a layer that is no site, or factorises one whose place no other module can take.
+    """
+    found = tuple(sites.at(decision.site) for decision in plan.decisions)
+    for site, decision in zip(found, plan.decisions, strict=True):
+        if site.fixed and decision.method is not None:
+            raise SiteError(
+                repr(site.path),
+                law="the path of a site",
+                got=f"a layer that can only lose channels ({site.fixed})",
+                cure="make the decision dense",
+            )
+    return found
 
 
 def shared_out(fill: Fill, world: World) -> Fill:
@@ -220,7 +238,8 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     found = find_sites(model, next(iter(batches)))
     if target is not model:
         check_copy(model, next(iter(batches)))
-    decided = replace(found, sites=tuple(found.at(decision.site) for decision in plan.decisions))
+    found = found.with_fixed() if plan.cuts else found
+    decided = replace(found, sites=decided_sites(found, plan))
     if stats is None:
         stats = _collected(model, batches, decided, names, plan)
     changed, _ = carry_out(model, target, plan, sites=decided, stats=stats, batches=batches)

@@ -77,7 +77,7 @@ def measure(
     weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
     with progress("curves", len(sites)) as advance:
         for number, site in enumerate(sites):
-            for method in families:
+            for method in families if not site.fixed else ():
                 if method.refuses(site.geometry.canonical_shape) is None and _saves(site, method):
                     own = world.owns(number)
                     curves.append(_curve(site, modules[site.path], method, stats, weighted=weighted, known=own))

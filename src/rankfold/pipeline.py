@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.applying import decided_sites
 from rankfold.channels.widths import WidthSelector
 from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
@@ -127,6 +128,8 @@ def compress(
     check_progress(progress)
     limit = parse_memory(memory)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
+    if any(isinstance(method, Interpolative) for method in families):
+        job.sites = job.sites.with_fixed()
     if job.sites.graph.program is None:
         repair = None
     chosen_by = [type(method).__name__ for method in (*families, selector)]
@@ -225,7 +228,9 @@ def execute(
     budget = budget_of(plan.budget, "plan")
     check_plan(model, plan)
     job = Job.start(model, data, progress, limit=parse_memory(memory))
-    decided = tuple(job.sites.at(decision.site) for decision in plan.decisions)
+    if plan.cuts:
+        job.sites = job.sites.with_fixed()
+    decided = decided_sites(job.sites, plan)
     left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)
     job.sites = replace(job.sites, sites=decided, skips=(*job.sites.skips, *left))
     job.notes.append("a given plan was carried out")

@@ -12,7 +12,7 @@ from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError, PlanError, near_matches, shown
 from rankfold.factors import Rank
 from rankfold.graph.sites import Skip
-from rankfold.ranks import Budget, RankSelector
+from rankfold.ranks import Budget, Selector
 from rankfold.registry import from_json, to_json
 from rankfold.serialization import canonical_json, parse_json, read_json
 from rankfold.statistics.draws import SEED_LAW, is_seed
@@ -123,6 +123,7 @@ class Plan:
         channels: One a group of channels of which some are removed.
         cuts: What that leaves of every tensor: parameter or buffer → axis → indices that stay. Decisions are on the
             layers as the cuts leave them.
+        attributes: New values of numbers that modules keep about their channels (heads): path → attribute → value.
     """
 
     decisions: tuple[Decision, ...]
@@ -136,12 +137,14 @@ class Plan:
     repair: Mapping[str, Any] | None = None
     channels: tuple[ChannelDecision, ...] = ()
     cuts: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
+    attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Canonical JSON text: equal plans give equal bytes."""
         removed: dict[str, Any] = {
             "channels": [decision.to_json() for decision in self.channels],
             "cuts": {name: {str(axis): list(kept) for axis, kept in axes.items()} for name, axes in self.cuts.items()},
+            "attributes": {path: dict(own) for path, own in self.attributes.items()},
         }
         return canonical_json(
             {
@@ -183,6 +186,7 @@ class Plan:
                 cure="write it again with this release, or read it with the release that wrote it",
             )
         optional = {"model", "budget", "selector", "seed", "calibration", "skips", "repair", "channels", "cuts"}
+        optional |= {"attributes"}
         keys = _object(value, place, required={"version", "decisions", "fingerprint"}, optional=optional)
         kinds = {
             "decisions": list,
@@ -196,6 +200,7 @@ class Plan:
             "repair": dict,
             "channels": list,
             "cuts": dict,
+            "attributes": dict,
         }
         for key, kind in kinds.items():
             if keys.get(key) is None and key in {"selector", "repair"}:
@@ -223,7 +228,7 @@ class Plan:
             seen.add(decision.site)
         budget_of(keys.get("budget", {}), place)
         if keys.get("selector") is not None:
-            from_json(keys["selector"], RankSelector, place=f"{place}.selector")
+            from_json(keys["selector"], Selector, place=f"{place}.selector")
         if not is_seed(keys.get("seed", 0)):
             raise PlanError(f"{place}.seed", law=SEED_LAW, got=shown(keys["seed"]), cure="correct it")
         samples = keys.get("calibration", {}).get("gradient_samples", 1)
@@ -249,6 +254,7 @@ class Plan:
                 for i, item in enumerate(keys.get("channels", []))
             ),
             {name: _axes(value, f"{place}.cuts.{name}") for name, value in keys.get("cuts", {}).items()},
+            {path: _numbers(value, f"{place}.attributes.{path}") for path, value in keys.get("attributes", {}).items()},
         )
 
     def at(self, site: str) -> Decision:
@@ -293,6 +299,13 @@ def _axes(value: Any, place: str) -> dict[int, tuple[int, ...]]:
     if not isinstance(value, dict) or not all(axis in ("0", "1") for axis in value):
         raise PlanError(place, law='an object with axes "0" or "1"', got=shown(value), cure="make the plan again")
     return {int(axis): _ascending(kept, f"{place}.{axis}") for axis, kept in value.items()}
+
+
+def _numbers(value: Any, place: str) -> dict[str, int]:
+    """A JSON object of positive whole numbers."""
+    if isinstance(value, dict) and all(type(number) is int and number > 0 for number in value.values()):
+        return dict(value)
+    raise PlanError(place, law="an object of whole numbers of at least 1", got=shown(value), cure="correct it")
 
 
 def _pair(first: object, second: object) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankfold.channels.narrowing import Cuts, kept_of, narrow_, narrowed_geometry
+from rankfold.channels.narrowing import Attributes, Cuts, kept_of, narrow_, narrowed_geometry
 from rankfold.curves import moments_of
 from rankfold.decompositions import factorise
 from rankfold.errors import ModelError, PlanError, near_matches, shown
@@ -45,6 +45,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             cure="make a plan for this model",
         )
     check_cuts(model, plan.cuts)
+    check_attributes(model, plan.attributes)
     modules = dict(model.named_modules(remove_duplicate=False))
     decided: dict[int, str] = {}
     for decision in plan.decisions:
@@ -112,6 +113,24 @@ def check_cuts(model: nn.Module, cuts: Cuts) -> None:
                 )
 
 
+def check_attributes(model: nn.Module, attributes: Attributes) -> None:
+    """Refuse numbers that no module keeps.
+
+    Raises:
+        PlanError: Naming the attribute.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, own in attributes.items():
+        for name in own:
+            if path not in modules or type(vars(modules[path]).get(name)) is not int:
+                raise PlanError(
+                    f"{path}.{name}",
+                    law="a whole number that a module of the model keeps",
+                    got="no such attribute" if path in modules else f"no module {path!r}",
+                    cure="make the plan again",
+                )
+
+
 def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn.Module:
     """Cut the channels that go, and replace every decided layer by its shell, under all paths of the module.
 
@@ -123,7 +142,7 @@ def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn
     Returns:
         The root, which is a new module where the model itself is the layer.
     """
-    narrow_(model, plan.cuts)
+    narrow_(model, plan.cuts, plan.attributes)
     modules = dict(model.named_modules(remove_duplicate=False))
     replaced: dict[int, nn.Module] = {}
     for decision in plan.changes:

@@ -17,6 +17,7 @@ from rankfold.linalg.precision import widen
 from rankfold.statistics import Statistics
 
 Cuts = Mapping[str, Mapping[int, tuple[int, ...]]]  # parameter or buffer → axis → indices that stay
+Attributes = Mapping[str, Mapping[str, int]]  # path of a module → attribute → its value
 FOLD_DAMPING = 1e-6
 
 
@@ -99,13 +100,36 @@ def narrowed_geometry(geometry: Geometry, kept: Kept) -> Geometry:
     return replace(geometry, inputs=inputs, outputs=outputs, groups=groups)
 
 
-def narrow_(model: nn.Module, cuts: Cuts) -> nn.Module:
-    """Cut the tensors of a model, and set the attributes of its layers that say their sizes.
+def attributes_of(groups: Sequence[ChannelGroup], masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
+    """The numbers that modules keep, as they are when some units are gone.
+
+    Args:
+        groups: Channel groups.
+        masks: For some of them by name, a mask over the units: True stays.
+    """
+    changed: dict[str, dict[str, int]] = {}
+    for group in groups:
+        mask = masks.get(group.name)
+        if mask is None or bool(mask.all()):
+            continue
+        for path, own in group.attributes.items():
+            for name, value in own.items():
+                changed.setdefault(path, {})[name] = value // group.units * int(mask.sum())
+    return changed
+
+
+def narrow_(model: nn.Module, cuts: Cuts, attributes: Attributes | None = None) -> nn.Module:
+    """Cut the tensors of a model, and set the attributes of its modules that say their sizes.
 
     Args:
         model: Changed in place; parameters are replaced by new ones.
         cuts: What stays.
+        attributes: New values of numbers that modules keep.
     """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, own in ({} if attributes is None else attributes).items():
+        for name, value in own.items():
+            setattr(modules[path], name, value)
     for path, module in list(model.named_modules()):
         prefix = f"{path}." if path else ""
         for table in (module._parameters, module._buffers):
@@ -239,6 +263,7 @@ def fold_and_cut_(
     cuts: Cuts,
     stats: Statistics | None,
     norms: Mapping[str, str | None] | None,
+    attributes: Attributes | None = None,
 ) -> Statistics | None:
     """Fold and cut the channels of a copy.
 
@@ -249,11 +274,12 @@ def fold_and_cut_(
         cuts: What stays.
         stats: Of the original.
         norms: As for `fold_`; None folds nothing.
+        attributes: As for `narrow_`.
 
     Returns:
         The statistics of what stays.
     """
     if stats is not None and norms is not None:
         fold_(target, sites, cuts, stats, norms)
-    narrow_(target, cuts)
+    narrow_(target, cuts, attributes)
     return None if stats is None else narrowed_statistics(stats, model, sites, cuts, fingerprint(target))

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve, even, removal_curves
+from rankfold.channels.heads import EMBEDDINGS, HEADS, with_attributes
 from rankfold.channels.ledger import Stack, Widths, stacks_of
-from rankfold.channels.narrowing import cuts_of, fold_and_cut_, narrow_, narrowed_sites
+from rankfold.channels.narrowing import attributes_of, cuts_of, fold_and_cut_, narrow_, narrowed_sites
 from rankfold.channels.stock import is_stock, stock_units
 from rankfold.channels.widths import WidthSelector
 from rankfold.curves import measure
@@ -91,7 +92,9 @@ class Remover:
         groups: list[ChannelGroup] = [group for group in channels if even(group)]
         skips = {skip.path: skip.reason for skip in channels.skips}
         skips |= {group.name: "frozen: its units are read unevenly" for group in channels if group not in groups}
+        groups = [with_attributes(model, group, HEADS) for group in groups]
         if groups and why_not(model, groups, example) is not None:
+            groups = [_runnable(model, group, example) for group in groups]
             tried = {group.name: why_not(model, [group], example) for group in groups}
             skips |= {
                 name: f"frozen: the model fails without one of them ({why})" for name, why in tried.items() if why
@@ -170,11 +173,12 @@ class Remover:
                     )
                 )
         masks = {decision.group: _mask(decision) for decision in decided}
-        cuts = cuts_of(self.model, [curve.group for curve in self.curves], masks)
+        groups = [curve.group for curve in self.curves]
+        cuts, attributes = cuts_of(self.model, groups, masks), attributes_of(groups, masks)
         if share < 1 and families:
             narrow = copied(self.model)
             norms = self.norms if self.method.fold else None
-            stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms)
+            stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms, attributes)
             sites = replace(
                 self.sites,
                 sites=narrowed_sites(self.model, self.sites, cuts),
@@ -207,18 +211,28 @@ class Remover:
             skips=(*plan.skips, *(Skip(path, f"channels {reason}") for path, reason in self.skips.items())),
             channels=tuple(decided),
             cuts=cuts,
+            attributes=attributes,
         )
 
 
 def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch) -> str | None:
     """What a model raises when each of some groups loses its last unit; None where it runs."""
     masks = {group.name: torch.arange(group.units) < group.units - 1 for group in groups}
-    narrow = narrow_(copied(model), cuts_of(model, groups, masks))
+    narrow = narrow_(copied(model), cuts_of(model, groups, masks), attributes_of(groups, masks))
     try:
         run_one(narrow, example)
     except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
         return f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
     return None
+
+
+def _runnable(model: nn.Module, group: ChannelGroup, example: Batch) -> ChannelGroup:
+    """The group with the attributes with which its units can go; as it is where none help."""
+    for names in (HEADS, (*HEADS, *EMBEDDINGS), ()):
+        changed = with_attributes(model, group, names)
+        if why_not(model, [changed], example) is None:
+            return changed
+    return group
 
 
 def _mask(decision: ChannelDecision) -> torch.Tensor:

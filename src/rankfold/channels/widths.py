@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -51,20 +52,30 @@ class RemovalGreedy(WidthSelector):
     Attributes:
         relative: How much errors relative to each reader's own output count beside those weighted by what the model's
             output feels, in [0, 1]; both are scaled so that losing every group costs 1.
+        evenness: How far the sizes are drawn towards those of `SameShare`, in [0, 1]. Prices of single groups do not
+            add up where many are cut; on the networks we measured, half-way was better than either end.
     """
 
     relative: float = 0.0
+    evenness: float = 0.0
 
     def __post_init__(self) -> None:
-        number = isinstance(self.relative, (int, float)) and not isinstance(self.relative, bool)
-        if not number or not 0 <= self.relative <= 1:
-            raise OptionError(
-                "RemovalGreedy.relative", law="a number in [0, 1]", got=repr(self.relative), cure="try 0.8, or 0"
-            )
+        for name in ("relative", "evenness"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise OptionError(
+                    f"RemovalGreedy.{name}", law="a number in [0, 1]", got=repr(value), cure="try 0.5, or 0"
+                )
 
     def select(self, widths: Widths) -> None:
         """See `WidthSelector.select`."""
         errors = _errors(widths, self.relative)
+        even = list(widths.left)
+        if self.evenness > 0:
+            SameShare().select(widths)
+            even = list(widths.left)
+            for s in _all(widths):
+                widths.set(s, widths.units(s))
         steps = [max(1, widths.units(s) // STEPS) for s in _all(widths)]
         while broken := widths.broken():
             best, chosen = float("inf"), None
@@ -86,6 +97,10 @@ class RemovalGreedy(WidthSelector):
             gone = widths.units(s) - widths.left[s]
             return float(errors[s][gone] - errors[s][max(0, gone - steps[s])])
 
+        if self.evenness > 0:
+            _shrink(
+                widths, [self.evenness * a + (1 - self.evenness) * b for a, b in zip(even, widths.left, strict=True)]
+            )
         widths.give_back(sorted(_all(widths), key=last, reverse=True))
 
 
@@ -159,6 +174,16 @@ class InterpolativeGreedy(WidthSelector):
             widths.set(*chosen)
 
 
+def _shrink(widths: Widths, wanted: Sequence[float]) -> None:
+    """Go to the largest multiple of some sizes that the bounds let be."""
+    for percent in range(110, -1, -1):
+        for s in _all(widths):
+            widths.set(s, widths.rounded(s, max(1, int(wanted[s] * percent / 100))))
+        if not widths.broken():
+            return
+    raise widths.impossible()
+
+
 def _all(widths: Widths) -> range:
     return range(len(widths.stacks))
 
@@ -184,6 +209,6 @@ def _errors(widths: Widths, relative: float) -> list[torch.Tensor]:
 
 SIZES: dict[str, WidthSelector] = {
     "weighted": RemovalGreedy(),
-    "blended": RemovalGreedy(relative=0.8),
+    "half-way": RemovalGreedy(evenness=0.5),
     "same share": SameShare(),
 }

@@ -27,6 +27,7 @@ class ChannelGroup:
         carried: Parameters and buffers that go along: name → axis → unit of every index.
         read: Layers that read them: path → unit of every input channel (feature of a linear layer).
         macs: MACs per sample that go with each unit beside those of the layers: attention of a head.
+        attributes: Numbers that modules keep and that shrink along: path of the module → attribute → its whole value.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ChannelGroup:
     carried: dict[str, dict[int, Units]] = field(hash=False)
     read: dict[str, Units] = field(hash=False)
     macs: tuple[int, ...] = ()
+    attributes: dict[str, dict[str, int]] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         """One line a role."""
@@ -97,7 +99,7 @@ def find_channels(model: nn.Module, sites: Sites) -> Channels:
 
     Args:
         model: The model.
-        sites: From `find_sites`; layers that are no sites freeze what they read, depthwise convolutions aside.
+        sites: From `find_sites`; layers that are neither sites nor fixed freeze what they read.
 
     Returns:
         The groups and skips; without a graph there is no group.
@@ -106,7 +108,8 @@ def find_channels(model: nn.Module, sites: Sites) -> Channels:
     if program is None:
         reason = f"no graph: {sites.graph.reason}"
         return Channels((), tuple(Skip(site.path, reason) for site in sites))
-    layers = {f"{path}.weight" if path else "weight": site.path for site in sites for path in site.paths}
+    known = (*sites, *sites.fixed)
+    layers = {f"{path}.weight" if path else "weight": site.path for site in known for path in site.paths}
     flow = follow(program, layers)
     return _grouped(flow)
 
@@ -129,7 +132,8 @@ def _grouped(flow: Flow) -> Channels:
     for members in _connected(free):
         units = {root: unit for unit, root in enumerate(dict.fromkeys(r for path in members for r in free[path]))}
         if len(units) < 2:
-            skips.append(Skip(members[0], "frozen: it is a single channel"))
+            mixed = {flow.root(number): why for number, why in flow.mixed.items()}
+            skips.append(Skip(members[0], f"frozen: {mixed.get(next(iter(units)), 'it is a single channel')}"))
             continue
 
         def places(numbers: Tensor, units: dict[int, int] = units) -> Units:

@@ -44,6 +44,7 @@ _SPATIAL = _names(
 _REDUCTIONS = _names("mean sum amax amin")
 _SOFTMAX = _names("softmax _softmax log_softmax _log_softmax")
 _BATCH_NORMS = _names("batch_norm _native_batch_norm_legit_no_training")
+_CONSTANT = _names("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor")
 _CONVOLUTIONS = _names("conv1d conv2d conv3d")
 
 
@@ -56,12 +57,14 @@ class Flow:
         read: For every layer that reads channels, the numbers of its input channels (features of a linear layer).
         carried: For every parameter or buffer that goes along with channels, axis → numbers.
         attended: For every attention the number of each head and the MACs of a head, per sample.
+        mixed: For numbers that an operator mixes with others, so that all go together, its name.
     """
 
     made: dict[str, Tensor] = field(default_factory=dict)
     read: dict[str, Tensor] = field(default_factory=dict)
     carried: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     attended: list[tuple[Tensor, int]] = field(default_factory=list)
+    mixed: dict[int, str] = field(default_factory=dict)
     _parents: list[int] = field(default_factory=list)
     _frozen: dict[int, str] = field(default_factory=dict)
 
@@ -71,6 +74,11 @@ class Flow:
             self._parents[number] = self._parents[self._parents[number]]
             number = self._parents[number]
         return number
+
+    def roots(self, numbers: Tensor) -> Tensor:
+        """Each number replaced by the one that stands for it."""
+        own, places = torch.unique(numbers, return_inverse=True)
+        return torch.tensor([n if n == STAYS else self.root(n) for n in own.tolist()])[places]
 
     def why_frozen(self, number: int) -> str | None:
         """Why a channel must stay; None where it may go."""
@@ -138,6 +146,8 @@ class _Walk:
         inputs = [argument for argument in node.all_input_nodes if self._numbers.get(argument) is not None]
         if name in _CONVOLUTIONS or name in ("linear", "addmm"):
             self._numbers[node] = self._layer(node, name)
+        elif name == "embedding":
+            self._numbers[node] = self._table(node)
         elif not inputs:
             return
         elif name in _BATCH_NORMS:
@@ -154,16 +164,16 @@ class _Walk:
             self._numbers[node] = self._padded(node)
         elif name in _SPATIAL:
             axes = 3 if name.partition("_with")[0].endswith("3d") else 1 if name.endswith("1d") else 2
-            numbers = self._without(node, inputs[0], range(-axes, 0), name)
+            numbers = self._without(inputs[0], range(-axes, 0), name)
             self._numbers[node] = [numbers, None] if "_with_indices" in name else numbers
         elif name in _REDUCTIONS:
             self._numbers[node] = self._reduced(node, inputs[0], name)
         elif name in _SOFTMAX:
-            self._numbers[node] = self._without(node, inputs[0], [_argument(node, "dim")], name)
-        elif name == "layer_norm":
-            self._numbers[node] = self._without(
-                node, inputs[0], range(-len(_argument(node, "normalized_shape")), 0), name
-            )
+            self._numbers[node] = self._mixing(inputs[0], [_argument(node, "dim")], name)
+        elif name in ("layer_norm", "rms_norm"):
+            self._numbers[node] = self._mixing(inputs[0], range(-len(_argument(node, "normalized_shape")), 0), name)
+        elif name == "group_norm":
+            self._numbers[node] = self._group_norm(node)
         elif name == "scaled_dot_product_attention":
             self._numbers[node] = self._attention(node)
         else:
@@ -206,6 +216,16 @@ class _Walk:
                 self.flow.carried.setdefault(self._names[bias], {})[0] = self.flow.made[path]
         return _along(self.flow.made[path], axis, len(shape))
 
+    def _table(self, node: Node) -> Tensor | None:
+        """An embedding makes channels of its own; they are removed only together with those of layers."""
+        weight: Any = node.args[0]
+        if weight not in self._names:
+            return None
+        name = self._names[weight]
+        if name not in self.flow.carried:
+            self._carry(name, 1, self.flow.fresh(_shape(weight)[1]))
+        return _along(self.flow.carried[name][1], -1, len(_shape(node)))
+
     def _grouped(
         self, weight: str, bias: Any, numbers: Tensor | None, groups: int, shape: Sequence[int]
     ) -> Tensor | None:
@@ -239,6 +259,25 @@ class _Walk:
                 self._carry(self._names[argument], 0, numbers.flatten())
         return numbers
 
+    def _group_norm(self, node: Node) -> Tensor | None:
+        """A group norm: all channels of a group go together, and its tensors go along."""
+        data: Any = node.args[0]
+        numbers, count = self._numbers.get(data), int(_scalar(_argument(node, "num_groups")))
+        weight = _argument(node, "weight")
+        if not isinstance(numbers, Tensor):
+            return None
+        if weight not in self._names or any(size > 1 for axis, size in enumerate(numbers.shape) if axis != 1):
+            self.flow.freeze(numbers, "a group norm without weights of its own, or along another axis, reads it")
+            return None
+        own = _spread(numbers, 1, _shape(data)[1]).reshape(count, -1)
+        first = own[:, :1].expand(own.shape)
+        self.flow.mixed.update(dict.fromkeys(own[:, 0].tolist(), "a group norm mixes all its channels"))
+        self.flow.unite(first, own, "a group norm mixes it with channels that must stay")
+        for argument in (weight, _argument(node, "bias")):
+            if isinstance(argument, Node):
+                self._carry(self._names[argument], 0, own.flatten())
+        return numbers
+
     def _elementwise(self, node: Node) -> Tensor | None:
         """Element by element: what meets goes together."""
         rank = len(_shape(node))
@@ -257,9 +296,12 @@ class _Walk:
                 others.append(argument)
         if tracked is None:
             return None
+        tracked = _compressed(self.flow.roots(tracked))
+        if tracked is None:
+            return None
         for argument in others:
             self._meets(argument, tracked)
-        return _compressed(tracked)
+        return tracked
 
     def _meets(self, argument: Node, numbers: Tensor) -> None:
         """A tensor without numbers meets channels: a parameter goes along, anything else must not tell them apart."""
@@ -286,7 +328,10 @@ class _Walk:
         operands: list[Any] = list(node.args[:3])
         read = [self._numbers.get(each) for each in operands]
         mask = _argument(node, "attn_mask")
-        own_mask = isinstance(mask, Node) and len(_shape(mask)) == 4 and _shape(mask)[1] > 1
+        by_mask = isinstance(mask, Node) and len(_shape(mask)) == 4 and _shape(mask)[1] > 1
+        masked = self._numbers.get(mask) if isinstance(mask, Node) else None
+        ready = isinstance(masked, Tensor) and masked.ndim == 4 and masked.numel() == masked.shape[1]
+        own_mask = by_mask and not ready and not _is_flat(mask, -3)
         followed = [each for each in read if isinstance(each, Tensor)]
         by_head = all(each.ndim == 4 and each.shape[0] == each.shape[2] == 1 for each in followed)
         if len(followed) < 3 or not by_head or own_mask:
@@ -304,6 +349,8 @@ class _Walk:
         first = values[:, :1]
         for each, heads in ((values, first), (keys, first), (queries, first.repeat_interleave(times, 0))):
             self.flow.unite(heads.expand(each.shape), each, "attention reads part of it")
+        if by_mask and isinstance(masked, Tensor) and ready:
+            self.flow.unite(first[:, 0].repeat_interleave(times), masked.flatten(), "attention reads part of it")
         _, _, asked, width = shapes[0]
         self.flow.attended.append((first[:, 0].repeat_interleave(times), asked * shapes[1][2] * (width + shapes[2][3])))
         return _compressed(values.repeat_interleave(times, 0)[None, :, None])
@@ -342,21 +389,31 @@ class _Walk:
             return None
         return _compressed(torch.nn.functional.pad(numbers.expand(_shape(data)), amounts, value=STAYS))
 
-    def _without(self, node: Node, argument: Node, axes: Iterable[int], name: str) -> Tensor | None:
-        """An operator that mixes along some axes and keeps the others apart."""
+    def _without(self, argument: Node, axes: Iterable[int], name: str) -> Tensor | None:
+        """An operator that reads along some axes what it cannot do without, and keeps the others apart."""
         numbers = self._numbers[argument]
         if any(numbers.shape[axis] > 1 for axis in axes):
             self.flow.freeze(numbers, f"{name} mixes channels")
             return None
         return numbers if isinstance(numbers, Tensor) else None
 
+    def _mixing(self, argument: Node, axes: Iterable[int], name: str) -> Tensor:
+        """An operator whose result depends on all along some axes, and on nothing else: they go together."""
+        numbers: Tensor = self._numbers[argument]
+        for axis in axes:
+            first = numbers.narrow(axis, 0, 1)
+            if numbers.shape[axis] > 1:
+                self.flow.mixed.update(dict.fromkeys(first.flatten().tolist(), f"{name} mixes all its channels"))
+                self.flow.unite(first, numbers, f"{name} mixes it with channels that must stay")
+            numbers = first
+        return numbers
+
     def _reduced(self, node: Node, argument: Node, name: str) -> Tensor | None:
         """A sum or mean over axes."""
         numbers: Tensor = self._numbers[argument]
         dim = _argument(node, "dim")
         axes = list(range(numbers.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
-        if self._without(node, argument, axes, name) is None:
-            return None
+        numbers = self._mixing(argument, axes, name)
         if _argument(node, "keepdim"):
             return numbers
         kept = [size for axis, size in enumerate(numbers.shape) if axis not in {a % numbers.ndim for a in axes}]
@@ -382,6 +439,16 @@ def _operator(node: Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.name.partition("::")[2].rstrip("_")
     return "getitem" if node.target is operator.getitem else str(getattr(node.target, "__name__", node.target))
+
+
+def _is_flat(node: Any, axis: int) -> bool:
+    """Whether a value is made so that it is the same all along an axis (counted from the end)."""
+    if not isinstance(node, Node):
+        return True
+    shape = _shape(node) if _is_tensor(node) else ()
+    if len(shape) < -axis or shape[axis] == 1 or _operator(node) in _CONSTANT:
+        return True
+    return _operator(node) in _ELEMENTWISE | {"expand"} and all(_is_flat(each, axis) for each in node.all_input_nodes)
 
 
 def _place(node: Node) -> int:

@@ -35,6 +35,7 @@ class Site:
         calls: For every call of a forward on one sample: the spatial size of the input, and how often the layer is
             applied in it (tokens of a linear layer; 1 for a convolution). Counts are per sample.
         element_size: Bytes of one weight element.
+        fixed: Why no other module can take the layer's place, where it can still lose channels; "" where one can.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Site:
     geometry: Geometry
     calls: tuple[tuple[tuple[int, ...], int], ...]
     element_size: int
+    fixed: str = ""
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -90,6 +92,7 @@ class Sites(Sequence[Site]):
         cost: Of the whole model.
         fingerprint: SHA-256 over the names, shapes and dtypes of the model's state.
         model: Name of the model's class.
+        fixed: Layers among the skips that can lose channels, though no other module can take their place.
     """
 
     sites: tuple[Site, ...]
@@ -98,6 +101,13 @@ class Sites(Sequence[Site]):
     cost: Cost
     fingerprint: str
     model: str
+    fixed: tuple[Site, ...] = ()
+
+    def with_fixed(self) -> Sites:
+        """The same with the fixed layers among the sites, for the removal of channels."""
+        paths = {site.path for site in self.fixed}
+        skips = tuple(skip for skip in self.skips if skip.path not in paths)
+        return replace(self, sites=(*self.sites, *self.fixed), skips=skips, fixed=())
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -168,21 +178,24 @@ def find_sites(
     seen = observe(model, example, layers)
     graph = trace(model, example)
     context = Context.of(model, graph, seen)
-    sites, skips = [], []
+    sites, skips, fixed = [], [], []
     for path, module, aliases in paths_of(model):
         reason = why_unfit(module)
         if reason is None and id(module) in layers:
             reason = why_entangled(path, module, aliases, context)
         if reason is not None:
             skips.append(Skip(path, reason))
-        elif id(module) in layers:
+        if id(module) in layers and (reason is None or reason.startswith("read elsewhere")):
             _, adapter = layers[id(module)]
             size = adapter.canonical(module).element_size()
             site = Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(seen[id(module)].calls), size)
-            if _has_room(site):
+            if reason is None and _has_room(site):
                 sites.append(site)
-            else:
-                skips.append(Skip(path, "no room: no factorisation of rank 1 is smaller than the layer"))
+                continue
+            if reason is None:
+                reason = "no room: no factorisation of rank 1 is smaller than the layer"
+                skips.append(Skip(path, reason))
+            fixed.append(replace(site, fixed=reason))
     found = Sites(
         tuple(sites),
         tuple(skips),
@@ -190,6 +203,7 @@ def find_sites(
         Cost(count_params(model), macs, count_bytes(model)),
         fingerprint(model),
         type(model).__name__,
+        tuple(fixed),
     )
     return select(found, only=only, exclude=exclude)
 
@@ -241,7 +255,8 @@ def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] =
             got=f"an empty selection, none of {len(found.sites)} layers",
             cure="leave `only` out for all layers" if only is not None and not only else "take a pattern out",
         )
-    return replace(found, sites=tuple(kept), skips=tuple(skips))
+    fixed = tuple(site for site in found.fixed if (only is None or matches(site, only)) and not matches(site, exclude))
+    return replace(found, sites=tuple(kept), skips=tuple(skips), fixed=fixed)
 
 
 def check_selection(only: Sequence[str] | None, exclude: Sequence[str]) -> None:

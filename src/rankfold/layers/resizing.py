@@ -21,5 +21,10 @@ def resize(module: Any) -> None:
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         kept = module.weight if module.running_mean is None else module.running_mean
         module.num_features = len(kept)
+    elif isinstance(module, nn.GroupNorm):
+        count = len(module.weight)
+        module.num_groups, module.num_channels = module.num_groups * count // module.num_channels, count
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = module.weight.shape[1]
     elif is_transformers_conv1d(module):
         module.nx, module.nf = module.weight.shape
