@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in absent.items():
             if reason is not None and item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_definitions: list[torch.library.Library] = []  # a Library undoes its definitions when it is collected
+
+
+@pytest.fixture(scope="session")
+def mended_torchvision() -> None:
+    """Where torchvision is built for another torch, define the schemas it stumbles over at import."""
+    try:
+        import torchvision
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        schemas = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _definitions.append(schemas)
+        import torchvision  # noqa: F401

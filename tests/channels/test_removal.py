@@ -90,11 +90,30 @@ class Attending(nn.Module):
         return y
 
 
+class Packed(nn.Module):
+    """Packed queries, keys and values, and numbers of heads that the module keeps, as in timm; group norms before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.attn_dim = 4, 6, 24
+        self.first, self.norm, self.embed = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(8, 16), nn.Conv2d(16, 12, 2, 2)
+        self.qkv, self.proj, self.head = nn.Linear(12, 72), nn.Linear(24, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(F.relu(self.norm(self.first(x)))).flatten(2).transpose(1, 2)
+        packed = self.qkv(h).reshape(len(h), 16, 3, self.num_heads, self.head_dim)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(h), 16, self.attn_dim)
+        y: Tensor = self.head((h + self.proj(attended)).mean(1))
+        return y
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "residual": Residual,
     "separable": Separable,
     "gated": Gated,
     "attending": Attending,
+    "packed": Packed,
 }
 
 
@@ -140,7 +159,9 @@ def test_the_structure_stays_and_the_budget_holds(
     assert amounts["params"] < whole["params"]
     assert out.report.after == count(out.model, data[0])
     rows = sum(row.after.params for row in out.report.rows if row.after is not None)
-    norms = sum(p.numel() for m in out.model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    norms = sum(
+        p.numel() for m in out.model.modules() if isinstance(m, (nn.BatchNorm2d, nn.GroupNorm)) for p in m.parameters()
+    )
     assert rows + norms == amounts["params"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     rf.save(out, tmp_path / "small")
@@ -192,6 +213,26 @@ def test_every_rule_gives_a_network_of_the_size_asked(rule: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(out.model.parameters(), again.model.parameters(), strict=True))
 
 
+def test_the_heads_a_module_counts_are_counted_anew() -> None:
+    model, data = _made("packed"), _images()
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[rf.Interpolative()], selector=rf.SameShare())
+    heads = len(next(decision for decision in out.plan.channels if decision.group == "qkv").kept)
+    assert heads < 4
+    assert out.plan.attributes == {"": {"num_heads": heads, "attn_dim": 6 * heads}}
+    assert (out.model.num_heads, out.model.head_dim, out.model.attn_dim) == (heads, 6, 6 * heads)
+    assert (model.num_heads, model.attn_dim) == (4, 24)
+    groups = out.model.norm
+    assert groups.num_groups < 8
+    assert (groups.num_channels, len(groups.weight)) == (2 * groups.num_groups, 2 * groups.num_groups)
+    wrong = replace(out.plan, attributes={"": {"heads": 2}})
+    with pytest.raises(PlanError, match="a whole number that a module of the model keeps"):
+        rf.apply(model, wrong, data)
+    edited = json.loads(out.plan.to_json())
+    edited["attributes"][""]["num_heads"] = 0
+    with pytest.raises(PlanError, match="whole numbers of at least 1"):
+        Plan.from_json(json.dumps(edited))
+
+
 def test_kept_units_are_multiples() -> None:
     method = rf.Interpolative(multiple_of=4)
     out = rf.compress(_made("residual"), _images(), budget=rf.Budget(params=0.6), families=[method])
@@ -204,7 +245,7 @@ def test_channels_and_ranks_share_one_budget() -> None:
     out = rf.compress(model, data, budget=rf.Budget(params=0.5), families=[rf.WhitenedSVD(), rf.Interpolative()])
     assert out.report.after.params <= 0.5 * out.report.before.params
     names = {candidate.selector for candidate in out.report.candidates}
-    assert names >= {"lagrangian", "channels, weighted", "channels, same share", "channels, blended + lagrangian"}
+    assert names >= {"lagrangian", "channels, weighted", "channels, same share", "channels, half-way + lagrangian"}
     assert sum(candidate.taken for candidate in out.report.candidates) == 1
     best = min(out.report.candidates, key=lambda candidate: candidate.divergence)
     assert best.taken

@@ -7,14 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import rankfold.job
 import rankfold.metrics.latency
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that `cli_networks:NAME` can be imported
-_definitions: list[torch.library.Library] = []  # a Library undoes its definitions when it is collected
 
 
 @pytest.fixture(autouse=True)
@@ -65,20 +63,3 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     assert done.code == 0, done.err
     return folder
-
-
-@pytest.fixture
-def mended_torchvision() -> None:
-    """Where torchvision is built for another torch, define the schemas it stumbles over at import."""
-    try:
-        import torchvision
-    except ModuleNotFoundError:
-        return
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        schemas = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _definitions.append(schemas)
-        import torchvision  # noqa: F401

@@ -146,10 +146,10 @@ FROZEN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
     "an operator that mixes": (lambda m, x: m.head(m.a(x).cumsum(1)), "cumsum is no operator"),
     "a norm over channels": (
         lambda m, x: m.head(nn.functional.layer_norm(m.a(x), (6, 8, 8))),
-        "layer_norm mixes channels",
+        "layer_norm mixes all its channels",
     ),
-    "softmax over channels": (lambda m, x: m.head(m.a(x).softmax(1)), "softmax mixes channels"),
-    "a mean over channels": (lambda m, x: m.head(m.a(x) - m.a(x).mean(1, keepdim=True)), "mean mixes channels"),
+    "softmax over channels": (lambda m, x: m.head(m.a(x).softmax(1)), "softmax mixes all its channels"),
+    "a mean over channels": (lambda m, x: m.head(m.a(x) - m.a(x).mean(1, keepdim=True)), "mean mixes all its channels"),
     "an input of the model": (lambda m, x: m.head(m.a(x) + x.repeat(1, 2, 1, 1)), "no parameter of one axis"),
     "a weight that is computed": (
         lambda m, x: nn.functional.conv2d(m.a(x), 2 * m.head.weight),
@@ -241,3 +241,81 @@ def test_an_unknown_name_is_refused_with_the_reason() -> None:
         channels.at("2")
     with pytest.raises(SiteError, match="an unknown name"):
         channels.at("nowhere")
+
+
+class Normalised(Attention):
+    """Queries and keys are normalised head by head, as in Qwen3."""
+
+    def __init__(self) -> None:
+        super().__init__(keys=2)
+        self.q_norm, self.k_norm = nn.RMSNorm(self.width), nn.LayerNorm(self.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (m(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for m in (self.q, self.k, self.v))
+        q, k = self.q_norm(q), self.k_norm(k)
+        y = nn.functional.scaled_dot_product_attention(
+            q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True
+        )
+        return x + self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_a_norm_within_heads_leaves_them_whole() -> None:
+    channels = _channels(nn.Sequential(Normalised(), nn.Linear(20, 20)), torch.zeros(2, 7, 20))
+    group = channels.at("0.q")
+    assert group.units == 2
+    assert set(group.made) == {"0.q", "0.k", "0.v"}
+    assert not any("norm" in name for name in group.carried)  # one weight serves every head
+
+
+def test_a_norm_over_all_channels_says_so() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.Linear(6, 4))
+    reasons = {skip.path: skip.reason for skip in _channels(model, torch.zeros(2, 8)).skips}
+    assert reasons["0"] == "frozen: layer_norm mixes all its channels"
+
+
+def test_a_group_norm_holds_its_groups_together() -> None:
+    model = nn.Sequential(conv(3, 12), nn.GroupNorm(4, 12), nn.ReLU(), conv(12, 4))
+    (group,) = _channels(model, IMAGE)
+    assert group.units == 4
+    assert group.made["0"] == group.carried["1.weight"][0] == tuple(unit for unit in range(4) for _ in range(3))
+
+
+class Positions(Attention):
+    """A bias for each head from a table, as in T5; a second attention gets a flat one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for bias in (self.table((torch.arange(7) - torch.arange(7)[:, None]).abs()).permute(2, 0, 1)[None], None):
+            q, k, v = (m(x).unflatten(-1, (-1, self.width)).transpose(1, 2) for m in (self.q, self.k, self.v))
+            mask = torch.zeros(1, 4, 7, 7) + torch.zeros(1, 1, 7, 7) if bias is None else bias
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            x = x + self.o(y.transpose(1, 2).flatten(2))
+        return x
+
+
+def test_a_table_of_biases_goes_with_its_heads() -> None:
+    channels = _channels(nn.Sequential(Positions(), nn.Linear(20, 20)), torch.zeros(2, 7, 20))
+    group = channels.at("0.q")
+    assert group.units == 4
+    assert group.carried["0.table.weight"] == {1: (0, 1, 2, 3)}
+
+
+def test_a_layer_whose_weight_is_looked_at_can_lose_channels() -> None:
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(8, 12), nn.Linear(12, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x).relu()
+            y: Tensor = self.head(self.second(h * (self.second.weight.sum() * 0 + 1)).relu())
+            return y
+
+    model = Looking().eval()
+    sites = find_sites(model, torch.zeros(2, 8))
+    assert [site.path for site in sites.fixed] == ["second"]
+    assert "second" in {skip.path for skip in sites.skips}
+    assert {"first", "second"} <= {path for group in find_channels(model, sites) for path in (*group.made, *group.read)}
