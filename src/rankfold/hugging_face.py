@@ -63,7 +63,7 @@ def save_pretrained(out: Compressed, path: str | Path, *, overwrite: bool = Fals
     stock = _stock(model, out.plan)
     target = Path(path)
     with tempfile.TemporaryDirectory(prefix=".rankfold-", dir=_existing(target)) as folder:
-        stock.save_pretrained(folder)
+        stock.save_pretrained(folder, state_dict={name: stock.state_dict()[name] for name in model.state_dict()})
         files = sorted(file for file in Path(folder).iterdir() if file.is_file())
         write_directory(target, {file.name: _moving(file) for file in files}, overwrite=overwrite)
 
@@ -98,7 +98,7 @@ def _stock(model: Any, plan: Plan) -> Any:
             cure="compress with families=[rankfold.Interpolative(uniform=True)], or use rankfold.save",
         )
     built = type(model)(configured(model.config, entries)).to(model.dtype).eval()
-    built.load_state_dict(model.state_dict())
+    built.load_state_dict(model.state_dict(), strict=False)  # of the right shapes, as was just found
     built.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         built.generation_config = copy.deepcopy(model.generation_config)

@@ -110,7 +110,11 @@ def _candidates(config: Any, kept: Kept) -> Iterator[tuple[str, tuple[int, ...]]
 
 
 def _off(model: Any, wanted: Shapes, changes: Entries) -> dict[str, Any] | None:
-    """Tensors whose shapes differ from the wanted ones, with their shapes; None where no model can be built so."""
+    """Tensors whose shapes differ from the wanted ones, with their shapes; None where no model can be built so.
+
+    A model that was built without one of its heads (`add_pooling_layer=False`) has fewer tensors than its configuration
+    says; the others are what is compared.
+    """
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -118,7 +122,7 @@ def _off(model: Any, wanted: Shapes, changes: Entries) -> dict[str, Any] | None:
     except Exception:  # noqa: BLE001 - whatever the model's own code raises at sizes that do not fit together
         return None
     shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}
-    return {name: shapes.get(name) for name in {*shapes, *wanted} if shapes.get(name) != wanted.get(name)}
+    return {name: shapes.get(name) for name, shape in wanted.items() if shapes.get(name) != shape}
 
 
 def configured(config: Any, changes: Entries) -> Any:
