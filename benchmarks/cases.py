@@ -77,8 +77,47 @@ def _parts() -> list[Case]:
     ]
 
 
+def _channels() -> list[Case]:
+    """Channels alone, default options, and the families together: what the removal of channels is measured by."""
+    alone: dict[str, Any] = {"families": [rf.Interpolative()]}
+    return [
+        Case("resnet56", rf.Budget(params=0.7), "channels", alone),
+        Case("resnet56", rf.Budget(params=0.5), "channels", alone),
+        Case("resnet56", rf.Budget(params=0.3), "channels", alone),
+        Case("resnet20", rf.Budget(params=0.7), "channels", alone),
+        Case("resnet56", rf.Budget(macs=0.7), "channels", alone),
+        Case("resnet56", rf.Budget(macs=0.5), "channels", alone),
+        Case("mobilenet_v1", rf.Budget(macs=0.7), "channels", alone, samples=250),
+        Case("mobilenet_v1", rf.Budget(macs=0.5), "channels", alone, samples=250),
+    ]
+
+
+def _rules() -> list[Case]:
+    """The same sizes for every rule: which channels stay, whether their readers are corrected, and how."""
+    cases = []
+    for network, samples in (("resnet56", 1024), ("mobilenet_v1", 250)):
+        for kept in (0.7, 0.5):
+            for label, rule, fold, repair in (
+                ("magnitude, only cut", "magnitude", False, None),
+                ("magnitude, fold", "magnitude", True, None),
+                ("pivoted QR, fold", "pivoted-qr", True, None),
+                ("backward, fold", "backward", True, None),
+                ("magnitude, lockstep", "magnitude", True, rf.Lockstep()),
+                ("backward, lockstep", "backward", True, rf.Lockstep()),
+            ):
+                options: dict[str, Any] = {
+                    "families": [rf.Interpolative(rule=rule, fold=fold)],
+                    "selector": rf.SameShare(),
+                    "repair": repair,
+                }
+                cases.append(Case(network, rf.Budget(macs=kept), f"{label}, macs {kept}", options, samples))
+    return cases
+
+
 CASES: dict[str, list[Case]] = {
     "lockstep": _lockstep(),
+    "channels": _channels(),
+    "rules": _rules(),
     "parts": _parts(),
     "no-repair-resnet56": _plain("resnet56"),
     "no-repair-resnet20": _plain("resnet20"),
