@@ -175,12 +175,17 @@ class Job:
     ) -> list[Maker]:
         """Plans that remove channels: alone, and with other families for the rest of the way."""
         tried = SIZES if sizes is None else {name_of(sizes): sizes}
-        grams = any(each.reads_grams for each in tried.values())
         try:
             remover = self.clock.time(
                 "curves",
                 lambda: Remover.of(
-                    self.model, next(iter(self.batches)), self.sites, self.stats, method, grams=grams, seed=seed
+                    self.model,
+                    next(iter(self.batches)),
+                    self.sites,
+                    self.stats,
+                    method,
+                    selectors=tried.values(),
+                    seed=seed,
                 ),
             )
         except SiteError as cause:

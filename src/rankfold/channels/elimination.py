@@ -29,14 +29,14 @@ class RemovalCurve:
         order: Units in the order in which they go, shape (units,).
         errors: Summed squared error of the readers, refitted, with the first m units gone, shape (units + 1,), in the
             metric of their gradient Grams.
-        relative: The same, each reader's relative to the energy of its own output.
+        relative: The same, each reader's relative to the energy of its own output, where it was asked for.
         gram: Second moment of the units, shape (units, units), where it was asked for or the rule reads it.
     """
 
     group: ChannelGroup
     order: Tensor
     errors: Tensor
-    relative: Tensor
+    relative: Tensor | None = None
     gram: Tensor | None = None
 
     def kept(self, count: int, method: Interpolative) -> tuple[int, ...]:
@@ -56,6 +56,7 @@ def removal_curves(
     method: Interpolative,
     norms: Mapping[str, str | None],
     grams: bool = False,
+    relative: bool = False,
     seed: int = 0,
 ) -> list[RemovalCurve]:
     """For every group the order of removal by a method's rule, and what it costs the readers when they are refitted.
@@ -71,6 +72,7 @@ def removal_curves(
         method: Says the rule.
         norms: Running mean of the batch norm that can absorb a layer's bias, by path.
         grams: Whether the curves hold the Gram of each group, whatever the rule.
+        relative: Whether they hold relative errors.
         seed: Of the rule "random".
 
     Raises:
@@ -96,8 +98,8 @@ def removal_curves(
         elif method.rule == "random":
             order = torch.randperm(group.units, generator=generator(seed, number))
         order, errors = backward_elimination([weighted for weighted, _ in readers], order=order)
-        _, relative = backward_elimination([plain for _, plain in readers], order=order)
-        curves.append(RemovalCurve(group, order, errors, relative, gram))
+        own = backward_elimination([plain for _, plain in readers], order=order)[1] if relative else None
+        curves.append(RemovalCurve(group, order, errors, own, gram))
     return curves
 
 

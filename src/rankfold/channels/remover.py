@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -68,7 +68,7 @@ class Remover:
         stats: Statistics,
         method: Interpolative,
         *,
-        grams: bool = False,
+        selectors: Collection[WidthSelector] = (),
         seed: int = 0,
     ) -> Remover:
         """Find the groups and measure what removing their units costs.
@@ -82,7 +82,7 @@ class Remover:
             sites: Its sites.
             stats: Its statistics.
             method: Says the rule.
-            grams: Whether the curves hold the Grams of the groups, for `WidthSelector.reads_grams`.
+            selectors: Which will be asked for plans; they say what the curves have to hold.
             seed: Of the rule "random".
 
         Raises:
@@ -123,7 +123,17 @@ class Remover:
                 if len(stack.allowed) == 1
             }
         norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
-        curves = removal_curves(model, groups, stats, sites=sites, method=method, norms=norms, grams=grams, seed=seed)
+        curves = removal_curves(
+            model,
+            groups,
+            stats,
+            sites=sites,
+            method=method,
+            norms=norms,
+            grams=any("gram" in each.reads for each in selectors),
+            relative=any("relative" in each.reads for each in selectors),
+            seed=seed,
+        )
         return cls(model, example, sites, stats, method, tuple(curves), stacks, norms, skips)
 
     def plan(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
@@ -20,13 +19,12 @@ STEPS = 64  # a group's units go in about so many steps
 
 
 class WidthSelector(Selector, ABC):
-    """How many units of each channel group stay. A subclass is a frozen, registered dataclass.
+    """How many units of each channel group stay. A subclass is a frozen, registered dataclass."""
 
-    Attributes:
-        reads_grams: Whether it reads `RemovalCurve.gram`.
-    """
-
-    reads_grams: ClassVar[bool] = False
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What of `RemovalCurve` it needs that is not there unless it is asked for: "gram", "relative"."""
+        return ()
 
     @abstractmethod
     def select(self, widths: Widths) -> None:
@@ -66,6 +64,11 @@ class RemovalGreedy(WidthSelector):
                 raise OptionError(
                     f"RemovalGreedy.{name}", law="a number in [0, 1]", got=repr(value), cure="try 0.5, or 0"
                 )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `WidthSelector.reads`."""
+        return ("relative",) if self.relative > 0 else ()
 
     def select(self, widths: Widths) -> None:
         """See `WidthSelector.select`."""
@@ -146,7 +149,6 @@ class InterpolativeGreedy(WidthSelector):
         them are cut. Groups on residual streams have several readers: their Grams are added up.
     """
 
-    reads_grams: ClassVar[bool] = True
     kappa: float = 0.95
 
     def __post_init__(self) -> None:
@@ -154,6 +156,11 @@ class InterpolativeGreedy(WidthSelector):
             raise OptionError(
                 "InterpolativeGreedy.kappa", law="a number in (0, 1)", got=repr(self.kappa), cure="try 0.95"
             )
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `WidthSelector.reads`."""
+        return ("gram",)
 
     def select(self, widths: Widths) -> None:
         """See `WidthSelector.select`."""
@@ -199,7 +206,12 @@ def _remainders(curve: RemovalCurve) -> torch.Tensor:
 def _errors(widths: Widths, relative: float) -> list[torch.Tensor]:
     """Errors of every stack by units removed."""
     weighted = [torch.stack([curve.errors for curve in widths.groups(s)]).sum(0) for s in _all(widths)]
-    own = [torch.stack([curve.relative for curve in widths.groups(s)]).sum(0) for s in _all(widths)]
+    if not relative:
+        return weighted
+    own = [
+        torch.stack([curve.errors if curve.relative is None else curve.relative for curve in widths.groups(s)]).sum(0)
+        for s in _all(widths)
+    ]
     first, second = (
         share / (sum(float(errors[-1]) for errors in each) or 1.0)
         for share, each in ((1 - relative, weighted), (relative, own))

@@ -134,6 +134,7 @@ class _Walk:
         self._names = tensor_names(program)
         self._numbers: dict[Node, Any] = {}
         self._blind: set[str] = set()  # layers that were called on what is not followed
+        self._flat: dict[Node, Tensor] = {}  # numbers of heads that constants were made for
 
     def step(self, node: Node) -> None:
         """Take one node."""
@@ -331,7 +332,8 @@ class _Walk:
         by_mask = isinstance(mask, Node) and len(_shape(mask)) == 4 and _shape(mask)[1] > 1
         masked = self._numbers.get(mask) if isinstance(mask, Node) else None
         ready = isinstance(masked, Tensor) and masked.ndim == 4 and masked.numel() == masked.shape[1]
-        own_mask = by_mask and not ready and not _is_flat(mask, -3)
+        sources = _flat_sources(mask, -3) if by_mask and not ready else []
+        own_mask = sources is None
         followed = [each for each in read if isinstance(each, Tensor)]
         by_head = all(each.ndim == 4 and each.shape[0] == each.shape[2] == 1 for each in followed)
         if len(followed) < 3 or not by_head or own_mask:
@@ -351,6 +353,9 @@ class _Walk:
             self.flow.unite(heads.expand(each.shape), each, "attention reads part of it")
         if by_mask and isinstance(masked, Tensor) and ready:
             self.flow.unite(first[:, 0].repeat_interleave(times), masked.flatten(), "attention reads part of it")
+        for source in sources or ():  # made for so many heads: all that read it keep equally many, the same ones
+            made = self._flat.setdefault(source, self.flow.fresh(len(queries)))
+            self.flow.unite(first[:, 0].repeat_interleave(times), made, "attention reads part of it")
         _, _, asked, width = shapes[0]
         self.flow.attended.append((first[:, 0].repeat_interleave(times), asked * shapes[1][2] * (width + shapes[2][3])))
         return _compressed(values.repeat_interleave(times, 0)[None, :, None])
@@ -441,14 +446,19 @@ def _operator(node: Node) -> str:
     return "getitem" if node.target is operator.getitem else str(getattr(node.target, "__name__", node.target))
 
 
-def _is_flat(node: Any, axis: int) -> bool:
-    """Whether a value is made so that it is the same all along an axis (counted from the end)."""
-    if not isinstance(node, Node):
-        return True
-    shape = _shape(node) if _is_tensor(node) else ()
-    if len(shape) < -axis or shape[axis] == 1 or _operator(node) in _CONSTANT:
-        return True
-    return _operator(node) in _ELEMENTWISE | {"expand"} and all(_is_flat(each, axis) for each in node.all_input_nodes)
+def _flat_sources(node: Any, axis: int) -> list[Node] | None:
+    """The constants behind a value that is the same all along an axis (counted from the end); None where it is not."""
+    shape = _shape(node) if isinstance(node, Node) and _is_tensor(node) else ()
+    if len(shape) < -axis or shape[axis] == 1:
+        return []
+    if _operator(node) in _CONSTANT:
+        return [node]
+    if _operator(node) == "expand":  # from one to all heads
+        return _flat_sources(node.args[0], axis) or [node]
+    if _operator(node) not in _ELEMENTWISE:
+        return None
+    behind = [_flat_sources(each, axis) for each in node.all_input_nodes]
+    return None if any(each is None for each in behind) else [node for each in behind for node in each or ()]
 
 
 def _place(node: Node) -> int:
