@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from rankfold.graph.channels import ChannelGroup, Channels, find_channels
     from rankfold.graph.sites import Site, Sites, Skip, find_sites
     from rankfold.hugging_face import save_pretrained
+    from rankfold.layers.attention import split_attention
     from rankfold.metrics.compare import Comparison, compare
     from rankfold.metrics.corruptions import Blur, Brightness, Corruption, Noise
     from rankfold.metrics.decisions import Decisions, decisions
@@ -67,6 +68,7 @@ _HOME = {
     "rankfold.graph.channels": ("ChannelGroup", "Channels", "find_channels"),
     "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
     "rankfold.hugging_face": ("save_pretrained",),
+    "rankfold.layers.attention": ("split_attention",),
     "rankfold.metrics.compare": ("Comparison", "compare"),
     "rankfold.metrics.corruptions": ("Blur", "Brightness", "Corruption", "Noise"),
     "rankfold.metrics.decisions": ("Decisions", "decisions"),
@@ -151,6 +153,7 @@ __all__ = [
     "register",
     "save",
     "save_pretrained",
+    "split_attention",
 ]
 
 

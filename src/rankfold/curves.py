@@ -25,11 +25,19 @@ from rankfold.layers import adapter_for
 from rankfold.linalg.precision import widen
 from rankfold.metrics.cost import dense_cost, site_cost
 from rankfold.progress import Progress, check_progress, silent
+from rankfold.ranks import RankSelector, Selector
 from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.statistics import Statistics
 from rankfold.statistics.distributed import ALONE, World
 
 DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tucker2())
+
+
+def default_families(selector: Selector | None) -> tuple[Family, ...]:
+    """The families of `compress` where none are named: all, or those whose sizes a selector chooses."""
+    if selector is None:
+        return (*DEFAULT_FAMILIES, Interpolative())
+    return DEFAULT_FAMILIES if isinstance(selector, RankSelector) else (Interpolative(),)
 
 
 def measure(

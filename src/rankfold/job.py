@@ -14,7 +14,7 @@ from torch import nn
 from rankfold.applying import carry_out
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
-from rankfold.channels.widths import SIZES, WidthSelector
+from rankfold.channels.widths import BEST, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, SiteError
 from rankfold.graph.refusals import BY_BATCH
@@ -196,8 +196,7 @@ class Job:
         chosen = Lagrangian() if selector is None else selector
         ways = [(f"channels, {name}", 1.0, each) for name, each in tried.items()]
         if forms:
-            name, each = list(tried.items())[len(tried) // 2]
-            ways.append((f"channels, {name} + {name_of(chosen)}", 0.5, each))
+            ways = [("channels", 1.0, SIZES[BEST]), (f"channels + {name_of(chosen)}", 0.5, SIZES[BEST])]
         return [
             (
                 name,

@@ -13,7 +13,7 @@ from torch import nn
 
 from rankfold.applying import decided_sites
 from rankfold.channels.widths import WidthSelector
-from rankfold.curves import DEFAULT_FAMILIES, check_families, measure, needed
+from rankfold.curves import check_families, default_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.errors import OptionError, PlanError, shown
 from rankfold.graph.sites import Skip, check_module, check_selection
@@ -46,7 +46,7 @@ def compress(
     data: Any,
     *,
     budget: Budget,
-    families: Sequence[Family] = DEFAULT_FAMILIES,
+    families: Sequence[Family] | None = None,
     repair: Lockstep | None = DEFAULT_REPAIR,
     selector: Selector | None = None,
     weighting: bool = True,
@@ -60,9 +60,9 @@ def compress(
 ) -> Compressed:
     """Compress a trained network under one budget, without training it.
 
-    One in ten calibration samples is held out and never fitted on. With `selector=None` two plans are made, one by
-    `Lagrangian()` and one by `Uniform()`, both are carried out, and the one whose outputs on the held-out samples are
-    closer to the original's is returned.
+    One in ten calibration samples is held out and never fitted on. Without a selector several plans are made and
+    carried out, and the one whose outputs on the held-out samples are closest to the original's is returned: ranks by
+    `Lagrangian()` and by `Uniform()`, channels removed, and channels for half of the way and ranks for the rest.
 
     Where torch.distributed is initialised with several processes, all of them call this with the same arguments: each
     runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A
@@ -73,7 +73,8 @@ def compress(
         data: Calibration inputs, a re-iterable of batches (tensor, tuple whose first item is the input, or dict of
             keyword arguments). Labels are not needed.
         budget: How large the whole model may be.
-        families: Methods to choose from, site by site.
+        families: Methods to choose from, site by site. None is low rank, spatial, Tucker-2 and the removal of channels;
+            where a selector is given, those of them whose sizes it chooses.
         repair: How sites are re-solved at apply time; None leaves the factors as decomposed.
         selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
             `InterpolativeGreedy`); a given one is taken as it is.
@@ -114,6 +115,8 @@ def compress(
         raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
     if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
         raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
+    if families is None:
+        families = default_families(selector)
     check_families(families)
     if isinstance(selector, WidthSelector) and not all(isinstance(method, Interpolative) for method in families):
         raise OptionError(

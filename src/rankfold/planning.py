@@ -59,7 +59,8 @@ def make_plan(
     decisions = []
     for site, option in zip(curves.sites, chosen, strict=True):
         if option.method is None:
-            decisions.append(Decision(site.path, why="dense: nothing smaller was worth its error"))
+            why = site.fixed or "nothing smaller was worth its error"
+            decisions.append(Decision(site.path, why=f"dense: {why}"))
         else:
             why = f"{ERROR}{option.error:.3g}"
             decisions.append(Decision(site.path, option.method, option.rank, why))

@@ -205,7 +205,10 @@ class Remover:
             )
         else:
             plan = Plan(
-                tuple(Decision(site.path, why="dense on the channels it has left") for site in self.sites),
+                tuple(
+                    Decision(site.path, why=f"dense: {site.fixed or 'on the channels it has left'}")
+                    for site in self.sites
+                ),
                 self.sites.skips,
                 self.sites.fingerprint,
                 self.sites.model,

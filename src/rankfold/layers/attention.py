@@ -1,0 +1,129 @@
+"""`nn.MultiheadAttention` taken apart into linear layers, which can be compressed and lose heads."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import ModelError
+
+
+class SplitAttention(nn.Module):
+    """What an `nn.MultiheadAttention` in eval mode computes, by linear layers for queries, keys, values and outputs.
+
+    `softmax(QKᵀ/√d + mask) V` head by head, by the fused operator. Takes the arguments of the module it replaces and
+    returns a pair whose second item, the weights of attention, is always None.
+
+    Args:
+        original: The module.
+
+    Raises:
+        ModelError: It appends keys or values of its own (`add_bias_kv`, `add_zero_attn`).
+    """
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__()
+        if original.bias_k is not None or original.add_zero_attn:
+            raise ModelError(
+                "nn.MultiheadAttention",
+                law="keys and values come from the inputs alone",
+                got="add_bias_kv or add_zero_attn",
+                cure="leave this module as it is",
+            )
+        self.num_heads, self.head_dim = original.num_heads, original.head_dim
+        self.batch_first = original.batch_first
+        width = original.embed_dim
+        if original._qkv_same_embed_dim:
+            weights = list(torch.split(original.in_proj_weight, width))
+        else:
+            weights = [original.q_proj_weight, original.k_proj_weight, original.v_proj_weight]
+        biases = [None] * 3 if original.in_proj_bias is None else list(torch.split(original.in_proj_bias, width))
+        self.q, self.k, self.v = (_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        self.out = _linear(original.out_proj.weight, original.out_proj.bias)
+        self.train(original.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """As `nn.MultiheadAttention.forward`; the second of the pair is always None."""
+        batched = query.ndim == 3
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+        elif not self.batch_first:
+            query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+        q, k, v = (
+            layer(each).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer, each in ((self.q, query), (self.k, key), (self.v, value))
+        )
+        mask = _mask(attn_mask, key_padding_mask, q)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None)
+        result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
+        return (result[0] if not batched else result if self.batch_first else result.transpose(0, 1)), None
+
+
+def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor) -> Tensor | None:
+    """Both masks as what is added to the products; True in a mask of bools means "not allowed"."""
+    parts = []
+    if attn_mask is not None:
+        by_head = attn_mask.ndim == 3
+        parts.append(
+            torch.unflatten(_added(attn_mask, like), 0, (len(like), -1)) if by_head else _added(attn_mask, like)
+        )
+    if key_padding_mask is not None:
+        padding = key_padding_mask if key_padding_mask.ndim == 2 else key_padding_mask[None]
+        parts.append(_added(padding, like)[:, None, None])
+    return None if not parts else parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, float("-inf"))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if bias is not None:
+            layer.bias.copy_(bias)
+    for parameter in layer.parameters():
+        parameter.requires_grad_(weight.requires_grad)
+    return layer
+
+
+def split_attention(model: nn.Module) -> nn.Module:
+    """A copy of a model in which every `nn.MultiheadAttention` is a `SplitAttention` of the same weights.
+
+    `nn.MultiheadAttention` holds its projections as bare parameters, and its size of a head follows from the size of
+    its inputs: none of its layers can be compressed, and no head can go. The copy computes the same, and is what to
+    compress; a checkpoint of it is loaded with `factory=lambda: rankfold.split_attention(build())`. Modules that look
+    into their attention's parameters (`nn.TransformerEncoderLayer` does) cannot use the copy's and are left as they
+    are, with their attention.
+
+    Args:
+        model: Left untouched.
+
+    Raises:
+        ModelError: An attention appends keys or values of its own.
+    """
+    result = copy.deepcopy(model)
+    if isinstance(result, nn.MultiheadAttention):
+        return SplitAttention(result)
+    for parent in list(result.modules()):
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+            continue
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.MultiheadAttention):
+                setattr(parent, name, SplitAttention(child))
+    return result

@@ -1,0 +1,104 @@
+"""`nn.MultiheadAttention` taken apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankfold as rf
+from rankfold.errors import ModelError
+from rankfold.layers.attention import SplitAttention
+
+KINDS: dict[str, Callable[[], nn.MultiheadAttention]] = {
+    "packed": lambda: nn.MultiheadAttention(12, 3, batch_first=True),
+    "no bias": lambda: nn.MultiheadAttention(12, 3, bias=False, batch_first=True),
+    "sequence first": lambda: nn.MultiheadAttention(12, 4),
+    "other keys and values": lambda: nn.MultiheadAttention(12, 3, kdim=7, vdim=5, batch_first=True),
+}
+FLOATS, BOOLS = torch.randn(6, 6), torch.ones(6, 6, dtype=torch.bool).triu(1)
+PADDING = torch.zeros(2, 6, dtype=torch.bool)
+PADDING[1, 4:] = True
+MASKS: dict[str, dict[str, Tensor | bool]] = {
+    "none": {},
+    "added": {"attn_mask": FLOATS},
+    "forbidden": {"attn_mask": BOOLS},
+    "padding": {"key_padding_mask": PADDING},
+    "both": {"attn_mask": BOOLS, "key_padding_mask": PADDING},
+    "causal": {"attn_mask": BOOLS, "is_causal": True},
+}
+
+
+def _made(kind: str) -> nn.MultiheadAttention:
+    torch.manual_seed(0)
+    module = KINDS[kind]()
+    for name, parameter in module.named_parameters():
+        if "bias" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_computes_the_same(kind: str, mask: str) -> None:
+    module = _made(kind)
+    inputs = [torch.randn(2, 6, width) for width in (12, module.kdim, module.vdim)]
+    if not module.batch_first:
+        inputs = [each.transpose(0, 1) for each in inputs]
+    with torch.no_grad():
+        expected, _ = module(*inputs, need_weights=False, **MASKS[mask])
+        got, weights = SplitAttention(module)(*inputs, **MASKS[mask])
+    torch.testing.assert_close(got, expected)
+    assert weights is None
+
+
+def test_a_mask_of_each_head_and_one_sample_without_a_batch() -> None:
+    module, x = _made("packed"), torch.randn(2, 6, 12)
+    by_head = torch.randn(6, 6, 6)
+    with torch.no_grad():
+        for inputs, mask in ((x, by_head), (x[0], None), (x[0], FLOATS)):
+            expected, _ = module(inputs, inputs, inputs, need_weights=False, attn_mask=mask)
+            got, _ = SplitAttention(module)(inputs, inputs, inputs, attn_mask=mask)
+            torch.testing.assert_close(got, expected)
+
+
+class Block(nn.Module):
+    """As in torchvision's vision transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(12), nn.MultiheadAttention(12, 4, batch_first=True)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        h, _ = self.attention(h, h, h, need_weights=False)
+        y: Tensor = self.head((x + h).mean(1))
+        return y
+
+
+def test_a_split_model_loses_heads() -> None:
+    torch.manual_seed(0)
+    model, data = Block().eval(), [torch.randn(60, 6, 12)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not list(rf.find_channels(model, rf.find_sites(model, data[0])))
+    split = rf.split_attention(model)
+    with torch.no_grad():
+        torch.testing.assert_close(split(data[0]), model(data[0]))
+    assert isinstance(model.attention, nn.MultiheadAttention)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    out = rf.compress(split, data, budget=rf.Budget(params=0.7), families=[rf.Interpolative()])
+    (group,) = out.plan.channels
+    assert (group.group, group.units) == ("attention.q", 4)
+    assert out.model.attention.num_heads == len(group.kept) < 4
+    assert any(note.startswith("self-check") for note in out.report.notes)
+
+
+def test_modules_that_look_inside_stay_and_keys_of_its_own_are_refused() -> None:
+    layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True).eval()
+    assert isinstance(rf.split_attention(nn.Sequential(layer))[0].self_attn, nn.MultiheadAttention)
+    assert isinstance(rf.split_attention(_made("packed")), SplitAttention)
+    with pytest.raises(ModelError, match="keys and values come from the inputs alone"):
+        rf.split_attention(nn.Sequential(nn.MultiheadAttention(12, 3, add_bias_kv=True)))
