@@ -147,7 +147,7 @@ def test_an_unknown_method_is_refused_with_near_matches() -> None:
 
 
 def test_an_unknown_selector_is_refused_with_near_matches() -> None:
-    with pytest.raises(RegistryError, match=r"'unifrom' · the name of a registered RankSelector · .*'uniform'"):
+    with pytest.raises(RegistryError, match=r"'unifrom' · the name of a registered Selector · .*'uniform'"):
         rf.Plan.from_json(edited(_set("selector", "name", to="unifrom")))
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold.channels.narrowing import fold_and_cut_
 from rankfold.curves import needed
-from rankfold.errors import DataError, OptionError, SiteError, shown
+from rankfold.errors import DataError, SiteError, shown
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Site, Sites, check_model, find_sites
 from rankfold.graph.trace import Batch
@@ -28,7 +28,7 @@ from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.gradients import collect_gradients
-from rankfold.surgery import Fill, check_copy, check_plan, copied, filler, install_shells, swap
+from rankfold.surgery import Fill, check_copy, check_plan, copied, filler, install_shells, swap, take_over
 
 
 def apply(
@@ -108,13 +108,6 @@ def carry_out(
     check_plan(model, plan)
     base, shells = None, plan
     if plan.cuts:
-        if target is model:
-            raise OptionError(
-                "plan",
-                law="apply_ replaces layers alone",
-                got="a plan that removes channels",
-                cure="use rankfold.apply",
-            )
         norms: dict[str, str | None] | None = None
         if any(decision.fold for decision in plan.channels):
             norms = {}
@@ -242,5 +235,8 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     decided = replace(found, sites=decided_sites(found, plan))
     if stats is None:
         stats = _collected(model, batches, decided, names, plan)
+    if plan.cuts and target is model:  # the narrow model is solved against the original, so that is needed to the end
+        changed, _ = carry_out(model, copied(model), plan, sites=decided, stats=stats, batches=batches)
+        return take_over(model, changed, plan)
     changed, _ = carry_out(model, target, plan, sites=decided, stats=stats, batches=batches)
     return changed

@@ -291,17 +291,17 @@ def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> 
 def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
     """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can."""
     plans: list[tuple[str, Plan]] = []
-    failure: BudgetError | None = None
+    failures: list[BudgetError] = []
     for name, make in makers:
         try:
             plan = make()
         except BudgetError as cause:
-            failure = cause
+            failures.append(cause)
             continue
         if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for _, other in plans):
             plans.append((name, plan))
-    if not plans and failure is not None:
-        raise failure
+    if not plans and failures:
+        raise min(failures, key=lambda failure: sorted(failure.smallest.items()) or [("z", 0)])
     return plans
 
 

@@ -173,6 +173,34 @@ def swap(model: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
     return model
 
 
+def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
+    """Make a model what a changed copy of it is, in place.
+
+    Args:
+        model: The original. Parameters whose shape stays are the same objects afterwards.
+        changed: The copy, after the plan was carried out.
+        plan: The plan.
+
+    Returns:
+        The root, which is a new module where the model itself is a replaced layer.
+    """
+    new = dict(changed.named_modules(remove_duplicate=False))
+    replaced = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if any(decision.site == path for decision in plan.changes):
+            replaced[id(module)] = new[path]
+        elif path in new and type(new[path]) is type(module):
+            with torch.no_grad():
+                for old, own in ((module._parameters, new[path]._parameters), (module._buffers, new[path]._buffers)):
+                    for name, value in old.items():
+                        if value is not None and own[name].shape == value.shape:
+                            value.copy_(own[name])
+                        else:
+                            old[name] = own[name]
+    narrow_(model, {name: {} for name in plan.cuts}, plan.attributes)  # the tensors are narrow; the numbers follow
+    return swap(model, replaced)
+
+
 def filler(stats: Statistics | None) -> Fill:
     """The closed-form fill without repair: decompose each group; a bias absorbs the change of the mean output.
 

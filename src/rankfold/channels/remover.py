@@ -21,8 +21,8 @@ from rankfold.errors import SiteError
 from rankfold.graph.channels import ChannelGroup, find_channels
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites, Skip, fingerprint
-from rankfold.graph.trace import Batch
-from rankfold.metrics.counted import count, run_one
+from rankfold.graph.trace import Batch, evaluating, run
+from rankfold.metrics.counted import count
 from rankfold.plan import ChannelDecision, Decision, Plan
 from rankfold.planning import make_plan
 from rankfold.ranks import Budget, RankSelector
@@ -233,7 +233,8 @@ def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch) ->
     masks = {group.name: torch.arange(group.units) < group.units - 1 for group in groups}
     narrow = narrow_(copied(model), cuts_of(model, groups, masks), attributes_of(groups, masks))
     try:
-        run_one(narrow, example)
+        with evaluating(narrow):  # the whole batch: some layers are reached by that alone
+            run(narrow, example)
     except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
         return f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
     return None
