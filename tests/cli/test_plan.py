@@ -13,6 +13,8 @@ TINY = ("compress", "cli_networks:tiny", "cli_networks:images")
 
 def edited(checkpoint: Path, tmp_path: Path, **changes: Any) -> Path:
     plan = json.loads((checkpoint / "plan.json").read_text(encoding="utf-8"))
+    for key in ("channels", "cuts", "attributes"):  # decisions alone are edited here
+        plan.pop(key, None)
     plan.update(changes)
     (tmp_path / "edited.json").write_text(json.dumps(plan), encoding="utf-8")
     return tmp_path / "edited.json"

@@ -112,7 +112,7 @@ def test_every_family_goes_through_lockstep_within_the_budget(family: rf.Decompo
 def test_sequences_by_keyword_go_through_lockstep() -> None:
     model = seeded(Encoder())
     data = [{"tokens": torch.randint(0, 20, (16, 6), generator=torch.Generator().manual_seed(i))} for i in range(4)]
-    out = rf.compress(model, data, budget=rf.Budget(params=0.7))
+    out = rf.compress(model, data, budget=rf.Budget(params=0.7), selector=rf.Lagrangian())
     assert any("self-check" in note for note in out.report.notes)
     assert any(decision.method is not None for decision in out.plan.decisions)
 
@@ -182,7 +182,9 @@ def test_a_repair_that_hurts_on_held_out_samples_is_not_used() -> None:
     generator = torch.Generator().manual_seed(0)
     model = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)))
     data = [torch.randn(30, 64, generator=generator)]
-    out = rf.compress(model, data, budget=rf.Budget(params=0.6), repair=rf.Lockstep(ridge=1e-3))
+    out = rf.compress(
+        model, data, budget=rf.Budget(params=0.6), repair=rf.Lockstep(ridge=1e-3), selector=rf.Lagrangian()
+    )
     sites = find_sites(model, data[0])
     stats = collect(model, data, sites=sites)
     repaired: Repaired = lockstep(model, sites, out.plan, data, options=rf.Lockstep(), stats=stats, every=10)
