@@ -29,6 +29,23 @@ def test_inspect_json_says_what_the_library_finds(cli: Any) -> None:
     assert found["skips"] == [{"path": skip.path, "reason": skip.reason} for skip in sites.skips]
 
 
+def test_inspect_lists_channel_groups_where_asked(cli: Any) -> None:
+    import cli_networks
+
+    import rankfold
+
+    model, batch = cli_networks.tiny(), cli_networks.images()[0]
+    channels = rankfold.find_channels(model, rankfold.find_sites(model, batch))
+    text = cli("inspect", "cli_networks:tiny", "cli_networks:images", "--channels").out
+    assert f"{len(channels)} channel groups" in text
+    assert "channels that stay:" in text
+    assert "head: frozen: it is in the output of the model" in text
+    found = cli("inspect", "cli_networks:tiny", "cli_networks:images", "--channels", "--json").json
+    assert [(g["group"], g["units"]) for g in found["channels"]] == [(g.name, g.units) for g in channels]
+    assert found["frozen"] == [{"path": skip.path, "reason": skip.reason} for skip in channels.skips]
+    assert "channels" not in cli("inspect", "cli_networks:tiny", "cli_networks:images", "--json").json
+
+
 def test_a_shape_gives_the_cost_of_data_of_that_shape(cli: Any) -> None:
     by_shape = cli("inspect", "cli_networks:tiny", "--shape", "3,10,10", "--json").json
     by_data = cli("inspect", "cli_networks:tiny", "cli_networks:images", "--json").json

@@ -15,6 +15,7 @@ from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
 from rankfold.cli._progress import shown
 
 if TYPE_CHECKING:
+    from rankfold.graph.channels import Channels
     from rankfold.graph.sites import Sites
 
 
@@ -34,6 +35,9 @@ def inspect(
     mean: o.Mean = o.IMAGENET_MEAN,
     std: o.Std = o.IMAGENET_STD,
     length: o.Length = 128,
+    channels: Annotated[
+        bool, typer.Option("--channels", help="Also list the groups of channels that can be removed together.")
+    ] = False,
     json: o.Json = False,
     traceback: o.Traceback = False,
 ) -> None:
@@ -54,13 +58,17 @@ def inspect(
         source = None if data is None else DataSpec.parse(data, options)
         sample = None if shape is None else parse_numbers(shape, int, option="--shape")
         with shown() as progress, stdout_kept_clean(), progress("trace", None):
-            sites = _find(spec, source, sample, options, device=device, seed=seed)
+            sites, groups = _find(spec, source, sample, options, channels=channels, device=device, seed=seed)
         if json:
-            emit_json({"model": model, "weights": spec.origin, "notes": list(spec.notes), **_as_json(sites)})
+            found = _as_json(sites) if groups is None else {**_as_json(sites), **_groups_as_json(groups)}
+            emit_json({"model": model, "weights": spec.origin, "notes": list(spec.notes), **found})
         else:
-            from rankfold.report.text import render_sites
+            from rankfold.report.text import render_channels, render_sites
 
-            emit(render_sites(sites, width=width()) + "".join(f"note: {note}\n" for note in spec.notes))
+            text = render_sites(sites, width=width())
+            if groups is not None:
+                text += "\n" + render_channels(groups, width=width())
+            emit(text + "".join(f"note: {note}\n" for note in spec.notes))
 
 
 def _find(
@@ -69,11 +77,13 @@ def _find(
     sample: tuple[int, ...] | None,
     options: DataOptions,
     *,
+    channels: bool,
     device: str,
     seed: int,
-) -> Sites:
+) -> tuple[Sites, Channels | None]:
     import torch
 
+    from rankfold.graph.channels import find_channels
     from rankfold.graph.sites import find_sites
     from rankfold.statistics.data import as_batches
 
@@ -81,9 +91,22 @@ def _find(
     dtype = o.weight_dtype(network)
     if source is None:
         generator = torch.Generator().manual_seed(seed)
-        return find_sites(network, torch.randn(1, *(sample or ()), generator=generator).to(dtype))
-    batches = source.open(options, tokenizer=spec.directory, dtype=dtype, labels=False, causal=False)
-    return find_sites(network, next(iter(as_batches(batches))))
+        example: Any = torch.randn(1, *(sample or ()), generator=generator).to(dtype)
+    else:
+        batches = source.open(options, tokenizer=spec.directory, dtype=dtype, labels=False, causal=False)
+        example = next(iter(as_batches(batches)))
+    sites = find_sites(network, example)
+    return sites, find_channels(network, sites) if channels else None
+
+
+def _groups_as_json(channels: Channels) -> dict[str, Any]:
+    return {
+        "channels": [
+            {"group": group.name, "units": group.units, "made": list(group.made), "read": list(group.read)}
+            for group in channels
+        ],
+        "frozen": [{"path": skip.path, "reason": skip.reason} for skip in channels.skips],
+    }
 
 
 def _as_json(sites: Sites) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from rich.table import Table
 from rankfold.plan import ERROR
 
 if TYPE_CHECKING:
+    from rankfold.graph.channels import Channels
     from rankfold.graph.sites import Sites
     from rankfold.report.data import Report
 
@@ -117,3 +118,22 @@ def render_sites(sites: Sites, *, width: int = 110) -> str:
     if sites.graph.reason is not None:
         lines.append(f"note: no graph, module hooks are used instead: {sites.graph.reason}")
     return "\n".join(lines) + "\n"
+
+
+def render_channels(channels: Channels, *, width: int = 110) -> str:
+    """Channel groups of a model as text, for `rankfold inspect --channels`."""
+    table = Table(title=f"{len(channels)} channel groups", title_justify="left", box=None, pad_edge=False)
+    for name, right in (("group", 0), ("units", 1), ("made by", 0), ("read by", 0)):
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for group in channels:
+        table.add_row(group.name or "(the model)", str(group.units), _few(list(group.made)), _few(list(group.read)))
+    lines = [_print(table, width)]
+    if channels.skips:
+        lines += ["", "channels that stay:"]
+        lines += [f"  {skip.path or '(the model)'}: {skip.reason}" for skip in channels.skips]
+    return "\n".join(lines) + "\n"
+
+
+def _few(paths: list[str], most: int = 3) -> str:
+    shown = ", ".join(path or "(the model)" for path in paths[:most])
+    return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"
