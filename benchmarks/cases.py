@@ -18,6 +18,7 @@ class Case:
         options: Further arguments of `rankfold.compress`.
         samples: Calibration inputs.
         label: For the table.
+        without: Class of which no calibration input is; None is all.
     """
 
     network: str
@@ -25,6 +26,7 @@ class Case:
     label: str
     options: dict[str, Any] = field(default_factory=dict)
     samples: int = 1024
+    without: int | None = None
 
 
 def _plain(network: str) -> list[Case]:
@@ -114,10 +116,28 @@ def _rules() -> list[Case]:
     return cases
 
 
+def _seed_curve() -> list[Case]:
+    """The seed's curve: its own rule and fold, its sizes with our choice in lockstep, and the default options."""
+    cases = []
+    seed: dict[str, Any] = {"selector": rf.InterpolativeGreedy(), "repair": None}
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("the seed's rule", {"families": [rf.Interpolative(rule="pivoted-qr")], **seed}),
+        ("the seed's sizes, ours", {"families": [rf.Interpolative()], "selector": rf.InterpolativeGreedy()}),
+        ("channels", {"families": [rf.Interpolative()]}),
+    ]
+    for kept in (0.71, 0.52, 0.39, 0.27):
+        for label, options in ways:
+            for without in (None, 0):
+                text = label if without is None else f"{label}, a class missing"
+                cases.append(Case("vgg16", rf.Budget(macs=kept), text, options, samples=1000, without=without))
+    return cases
+
+
 CASES: dict[str, list[Case]] = {
     "lockstep": _lockstep(),
     "channels": _channels(),
     "rules": _rules(),
+    "seed-curve": _seed_curve(),
     "parts": _parts(),
     "no-repair-resnet56": _plain("resnet56"),
     "no-repair-resnet20": _plain("resnet20"),

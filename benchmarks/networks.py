@@ -35,9 +35,11 @@ class Network:
     test: Batches
     forward_batch: int = 128
 
-    def calibration(self, samples: int, seed: int) -> list[Tensor]:
-        """Unlabelled images, drawn by a seed, in batches."""
-        images = self.train[0]
+    def calibration(self, samples: int, seed: int, *, without: int | None = None) -> list[Tensor]:
+        """Unlabelled images, drawn by a seed, in batches; none of one class, where it is to be missing."""
+        images, labels = self.train
+        if without is not None:
+            images = images[labels != without]
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples]
         return list(images[chosen].split(self.forward_batch))
 
@@ -70,6 +72,16 @@ def cifar(name: str) -> Network:
     return Network(name, getattr(models, name)(), models.cifar10("train"), test)
 
 
+def vgg16() -> Network:
+    """VGG-16 with CIFAR-10, as `python -m benchmarks.vgg` trained it on this machine."""
+    from benchmarks import vgg
+
+    models = definitions()
+    images, labels = models.cifar10("test")
+    test = list(zip(images.split(500), labels.split(500), strict=True))
+    return Network("vgg16", vgg.load(), models.cifar10("train"), test)
+
+
 def mobilenet() -> Network:
     """MobileNetV1 0.75 with 500 photographs: the even ones to calibrate, the odd ones to test."""
     models = definitions()
@@ -82,6 +94,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "resnet20": lambda: cifar("resnet20"),
     "resnet56": lambda: cifar("resnet56"),
     "mobilenet_v1": mobilenet,
+    "vgg16": vgg16,
 }
 
 

@@ -24,7 +24,7 @@ from rankfold.report.data import environment
 
 def run_case(case: Case, network: Network, seed: int) -> dict[str, Any]:
     """Compress once and compare on the whole test set."""
-    calibration = network.calibration(case.samples, seed)
+    calibration = network.calibration(case.samples, seed, without=case.without)
     forward = forward_seconds(network.model, calibration)
     start = time.perf_counter()
     out = rf.compress(network.model, calibration, budget=case.budget, seed=seed, **case.options)
