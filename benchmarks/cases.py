@@ -133,10 +133,28 @@ def _seed_curve() -> list[Case]:
     return cases
 
 
+def _mixed() -> list[Case]:
+    """All families under one budget against each of them alone."""
+    alone: list[tuple[str, dict[str, Any]]] = [
+        ("default", {}),
+        ("WhitenedSVD alone", {"families": [rf.WhitenedSVD()]}),
+        ("SpatialSVD alone", {"families": [rf.SpatialSVD()]}),
+        ("Tucker2 alone", {"families": [rf.Tucker2()]}),
+        ("channels alone", {"families": [rf.Interpolative()]}),
+    ]
+    return [
+        Case(network, budget, f"{label}, {name} 0.5", options, samples)
+        for network, samples in (("resnet20", 1024), ("resnet56", 1024), ("mobilenet_v1", 250))
+        for name, budget in (("params", rf.Budget(params=0.5)), ("macs", rf.Budget(macs=0.5)))
+        for label, options in alone
+    ]
+
+
 CASES: dict[str, list[Case]] = {
     "lockstep": _lockstep(),
     "channels": _channels(),
     "rules": _rules(),
+    "mixed": _mixed(),
     "seed-curve": _seed_curve(),
     "parts": _parts(),
     "no-repair-resnet56": _plain("resnet56"),
