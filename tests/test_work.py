@@ -274,3 +274,25 @@ def test_a_model_that_cannot_be_differentiated_is_remembered(tmp_path: Path) -> 
     first = notes()
     assert any("cannot be differentiated" in note for note in first)
     assert notes() == first
+
+
+@pytest.mark.parametrize("families", [[rf.Interpolative()], None], ids=["channels alone", "default"])
+def test_solved_sites_of_a_narrowed_model_are_kept(families: Any, tmp_path: Path) -> None:
+    options = {"families": families, "selector": None, "budget": rf.Budget(params=0.6)}
+    work = tmp_path / "work"
+    alone = compressed(None, **options)
+    first = compressed(work, **options)
+    kept = files(work)
+    progress = Counted()
+    again = compressed(work, progress=progress, **options)
+    assert bits(first) == bits(alone) == bits(again)
+    assert first.plan == again.plan
+    narrowed = [name for name in kept if name.endswith("plan.json") and '"cuts"' in (work / name).read_text()]
+    assert narrowed
+    assert all(
+        sum(other.startswith(str(Path(name).parent)) and other.endswith("safetensors") for other in kept) == 3
+        for name in narrowed
+    )
+    after = files(work)
+    assert all(after[name] == kept[name] for name in kept if name.endswith("safetensors"))  # nothing is solved again
+    assert len(after) == len(kept)

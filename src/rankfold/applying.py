@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +81,7 @@ def carry_out(
     stats: Statistics | None,
     batches: Iterable[Batch],
     spill: Spill | None = None,
-    recall: Recall = always_solve,
+    recall: Callable[[nn.Module], Recall] = lambda _: always_solve,
     progress: Progress = silent,
     world: World = ALONE,
 ) -> tuple[nn.Module, tuple[str, ...]]:
@@ -95,7 +95,8 @@ def carry_out(
         stats: What the plan's methods read.
         batches: Calibration inputs, read where the plan names a repair.
         spill: Where a repair keeps its values; None is in memory, without a limit.
-        recall: How a repair solves a site, or finds it solved.
+        recall: Given the model whose layers are solved anew (the narrowed one, where the plan cuts channels): how a
+            repair solves a site, or finds it solved.
         progress: Told about every site.
         world: The processes that share the calibration inputs and the sites.
 
@@ -127,7 +128,7 @@ def carry_out(
         stats=stats,
         every=HELD_OUT,
         spill=spill,
-        recall=recall,
+        recall=recall(model if base is None else base),
         progress=progress,
         world=world,
         base=base,

@@ -234,7 +234,7 @@ class Job:
                 stats=self.stats,
                 batches=self.batches,
                 spill=self.spill,
-                recall=self.work.sites(self.model, plan) if plan.repair is not None and not plan.cuts else always_solve,
+                recall=lambda base: always_solve if plan.repair is None else self.work.sites(base, plan),
                 progress=self.progress,
                 world=world(),
             )
