@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from rankfold.errors import CheckpointError, ModelError, OptionError, PlanError, RankfoldError, WriteError, shown
@@ -141,7 +141,7 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
         raise PlanError(cause.place, law=cause.law, got=f"{cause.got}: {difference}", cure=cause.cure) from cause
     model = install_shells(model, plan)
     try:
-        load_model(model, str(folder / "model.safetensors"), strict=True)
+        _load_weights(model, folder / "model.safetensors")
     except (RuntimeError, SafetensorError) as cause:
         raise CheckpointError(
             str(folder / "model.safetensors"),
@@ -150,6 +150,18 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
             cure="load with the factory and the release that the checkpoint was written with",
         ) from cause
     return model.eval()
+
+
+def _load_weights(model: nn.Module, file: Path) -> None:
+    """All tensors of a file into a model; one that has several names in the model is in the file once."""
+    state = load_file(str(file))
+    own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    places = {(value.data_ptr(), value.shape, value.dtype): name for name, value in own.items() if name in state}
+    for name, value in own.items():
+        other = places.get((value.data_ptr(), value.shape, value.dtype))
+        if name not in state and other is not None and value.numel():
+            state[name] = state[other]
+    model.load_state_dict(state, strict=True)
 
 
 def _difference(model: nn.Module, plan: Plan, weights: Path) -> str | None:

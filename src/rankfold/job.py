@@ -16,7 +16,7 @@ from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import BEST, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import BudgetError, SiteError
+from rankfold.errors import BudgetError, SelfCheckError, SiteError
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
@@ -286,6 +286,25 @@ def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> 
         latency[0] = latency_ratio(original, compressed, example)
     together_with.broadcast_([latency], 0)
     return float(latency)
+
+
+def carried_out(job: Job, plans: Sequence[tuple[str, Plan]], progress: Progress) -> list[Attempt]:
+    """Every candidate carried out; one whose model turns out wrong drops out with a note while another is left."""
+    attempts: list[Attempt] = []
+    failure: Exception | None = None
+    with progress("candidates", len(plans)) as advance:
+        for name, plan in plans:
+            try:
+                attempts.append(job.attempt(plan, name))
+            except (SelfCheckError, RuntimeError) as cause:
+                if len(plans) == 1 or world().size > 1 or not plan.cuts:
+                    raise
+                failure = cause
+                job.notes.append(f"candidate {name} was dropped: {str(cause).splitlines()[0]}")
+            advance()
+    if not attempts and failure is not None:
+        raise failure
+    return attempts
 
 
 def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -296,8 +297,8 @@ def _ascending(value: Any, place: str, size: int | None = None) -> tuple[int, ..
 
 def _axes(value: Any, place: str) -> dict[int, tuple[int, ...]]:
     """The cuts of one tensor."""
-    if not isinstance(value, dict) or not all(axis in ("0", "1") for axis in value):
-        raise PlanError(place, law='an object with axes "0" or "1"', got=shown(value), cure="make the plan again")
+    if not isinstance(value, dict) or not all(re.fullmatch(r"\d", axis) for axis in value):
+        raise PlanError(place, law='an object with axes such as "0"', got=shown(value), cure="make the plan again")
     return {int(axis): _ascending(kept, f"{place}.{axis}") for axis, kept in value.items()}
 
 

@@ -96,7 +96,10 @@ def check_cuts(model: nn.Module, cuts: Cuts) -> None:
     Raises:
         PlanError: Naming the tensor.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
     for name, axes in cuts.items():
         if name not in tensors:
             raise PlanError(
@@ -177,7 +180,7 @@ def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
     """Make a model what a changed copy of it is, in place.
 
     Args:
-        model: The original. Parameters whose shape stays are the same objects afterwards.
+        model: The original. Parameters that the plan neither cuts nor replaces are the same objects afterwards.
         changed: The copy, after the plan was carried out.
         plan: The plan.
 

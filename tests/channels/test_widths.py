@@ -137,4 +137,10 @@ def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(OptionError, match=r"Interpolative\.uniform"):
         rf.Interpolative(uniform=1)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="a selector that chooses how many channels stay"):
-        rf.compress(_chain(), [X], budget=rf.Budget(params=0.5), selector=rf.InterpolativeGreedy())
+        rf.compress(
+            _chain(),
+            [X],
+            budget=rf.Budget(params=0.5),
+            families=[rf.WhitenedSVD(), rf.Interpolative()],
+            selector=rf.InterpolativeGreedy(),
+        )

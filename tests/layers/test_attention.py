@@ -100,5 +100,16 @@ def test_modules_that_look_inside_stay_and_keys_of_its_own_are_refused() -> None
     layer = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True).eval()
     assert isinstance(rf.split_attention(nn.Sequential(layer))[0].self_attn, nn.MultiheadAttention)
     assert isinstance(rf.split_attention(_made("packed")), SplitAttention)
+
+    class Own(nn.MultiheadAttention):
+        pass
+
+    assert type(rf.split_attention(nn.Sequential(Own(12, 3)))[0]) is Own
+    pair = nn.ModuleDict({"one": _made("packed")})
+    pair["other"], pair["deeper"] = pair["one"], nn.Sequential(pair["one"])
+    shared = rf.split_attention(pair)
+    assert shared["one"] is shared["other"] is shared["deeper"][0]
+    with pytest.raises(ModelError, match=r"an nn\.Module"):
+        rf.split_attention(3)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="keys and values come from the inputs alone"):
         rf.split_attention(nn.Sequential(nn.MultiheadAttention(12, 3, add_bias_kv=True)))

@@ -113,7 +113,7 @@ class Widths:
             got=", ".join(
                 f"{name} at most {self.bounds[name]} where the smallest is {reached[name]}" for name in broken
             ),
-            cure="raise the bound, or allow families that shrink layers without channel groups",
+            cure="raise the bound, allow families that shrink layers without channel groups, or ask for no multiples",
             smallest=reached,
         )
 
@@ -166,8 +166,8 @@ class _Ledger:
         self._sites = {site.path: site for site in sites}
         self._layers: dict[tuple[str, int, int], Cost] = {}
         self._left = {site.path: [site.geometry.inputs, site.geometry.outputs] for site in sites}
-        parameters = dict(model.named_parameters())
-        tensors = {**parameters, **dict(model.named_buffers())}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
         weights = {f"{path}.weight" if path else "weight": path for path in self._sites}
         biases = {f"{path}.bias" if path else "bias" for path in self._sites}
         self._changes: list[dict[str, list[torch.Tensor]]] = []  # group → layer → inputs, outputs gone by units removed

@@ -130,13 +130,15 @@ def narrow_(model: nn.Module, cuts: Cuts, attributes: Attributes | None = None) 
     for path, own in ({} if attributes is None else attributes).items():
         for name, value in own.items():
             setattr(modules[path], name, value)
-    for path, module in list(model.named_modules()):
+    done: set[tuple[int, str]] = set()  # a module that has several names is cut under the first that is named
+    for path, module in list(model.named_modules(remove_duplicate=False)):
         prefix = f"{path}." if path else ""
         for table in (module._parameters, module._buffers):
             for name, value in list(table.items()):
                 axes = cuts.get(prefix + name)
-                if value is None or axes is None:
+                if value is None or axes is None or (id(module), name) in done:
                     continue
+                done.add((id(module), name))
                 smaller = value.detach()
                 for axis, indices in axes.items():
                     smaller = smaller.index_select(axis, torch.tensor(indices, device=value.device))

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve, even, removal_curves
-from rankfold.channels.heads import EMBEDDINGS, HEADS, with_attributes
 from rankfold.channels.ledger import Stack, Widths, stacks_of
-from rankfold.channels.narrowing import attributes_of, cuts_of, fold_and_cut_, narrow_, narrowed_sites
+from rankfold.channels.narrowing import attributes_of, cuts_of, fold_and_cut_, narrowed_sites
 from rankfold.channels.stock import is_stock, stock_units
+from rankfold.channels.trial import removable
 from rankfold.channels.widths import WidthSelector
 from rankfold.curves import measure
 from rankfold.decompositions import Decomposition, Interpolative
@@ -21,7 +21,7 @@ from rankfold.errors import SiteError
 from rankfold.graph.channels import ChannelGroup, find_channels
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites, Skip, fingerprint
-from rankfold.graph.trace import Batch, evaluating, run
+from rankfold.graph.trace import Batch
 from rankfold.metrics.counted import count
 from rankfold.plan import ChannelDecision, Decision, Plan
 from rankfold.planning import make_plan
@@ -73,8 +73,8 @@ class Remover:
     ) -> Remover:
         """Find the groups and measure what removing their units costs.
 
-        Each group is tried first: a copy of the model without one of its units must run. A forward that names its own
-        width does not, and its group is skipped with what it raised.
+        Each group is tried first: without a fold, a copy of the model without some units must compute what the original
+        computes when nobody reads them. A group of which that is not true is skipped with what went wrong.
 
         Args:
             model: The original.
@@ -92,14 +92,9 @@ class Remover:
         groups: list[ChannelGroup] = [group for group in channels if even(group)]
         skips = {skip.path: skip.reason for skip in channels.skips}
         skips |= {group.name: "frozen: its units are read unevenly" for group in channels if group not in groups}
-        groups = [with_attributes(model, group, HEADS) for group in groups]
-        if groups and why_not(model, groups, example) is not None:
-            groups = [_runnable(model, group, example) for group in groups]
-            tried = {group.name: why_not(model, [group], example) for group in groups}
-            skips |= {
-                name: f"frozen: the model fails without one of them ({why})" for name, why in tried.items() if why
-            }
-            groups = [group for group in groups if tried[group.name] is None]
+        any_batch = sites.graph.static_batch is None
+        groups, refused = removable(model, groups, example, any_batch=any_batch)
+        skips |= refused
         if not groups or sites.graph.program is None:
             reasons = "; ".join(f"{path}: {reason}" for path, reason in list(skips.items())[:3])
             raise SiteError(
@@ -226,27 +221,6 @@ class Remover:
             cuts=cuts,
             attributes=attributes,
         )
-
-
-def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch) -> str | None:
-    """What a model raises when each of some groups loses its last unit; None where it runs."""
-    masks = {group.name: torch.arange(group.units) < group.units - 1 for group in groups}
-    narrow = narrow_(copied(model), cuts_of(model, groups, masks), attributes_of(groups, masks))
-    try:
-        with evaluating(narrow):  # the whole batch: some layers are reached by that alone
-            run(narrow, example)
-    except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
-        return f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
-    return None
-
-
-def _runnable(model: nn.Module, group: ChannelGroup, example: Batch) -> ChannelGroup:
-    """The group with the attributes with which its units can go; as it is where none help."""
-    for names in (HEADS, (*HEADS, *EMBEDDINGS), ()):
-        changed = with_attributes(model, group, names)
-        if why_not(model, [changed], example) is None:
-            return changed
-    return group
 
 
 def _mask(decision: ChannelDecision) -> torch.Tensor:

@@ -51,7 +51,7 @@ def _is_valid(config: Any, entries: Entries, units: int, count: int) -> bool:
     """Whether a configuration with fewer units passes its class's own checks."""
     whole = config.to_dict()
     try:
-        scaled = {name: (whole[name] // units * count,) for name in entries}
+        scaled = {name: ((whole[name] or units) // units * count,) for name in entries}
         type(config).from_dict(configured(config, scaled).to_dict())
     except Exception:  # noqa: BLE001 - whatever the class raises
         return False
@@ -98,13 +98,13 @@ def _candidates(config: Any, kept: Kept) -> Iterator[tuple[str, tuple[int, ...]]
     entries = {
         name: value
         for name, value in config.to_dict().items()
-        if isinstance(value, int) and value > 1 and not HEAD_SIZE.search(name)
-    }
+        if (value is None or (type(value) is int and value > 1)) and not HEAD_SIZE.search(name)
+    }  # None often stands for a multiple of another entry
     changes = {
-        (name, tuple(value // units * own.get(layer, units) for layer in range(layers)))
+        (name, tuple((value or units) // units * own.get(layer, units) for layer in range(layers)))
         for (_, units), own in stacks.items()
         for name, value in entries.items()
-        if value % units == 0
+        if (value or units) % units == 0
     }
     yield from sorted(changes)
 

@@ -33,8 +33,8 @@ _ELEMENTWISE = _names(
 )
 _LAYOUT = _names(
     "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand repeat slice select"
-    " narrow split split_with_sizes chunk unbind cat stack roll flip movedim pixel_shuffle channel_shuffle"
-    " native_channel_shuffle repeat_interleave swapaxes"
+    " narrow split split_with_sizes chunk unbind cat stack flip movedim pixel_shuffle channel_shuffle"
+    " native_channel_shuffle repeat_interleave swapaxes"  # roll moves others into a place than are left there
 )
 _SPATIAL = _names(
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d"
@@ -122,6 +122,7 @@ def follow(program: ExportedProgram, layers: dict[str, str]) -> Flow:
     walk = _Walk(program, layers)
     for node in program.graph.nodes:
         walk.step(node)
+    walk.finish()
     return walk.flow
 
 
@@ -134,6 +135,7 @@ class _Walk:
         self._names = tensor_names(program)
         self._numbers: dict[Node, Any] = {}
         self._blind: set[str] = set()  # layers that were called on what is not followed
+        self._values: set[str] = set()  # tensors that something else than their layer or norm reads
         self._flat: dict[Node, Tensor] = {}  # numbers of heads that constants were made for
 
     def step(self, node: Node) -> None:
@@ -150,6 +152,7 @@ class _Walk:
         elif name == "embedding":
             self._numbers[node] = self._table(node)
         elif not inputs:
+            self._looked_at(node, name)
             return
         elif name in _BATCH_NORMS:
             numbers = self._norm(node)
@@ -159,7 +162,7 @@ class _Walk:
             self._numbers[node] = values[_place(node)] if isinstance(values, (list, tuple)) else None
         elif name in _ELEMENTWISE:
             self._numbers[node] = self._elementwise(node)
-        elif name in _LAYOUT:
+        elif name in _LAYOUT and not _is_cast(node):
             self._numbers[node] = self._moved(node)
         elif name == "pad":
             self._numbers[node] = self._padded(node)
@@ -180,6 +183,21 @@ class _Walk:
         else:
             for argument in inputs:
                 self._freeze_all(argument, f"{name} is no operator that channels are followed through")
+
+    def _looked_at(self, node: Node, name: str) -> None:
+        """An operator that reads parameters alone: what it makes of them depends on the channels that are there."""
+        if name == "getitem" or name in _CONSTANT:
+            return
+        self._values |= {self._names[argument] for argument in node.all_input_nodes if argument in self._names}
+
+    def finish(self) -> None:
+        """Freeze the channels of tensors whose values are read by something else than their layer or norm."""
+        for name in sorted(self._values):
+            path, reason = self._layers.get(name), f"the values of {name} are read elsewhere"
+            for table in (self.flow.made, self.flow.read):
+                self.flow.freeze(table.get(path or ""), reason)
+            for numbers in self.flow.carried.get(name, {}).values():
+                self.flow.freeze(numbers, reason)
 
     def _freeze_all(self, node: Node, reason: str) -> None:
         numbers = self._numbers.get(node)
@@ -284,7 +302,8 @@ class _Walk:
         rank = len(_shape(node))
         tracked: Tensor | None = None
         others = []
-        for argument in node.all_input_nodes:
+        cast = _operator(node) == "type_as"  # of the second operand it is the dtype alone that counts
+        for argument in node.all_input_nodes[: 1 if cast else None]:
             numbers = self._numbers.get(argument)
             if isinstance(numbers, Tensor):
                 aligned = numbers.reshape(*[1] * (rank - numbers.ndim), *numbers.shape)
@@ -376,7 +395,12 @@ class _Walk:
         target: Any = node.target
         if _operator(node) in ("view", "_unsafe_view"):
             target = torch.ops.aten.reshape.default
-        result = target(*args, **kwargs)
+        try:
+            result = target(*args, **kwargs)
+        except Exception as cause:  # noqa: BLE001 - an overload that numbers cannot take
+            for argument in node.all_input_nodes:
+                self._freeze_all(argument, f"{_operator(node)} of channels is not followed ({type(cause).__name__})")
+            return None
         if isinstance(result, (list, tuple)):
             return [_compressed(part) for part in result]
         return _compressed(result)
@@ -454,11 +478,17 @@ def _flat_sources(node: Any, axis: int) -> list[Node] | None:
     if _operator(node) in _CONSTANT:
         return [node]
     if _operator(node) == "expand":  # from one to all heads
-        return _flat_sources(node.args[0], axis) or [node]
+        behind = _flat_sources(node.args[0], axis)
+        return behind if behind is None else behind or [node]
     if _operator(node) not in _ELEMENTWISE:
         return None
-    behind = [_flat_sources(each, axis) for each in node.all_input_nodes]
-    return None if any(each is None for each in behind) else [node for each in behind for node in each or ()]
+    parts = [_flat_sources(each, axis) for each in node.all_input_nodes]
+    return None if any(each is None for each in parts) else [source for each in parts for source in each or ()]
+
+
+def _is_cast(node: Node) -> bool:
+    """Whether a view reads the same bytes as another dtype."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._overloadname == "dtype"
 
 
 def _place(node: Node) -> int:

@@ -115,15 +115,20 @@ def split_attention(model: nn.Module) -> nn.Module:
         model: Left untouched.
 
     Raises:
-        ModelError: An attention appends keys or values of its own.
+        ModelError: It is no module, or an attention appends keys or values of its own.
     """
+    if not isinstance(model, nn.Module):
+        raise ModelError("model", law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
     result = copy.deepcopy(model)
-    if isinstance(result, nn.MultiheadAttention):
+    if type(result) is nn.MultiheadAttention:
         return SplitAttention(result)
+    split: dict[int, SplitAttention] = {}  # one for a module that stands in several places
     for parent in list(result.modules()):
         if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             continue
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.MultiheadAttention):
-                setattr(parent, name, SplitAttention(child))
+        for name, child in list(parent._modules.items()):
+            if type(child) is nn.MultiheadAttention:  # a subclass may compute something else
+                if id(child) not in split:
+                    split[id(child)] = SplitAttention(child)
+                setattr(parent, name, split[id(child)])
     return result
