@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankfold.channels.narrowing import fold_and_cut_
 from rankfold.curves import needed
-from rankfold.errors import DataError, SiteError, shown
+from rankfold.errors import DataError, PlanError, SiteError, shown
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Site, Sites, check_model, find_sites
-from rankfold.graph.trace import Batch
+from rankfold.graph.trace import Batch, evaluating, run
 from rankfold.graph.values import Spill
 from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress, silent
@@ -115,7 +116,8 @@ def carry_out(
             if plan.repair is None and sites.graph.program is not None:  # a repair finds the norms' shifts itself
                 norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
         stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms, plan.attributes)
-        base, shells = target, replace(plan, cuts={}, attributes={})
+        base, shells = target, replace(plan, cuts={}, attributes={}, channels=())
+        _check_runs(base, next(iter(batches)))
     if plan.repair is None:
         return install_shells(target, shells, shared_out(filler(stats), world)), ()
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
@@ -145,6 +147,24 @@ def carry_out(
             back.get_buffer(name).copy_(value)
         raise
     return result, tuple(remarks)
+
+
+def _check_runs(narrow: nn.Module, example: Batch) -> None:
+    """Refuse cuts that leave a model which does not run.
+
+    Raises:
+        PlanError: With what it raises.
+    """
+    try:
+        with evaluating(narrow), torch.no_grad():
+            run(narrow, example)
+    except RuntimeError as cause:
+        raise PlanError(
+            "plan.cuts",
+            law="the model runs as the cuts leave it",
+            got=f"{type(cause).__name__}: {str(cause).splitlines()[0]}",
+            cure="make the plan again",
+        ) from cause
 
 
 def _checked(

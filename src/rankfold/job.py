@@ -16,7 +16,7 @@ from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import BEST, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import BudgetError, SelfCheckError, SiteError
+from rankfold.errors import BudgetError, PlanError, SelfCheckError, SiteError
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
@@ -296,7 +296,7 @@ def carried_out(job: Job, plans: Sequence[tuple[str, Plan]], progress: Progress)
         for name, plan in plans:
             try:
                 attempts.append(job.attempt(plan, name))
-            except (SelfCheckError, RuntimeError) as cause:
+            except (SelfCheckError, PlanError, RuntimeError) as cause:
                 if len(plans) == 1 or world().size > 1 or not plan.cuts:
                     raise
                 failure = cause

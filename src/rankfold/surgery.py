@@ -44,6 +44,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             got=f"fingerprint {plan.fingerprint[:12]} against {fingerprint(model)[:12]} of this {type(model).__name__}",
             cure="make a plan for this model",
         )
+    check_channels(model, plan)
     check_cuts(model, plan.cuts)
     check_attributes(model, plan.attributes)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -90,6 +91,30 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
             )
 
 
+def check_channels(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that says channels go, and does not say which.
+
+    Raises:
+        PlanError: Naming the group.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for decision in plan.channels:
+        if decision.group not in modules:
+            raise PlanError(
+                repr(decision.group),
+                law="a group is named by a layer of the model",
+                got="no such layer",
+                cure=near_matches(decision.group, modules),
+            )
+    if plan.channels and not plan.cuts:
+        raise PlanError(
+            "cuts",
+            law="where channels go, cuts say what stays of every tensor",
+            got=f"{len(plan.channels)} groups that lose channels and no cuts",
+            cure="take the channels out of the plan, too, or make the plan again",
+        )
+
+
 def check_cuts(model: nn.Module, cuts: Cuts) -> None:
     """Refuse cuts that do not fit a model.
 
@@ -114,6 +139,30 @@ def check_cuts(model: nn.Module, cuts: Cuts) -> None:
                     got=shown(list(kept)),
                     cure="make the plan again",
                 )
+    for path, module in model.named_modules():
+        own = {name: f"{path}.{name}" if path else name for name in (*module._parameters, *module._buffers)}
+        outputs = {name: cuts[full].get(0) for name, full in own.items() if full in cuts}
+        adapter = adapter_for(module)
+        if adapter is not None:
+            outputs = {
+                name: cuts[own[name]].get(axis)
+                for name, axis in (("weight", adapter.weight_axes[0]), ("bias", 0))
+                if own.get(name) in cuts
+            }
+            if getattr(module, "bias", None) is not None:
+                outputs.setdefault("bias", None)
+                outputs.setdefault("weight", None)
+        elif outputs:
+            for name, full in own.items():
+                if full in tensors and tensors[full].ndim == 1:
+                    outputs.setdefault(name, None)
+        if len(set(outputs.values())) > 1:
+            raise PlanError(
+                repr(path),
+                law="all tensors of a layer keep the same output channels",
+                got=", ".join(f"{name}: {'all' if kept is None else len(kept)}" for name, kept in outputs.items()),
+                cure="make the plan again",
+            )
 
 
 def check_attributes(model: nn.Module, attributes: Attributes) -> None:

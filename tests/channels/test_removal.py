@@ -349,6 +349,20 @@ def test_bad_input_is_refused_by_name() -> None:
     wrong = replace(out.plan, cuts={**out.plan.cuts, name: {0: (999,)}})
     with pytest.raises(PlanError, match="indices that stay along axis 0"):
         rf.apply(model, wrong, data)
+    one = dict(out.plan.cuts)
+    group = out.plan.channels[0].group
+    one[f"{group}.weight"] = {**one[f"{group}.weight"], 0: one[f"{group}.weight"][0][1:]}
+    norms = {name: axes for name, axes in out.plan.cuts.items() if not name.endswith("running_var")}
+    for wrong in (one, norms):
+        with pytest.raises(
+            PlanError,
+            match="keep the same output channels" if wrong is norms else "the model runs as the cuts leave it",
+        ):
+            rf.apply(model, replace(out.plan, cuts=wrong), data)
+    with pytest.raises(PlanError, match="cuts say what stays"):
+        rf.apply(model, replace(out.plan, cuts={}), data)
+    with pytest.raises(PlanError, match="a group is named by a layer"):
+        rf.apply(model, replace(out.plan, channels=(replace(out.plan.channels[0], group="a9"),)), data)
     edited = json.loads(out.plan.to_json())
     edited["channels"][0]["kept"].append(99999)
     with pytest.raises(PlanError, match="ascending indices of what stays"):
