@@ -83,7 +83,11 @@ def test_a_split_model_loses_heads() -> None:
     torch.manual_seed(0)
     model, data = Block().eval(), [torch.randn(60, 6, 12)]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert not list(rf.find_channels(model, rf.find_sites(model, data[0])))
+    sites = rf.find_sites(model, data[0])
+    assert not list(rf.find_channels(model, sites))
+    assert not sites.fixed  # its weight is read, but the layer itself is never called
+    whole = rf.compress(nn.Sequential(model, nn.Linear(5, 40), nn.Linear(40, 5)), data, budget=rf.Budget(params=0.9))
+    assert whole.report.after.params <= 0.9 * whole.report.before.params
     split = rf.split_attention(model)
     with torch.no_grad():
         torch.testing.assert_close(split(data[0]), model(data[0]))

@@ -195,7 +195,8 @@ def find_sites(
             if reason is None:
                 reason = "no room: no factorisation of rank 1 is smaller than the layer"
                 skips.append(Skip(path, reason))
-            fixed.append(replace(site, fixed=reason))
+            if site.calls:  # one that is never called itself shows no inputs to solve it on
+                fixed.append(replace(site, fixed=reason))
     found = Sites(
         tuple(sites),
         tuple(skips),
