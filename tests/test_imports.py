@@ -35,6 +35,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "job",
             "pipeline",
             "checkpoint",
+            "hugging_face",
             "report",
             "work",
         }

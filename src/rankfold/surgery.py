@@ -139,28 +139,32 @@ def check_cuts(model: nn.Module, cuts: Cuts) -> None:
                     got=shown(list(kept)),
                     cure="make the plan again",
                 )
+    _check_layers(model, cuts)
+
+
+def _check_layers(model: nn.Module, cuts: Cuts) -> None:
+    """Refuse cuts by which the tensors of one layer or norm keep different output channels."""
+    names: dict[int, list[str]] = {}  # of a module that stands in several places
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(f"{path}." if path else "")
     for path, module in model.named_modules():
-        own = {name: f"{path}.{name}" if path else name for name in (*module._parameters, *module._buffers)}
-        outputs = {name: cuts[full].get(0) for name, full in own.items() if full in cuts}
         adapter = adapter_for(module)
         if adapter is not None:
-            outputs = {
-                name: cuts[own[name]].get(axis)
-                for name, axis in (("weight", adapter.weight_axes[0]), ("bias", 0))
-                if own.get(name) in cuts
-            }
-            if getattr(module, "bias", None) is not None:
-                outputs.setdefault("bias", None)
-                outputs.setdefault("weight", None)
-        elif outputs:
-            for name, full in own.items():
-                if full in tensors and tensors[full].ndim == 1:
-                    outputs.setdefault(name, None)
-        if len(set(outputs.values())) > 1:
+            places = {"weight": adapter.weight_axes[0], "bias": 0}
+        elif isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+            places = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
+        else:
+            continue
+        stays: dict[str, tuple[int, ...] | None] = {}
+        for name, place in places.items():
+            if getattr(module, name, None) is not None:
+                full = next((prefix + name for prefix in names[id(module)] if prefix + name in cuts), None)
+                stays[name] = None if full is None else cuts[full].get(place)
+        if len(set(stays.values())) > 1:
             raise PlanError(
                 repr(path),
                 law="all tensors of a layer keep the same output channels",
-                got=", ".join(f"{name}: {'all' if kept is None else len(kept)}" for name, kept in outputs.items()),
+                got=", ".join(f"{name}: {'all' if kept is None else len(kept)}" for name, kept in stays.items()),
                 cure="make the plan again",
             )
 
