@@ -355,8 +355,8 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         inplace: Change the model itself.
 
     Returns:
-        A model of the original's structure (transformers' `Conv1D` comes back as `nn.Linear`); layers that lost channels
-        stay narrow.
+        A model of the original's structure (transformers' `Conv1D` comes back as `nn.Linear`); layers that lost
+        channels stay narrow.
 
     Raises:
         PlanError: The model is not what the plan makes.
