@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,6 +93,29 @@ def one_cycle(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / rise, (steps - step) / (steps - rise))
 
 
+def keep(file: Path, model: nn.Module, optimiser: torch.optim.SGD, step: int) -> None:
+    """Write weights, momenta and the number of steps taken, whole or not at all."""
+    tensors = {f"model.{name}": value.contiguous() for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors[f"momentum.{name}"] = optimiser.state[parameter]["momentum_buffer"].contiguous()
+    save_file(tensors, file.with_suffix(".part"), {"step": str(step)})
+    os.replace(file.with_suffix(".part"), file)
+
+
+def restore(file: Path, model: nn.Module, optimiser: torch.optim.SGD) -> int:
+    """Take over what `keep` wrote; returns the number of steps taken."""
+    with safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+        step = int(opened.metadata()["step"])
+    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model.")})
+    for name, parameter in model.named_parameters():
+        own = tensors[f"momentum.{name}"].to(
+            parameter.device, memory_format=torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+        )
+        optimiser.state[parameter]["momentum_buffer"] = own
+    return step
+
+
 def train(phases: list[tuple[int, float]], *, batch: int, peak: float, decay: float, seed: int, device: str) -> None:
     """Trains through the phases of (pixels, epochs), saving as it goes; ends with weights at `WEIGHTS`."""
     from benchmarks.networks import definitions
@@ -106,10 +130,7 @@ def train(phases: list[tuple[int, float]], *, batch: int, peak: float, decay: fl
     WEIGHTS.parent.mkdir(exist_ok=True)
     start = 0
     if state_file.is_file():
-        state = torch.load(state_file, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        start = state["step"]
+        start = restore(state_file, model, optimiser)
     saved = time.monotonic()
     total = 0.0
     for step in range(start, len(sizes)):
@@ -129,9 +150,7 @@ def train(phases: list[tuple[int, float]], *, batch: int, peak: float, decay: fl
             print(f"step {step + 1}/{len(sizes)}  {sizes[step]} pixels  loss {total / 50:.3f}", flush=True)
             total = 0.0
         if time.monotonic() - saved > SAVE_EVERY_S:
-            keep = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1}
-            torch.save(keep, state_file.with_suffix(".part"))
-            os.replace(state_file.with_suffix(".part"), state_file)
+            keep(state_file, model, optimiser, step + 1)
             saved = time.monotonic()
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
     save_file(weights, WEIGHTS)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.zoo import import_torchvision
 from hypothesis import settings
 
 settings.register_profile("rankfold", derandomize=True, deadline=None, max_examples=50)
@@ -27,21 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-_definitions: list[torch.library.Library] = []  # a Library undoes its definitions when it is collected
-
-
 @pytest.fixture(scope="session")
 def mended_torchvision() -> None:
     """Where torchvision is built for another torch, define the schemas it stumbles over at import."""
-    try:
-        import torchvision
-    except ModuleNotFoundError:
-        return
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        schemas = torch.library.Library("torchvision", "DEF")
-        for operator in ("nms", "qnms"):
-            schemas.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _definitions.append(schemas)
-        import torchvision  # noqa: F401
+    import_torchvision()

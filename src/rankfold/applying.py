@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankfold.channels.narrowing import fold_and_cut_
@@ -15,7 +14,7 @@ from rankfold.curves import needed
 from rankfold.errors import DataError, PlanError, SiteError, shown
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Site, Sites, check_model, find_sites
-from rankfold.graph.trace import Batch, evaluating, run
+from rankfold.graph.trace import Batch, device_of, evaluating, run, to_device
 from rankfold.graph.values import Spill
 from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress, silent
@@ -156,8 +155,8 @@ def _check_runs(narrow: nn.Module, example: Batch) -> None:
         PlanError: With what it raises.
     """
     try:
-        with evaluating(narrow), torch.no_grad():
-            run(narrow, example)
+        with evaluating(narrow):
+            run(narrow, to_device(example, device_of(narrow)))
     except RuntimeError as cause:
         raise PlanError(
             "plan.cuts",

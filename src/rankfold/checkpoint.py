@@ -156,12 +156,17 @@ def _load_weights(model: nn.Module, file: Path) -> None:
     """All tensors of a file into a model; one that has several names in the model is in the file once."""
     state = load_file(str(file))
     own = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    places = {(value.data_ptr(), value.shape, value.dtype): name for name, value in own.items() if name in state}
+    places = {_place(value): name for name, value in own.items() if name in state}
     for name, value in own.items():
-        other = places.get((value.data_ptr(), value.shape, value.dtype))
+        other = places.get(_place(value))
         if name not in state and other is not None and value.numel():
             state[name] = state[other]
     model.load_state_dict(state, strict=True)
+
+
+def _place(value: Tensor) -> tuple[object, ...]:
+    """What two names of one tensor have in common."""
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def _difference(model: nn.Module, plan: Plan, weights: Path) -> str | None:

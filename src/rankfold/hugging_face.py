@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from rankfold.channels.stock import configured, entries_of, is_stock
 from rankfold.checkpoint import check_compressed, check_path
-from rankfold.errors import ModelError, PlanError
+from rankfold.errors import ModelError, PlanError, WriteError
 from rankfold.metrics.compare import output_tensor
 from rankfold.plan import Plan
 from rankfold.serialization import write_directory
@@ -62,10 +63,21 @@ def save_pretrained(out: Compressed, path: str | Path, *, overwrite: bool = Fals
         )
     stock = _stock(model, out.plan)
     target = Path(path)
-    with tempfile.TemporaryDirectory(prefix=".rankfold-", dir=_existing(target)) as folder:
-        stock.save_pretrained(folder, state_dict={name: stock.state_dict()[name] for name in model.state_dict()})
-        files = sorted(file for file in Path(folder).iterdir() if file.is_file())
-        write_directory(target, {file.name: _moving(file) for file in files}, overwrite=overwrite)
+    values = stock.state_dict()
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rankfold-", dir=_existing(target)) as folder:
+            stock.save_pretrained(folder, state_dict={name: values[name] for name in model.state_dict()})
+            files = sorted(file for file in Path(folder).iterdir() if file.is_file())
+            write_directory(target, {file.name: _moving(file) for file in files}, overwrite=overwrite)
+    except (OSError, SafetensorError) as cause:
+        if isinstance(cause, WriteError):
+            raise
+        raise WriteError(
+            str(target),
+            law="the output directory can be written",
+            got=str(cause),
+            cure="check the permissions and the free space; nothing was left behind",
+        ) from cause
 
 
 def _moving(source: Path) -> Callable[[Path], None]:
@@ -102,10 +114,10 @@ def _stock(model: Any, plan: Plan) -> Any:
     built.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         built.generation_config = copy.deepcopy(model.generation_config)
-    for name, inputs in _examples(model).items():
+    if inputs := _example(model):
         with torch.no_grad():
-            expected = output_tensor(copied(model).cpu().eval()(**{name: inputs}))[0]
-            got = output_tensor(built(**{name: inputs}))[0]
+            expected = output_tensor(copied(model).cpu().eval()(**inputs))[0]
+            got = output_tensor(built(**inputs))[0]
         if not torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise PlanError(
                 "plan",
@@ -116,8 +128,8 @@ def _stock(model: Any, plan: Plan) -> Any:
     return built
 
 
-def _examples(model: Any) -> dict[str, torch.Tensor]:
-    """Inputs to compare two models on: words for a language model, an image for one that reads pixels."""
+def _example(model: Any) -> dict[str, torch.Tensor]:
+    """Arguments to compare two models on: words for a language model, an image for one that reads pixels."""
     config, name = model.config, getattr(model, "main_input_name", "")
     if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
         return {name: torch.arange(1, 9)[None] % max(2, getattr(config, "vocab_size", 2))}

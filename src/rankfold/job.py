@@ -14,7 +14,7 @@ from torch import nn
 from rankfold.applying import carry_out
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
-from rankfold.channels.widths import BEST, SIZES, WidthSelector
+from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, PlanError, SelfCheckError, SiteError
 from rankfold.graph.refusals import BY_BATCH
@@ -174,7 +174,13 @@ class Job:
         repair: Lockstep | None,
     ) -> list[Maker]:
         """Plans that remove channels: alone, and with other families for the rest of the way."""
-        tried = SIZES if sizes is None else {name_of(sizes): sizes}
+        chosen = Lagrangian() if selector is None else selector
+        if forms:
+            half = SIZES[HALF_WAY]
+            ways = [("channels", 1.0, half), (f"channels + {name_of(chosen)}", 0.5, half)]
+        else:
+            tried = SIZES if sizes is None else {name_of(sizes): sizes}
+            ways = [(f"channels, {name}", 1.0, each) for name, each in tried.items()]
         try:
             remover = self.clock.time(
                 "curves",
@@ -184,7 +190,7 @@ class Job:
                     self.sites,
                     self.stats,
                     method,
-                    selectors=tried.values(),
+                    selectors=[each for _, _, each in ways],
                     seed=seed,
                 ),
             )
@@ -193,10 +199,6 @@ class Job:
                 raise
             self.notes.append(f"no channels were removed: {cause.got}")
             return []
-        chosen = Lagrangian() if selector is None else selector
-        ways = [(f"channels, {name}", 1.0, each) for name, each in tried.items()]
-        if forms:
-            ways = [("channels", 1.0, SIZES[BEST]), (f"channels + {name_of(chosen)}", 0.5, SIZES[BEST])]
         return [
             (
                 name,
@@ -243,6 +245,28 @@ class Job:
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
+    def carried_out(self, plans: Sequence[tuple[str, Plan]]) -> list[Attempt]:
+        """Every candidate carried out; one whose narrowed model is wrong drops out with a note while another is left.
+
+        Args:
+            plans: By name; see `candidates_of`.
+        """
+        attempts: list[Attempt] = []
+        failure: SelfCheckError | PlanError | None = None
+        with self.progress("candidates", len(plans)) as advance:
+            for name, plan in plans:
+                try:
+                    attempts.append(self.attempt(plan, name))
+                except (SelfCheckError, PlanError) as cause:
+                    if len(plans) == 1 or world().size > 1 or not plan.cuts:
+                        raise
+                    failure = cause
+                    self.notes.append(f"candidate {name} was dropped: {cause}")
+                advance()
+        if not attempts and failure is not None:
+            raise failure
+        return attempts
+
     def finish(self, attempts: Sequence[Attempt]) -> Compressed:
         """Take the attempt closest to the original, and report."""
         best = min(attempts, key=lambda attempt: attempt.comparison.divergence)
@@ -288,25 +312,6 @@ def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> 
     return float(latency)
 
 
-def carried_out(job: Job, plans: Sequence[tuple[str, Plan]], progress: Progress) -> list[Attempt]:
-    """Every candidate carried out; one whose model turns out wrong drops out with a note while another is left."""
-    attempts: list[Attempt] = []
-    failure: Exception | None = None
-    with progress("candidates", len(plans)) as advance:
-        for name, plan in plans:
-            try:
-                attempts.append(job.attempt(plan, name))
-            except (SelfCheckError, PlanError, RuntimeError) as cause:
-                if len(plans) == 1 or world().size > 1 or not plan.cuts:
-                    raise
-                failure = cause
-                job.notes.append(f"candidate {name} was dropped: {str(cause).splitlines()[0]}")
-            advance()
-    if not attempts and failure is not None:
-        raise failure
-    return attempts
-
-
 def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
     """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can."""
     plans: list[tuple[str, Plan]] = []
@@ -320,7 +325,7 @@ def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
         if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for _, other in plans):
             plans.append((name, plan))
     if not plans and failures:
-        raise min(failures, key=lambda failure: sorted(failure.smallest.items()) or [("z", 0)])
+        raise min(failures, key=lambda failure: (not failure.smallest, sorted(failure.smallest.items())))
     return plans
 
 

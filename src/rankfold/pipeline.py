@@ -19,7 +19,7 @@ from rankfold.errors import OptionError, PlanError, shown
 from rankfold.graph.sites import Skip, check_module, check_selection
 from rankfold.graph.trace import device_of
 from rankfold.graph.values import Memory, parse_memory
-from rankfold.job import Compressed, Job, Maker, candidates_of, carried_out
+from rankfold.job import Compressed, Job, Maker, candidates_of
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
 from rankfold.progress import Progress, check_progress, silent
@@ -187,7 +187,7 @@ def compress(
                 repair=repair,
             )
     tried = job.clock.time("plans", lambda: candidates_of(makers))
-    return job.finish(carried_out(job, tried, progress))
+    return job.finish(job.carried_out(tried))
 
 
 @together

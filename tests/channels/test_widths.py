@@ -26,12 +26,13 @@ def _chain() -> nn.Sequential:
 
 
 def _curves(model: nn.Module, sites: Sites, slopes: list[float]) -> list[RemovalCurve]:
-    """Errors that grow with the square of what is gone, and Grams that fall off."""
+    """Errors that grow with the square of what is gone, and remainders that fall off."""
     curves = []
     for group, slope in zip(rf.find_channels(model, sites), slopes, strict=True):
         errors = slope * torch.arange(group.units + 1, dtype=torch.float64).square()
-        gram = torch.diag(torch.linspace(1, 0.01 / slope, group.units, dtype=torch.float64).square())
-        curves.append(RemovalCurve(group, torch.arange(group.units).flip(0), errors, errors, gram))
+        lengths = torch.linspace(1, 0.01 / slope, group.units, dtype=torch.float64)
+        order = torch.arange(group.units).flip(0)
+        curves.append(RemovalCurve(group, order, errors, errors, remainders=lengths))
     return curves
 
 

@@ -30,7 +30,8 @@ class RemovalCurve:
         errors: Summed squared error of the readers, refitted, with the first m units gone, shape (units + 1,), in the
             metric of their gradient Grams.
         relative: The same, each reader's relative to the energy of its own output, where it was asked for.
-        gram: Second moment of the units, shape (units, units), where it was asked for or the rule reads it.
+        gram: Second moment of the units, shape (units, units), where the rule exchanges pivots.
+        remainders: `|R_kk|` of the pivoted QR of the units' activations, shape (units,), where they were asked for.
     """
 
     group: ChannelGroup
@@ -38,11 +39,12 @@ class RemovalCurve:
     errors: Tensor
     relative: Tensor | None = None
     gram: Tensor | None = None
+    remainders: Tensor | None = None
 
     def kept(self, count: int, method: Interpolative) -> tuple[int, ...]:
         """The units that stay when so many do."""
         chosen = self.order[len(self.order) - count :]
-        if method.rule == "strong-rrqr" and self.gram is not None:
+        if self.gram is not None:
             chosen = strong_rrqr(self.gram, chosen)
         return tuple(sorted(chosen.tolist()))
 
@@ -55,7 +57,7 @@ def removal_curves(
     sites: Sites,
     method: Interpolative,
     norms: Mapping[str, str | None],
-    grams: bool = False,
+    remainders: bool = False,
     relative: bool = False,
     seed: int = 0,
 ) -> list[RemovalCurve]:
@@ -71,7 +73,7 @@ def removal_curves(
         sites: From `find_sites`.
         method: Says the rule.
         norms: Running mean of the batch norm that can absorb a layer's bias, by path.
-        grams: Whether the curves hold the Gram of each group, whatever the rule.
+        remainders: Whether the curves hold those of the pivoted QR, whatever the rule.
         relative: Whether they hold relative errors.
         seed: Of the rule "random".
 
@@ -85,21 +87,21 @@ def removal_curves(
             _reader(sites.at(path), modules[path], units, stats, centred=norms.get(path) is not None)
             for path, units in group.read.items()
         ]
-        gram = None
-        order = None
+        gram = lengths = order = None
         by_pivots = method.rule in ("pivoted-qr", "strong-rrqr")
-        if by_pivots or grams:
+        if by_pivots or remainders:
             raw = [_raw(sites.at(path), units, group.units, stats) for path, units in group.read.items()]
             gram = torch.stack(raw).sum(0)
-        if by_pivots and gram is not None:
-            order = pivoted_cholesky(gram)[0].flip(0)
-        elif method.rule == "magnitude":
+            pivots, lengths = pivoted_cholesky(gram)
+            order = pivots.flip(0) if by_pivots else None
+        if method.rule == "magnitude":
             order = _magnitudes(group, modules).argsort(stable=True)
         elif method.rule == "random":
             order = torch.randperm(group.units, generator=generator(seed, number))
         order, errors = backward_elimination([weighted for weighted, _ in readers], order=order)
         own = backward_elimination([plain for _, plain in readers], order=order)[1] if relative else None
-        curves.append(RemovalCurve(group, order, errors, own, gram))
+        exchanged = gram if method.rule == "strong-rrqr" else None
+        curves.append(RemovalCurve(group, order, errors, own, exchanged, lengths if remainders else None))
     return curves
 
 

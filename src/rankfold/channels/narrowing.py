@@ -130,6 +130,7 @@ def narrow_(model: nn.Module, cuts: Cuts, attributes: Attributes | None = None) 
     for path, own in ({} if attributes is None else attributes).items():
         for name, value in own.items():
             setattr(modules[path], name, value)
+    owners = {name.rpartition(".")[0] for name in cuts}
     done: set[tuple[int, str]] = set()  # a module that has several names is cut under the first that is named
     for path, module in list(model.named_modules(remove_duplicate=False)):
         prefix = f"{path}." if path else ""
@@ -147,7 +148,7 @@ def narrow_(model: nn.Module, cuts: Cuts, attributes: Attributes | None = None) 
                     module._parameters[name] = nn.Parameter(smaller, requires_grad=value.requires_grad)
                 else:
                     module._buffers[name] = smaller
-        if any(name.rpartition(".")[0] == path for name in cuts):
+        if path in owners:
             resize(module)
     return model
 

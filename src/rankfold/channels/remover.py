@@ -125,7 +125,7 @@ class Remover:
             sites=sites,
             method=method,
             norms=norms,
-            grams=any("gram" in each.reads for each in selectors),
+            remainders=any("remainders" in each.reads for each in selectors),
             relative=any("relative" in each.reads for each in selectors),
             seed=seed,
         )

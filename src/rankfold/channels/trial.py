@@ -11,7 +11,7 @@ from torch.utils import _pytree
 from rankfold.channels.heads import EMBEDDINGS, HEADS, with_attributes
 from rankfold.channels.narrowing import attributes_of, cuts_of, narrow_
 from rankfold.graph.channels import ChannelGroup
-from rankfold.graph.trace import Batch, batch_size, evaluating, run, take
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
 from rankfold.surgery import copied
 
@@ -72,7 +72,7 @@ def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch, *,
         example: One batch.
         any_batch: Whether the model takes a batch of any size.
     """
-    batch = example  # the whole at first: some layers are reached by that alone
+    batch = to_device(example, device_of(model))  # the whole at first: some layers are reached by that alone
     for masks in _trials(groups):
         try:
             narrow = narrow_(copied(model), cuts_of(model, groups, masks), attributes_of(groups, masks))
@@ -84,8 +84,8 @@ def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch, *,
         worst = max((_difference(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
         if not worst <= 1:
             return "it computes something else"
-        if any_batch and batch_size(example) > FEW:
-            batch = take(example, torch.arange(FEW))
+        if any_batch and batch_size(batch) > FEW:
+            batch = take(batch, torch.arange(FEW))
     return None
 
 
@@ -115,7 +115,7 @@ def _unread(model: nn.Module, groups: Sequence[ChannelGroup], masks: Mapping[str
 
 
 def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
-    with evaluating(model), torch.no_grad():
+    with evaluating(model):
         leaves = _pytree.tree_leaves(run(model, batch))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 

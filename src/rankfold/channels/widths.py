@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
-from rankfold.channels.elimination import RemovalCurve
 from rankfold.channels.ledger import Widths
 from rankfold.errors import OptionError
-from rankfold.linalg.interpolative import pivoted_cholesky
 from rankfold.ranks import Selector
 from rankfold.registry import register
 
 STEPS = 64  # a group's units go in about so many steps
+TINY = torch.finfo(torch.float64).tiny
 
 
 class WidthSelector(Selector, ABC):
@@ -23,7 +22,7 @@ class WidthSelector(Selector, ABC):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What of `RemovalCurve` it needs that is not there unless it is asked for: "gram", "relative"."""
+        """What of `RemovalCurve` it needs that is not there unless it is asked for: "relative", "remainders"."""
         return ()
 
     @abstractmethod
@@ -51,7 +50,8 @@ class RemovalGreedy(WidthSelector):
         relative: How much errors relative to each reader's own output count beside those weighted by what the model's
             output feels, in [0, 1]; both are scaled so that losing every group costs 1.
         evenness: How far the sizes are drawn towards those of `SameShare`, in [0, 1]. Prices of single groups do not
-            add up where many are cut; on the networks we measured, half-way was better than either end.
+            add up where many are cut: on ResNet-56 at half and 0.3 of the parameters, and on MiniLM-L6 at 0.7,
+            half-way was better than either end; on MiniLM-L6 at half, the cheapest steps were.
     """
 
     relative: float = 0.0
@@ -160,11 +160,11 @@ class InterpolativeGreedy(WidthSelector):
     @property
     def reads(self) -> tuple[str, ...]:
         """See `WidthSelector.reads`."""
-        return ("gram",)
+        return ("remainders",)
 
     def select(self, widths: Widths) -> None:
         """See `WidthSelector.select`."""
-        remainders = [[_remainders(curve) for curve in widths.groups(s)] for s in _all(widths)]
+        remainders = [[_known(curve.remainders) for curve in widths.groups(s)] for s in _all(widths)]
         while widths.broken():
             best, chosen = float("inf"), None
             for s in _all(widths):
@@ -172,7 +172,7 @@ class InterpolativeGreedy(WidthSelector):
                 after = widths.rounded(s, int(self.kappa * left))
                 if after >= left:
                     continue
-                lost = sum(float(own[after]) for own in remainders[s])
+                lost = sum(float(own[after] / own[0].clamp_min(TINY)) for own in remainders[s])
                 score = lost / max(widths.work(s), 1)
                 if score < best:
                     best, chosen = score, (s, after)
@@ -195,12 +195,11 @@ def _all(widths: Widths) -> range:
     return range(len(widths.stacks))
 
 
-def _remainders(curve: RemovalCurve) -> torch.Tensor:
-    """`|R_kk| / |R_00|` of the group's activations by k."""
-    if curve.gram is None:
-        raise TypeError(f"{curve.group.name} has no Gram")
-    _, lengths = pivoted_cholesky(curve.gram)
-    return lengths / lengths[0].clamp_min(torch.finfo(lengths.dtype).tiny)
+def _known(value: torch.Tensor | None) -> torch.Tensor:
+    """What a selector reads of a curve: a programmer's error where `reads` did not ask for it."""
+    if value is None:
+        raise TypeError("the curves lack what the selector reads")
+    return value
 
 
 def _errors(widths: Widths, relative: float) -> list[torch.Tensor]:
@@ -208,10 +207,7 @@ def _errors(widths: Widths, relative: float) -> list[torch.Tensor]:
     weighted = [torch.stack([curve.errors for curve in widths.groups(s)]).sum(0) for s in _all(widths)]
     if not relative:
         return weighted
-    own = [
-        torch.stack([curve.errors if curve.relative is None else curve.relative for curve in widths.groups(s)]).sum(0)
-        for s in _all(widths)
-    ]
+    own = [torch.stack([_known(curve.relative) for curve in widths.groups(s)]).sum(0) for s in _all(widths)]
     first, second = (
         share / (sum(float(errors[-1]) for errors in each) or 1.0)
         for share, each in ((1 - relative, weighted), (relative, own))
@@ -219,9 +215,9 @@ def _errors(widths: Widths, relative: float) -> list[torch.Tensor]:
     return [first * one + second * other for one, other in zip(weighted, own, strict=True)]
 
 
-BEST = "half-way"  # on most networks we measured
+HALF_WAY = "half-way"
 SIZES: dict[str, WidthSelector] = {
     "cheapest": RemovalGreedy(),
-    BEST: RemovalGreedy(evenness=0.5),
+    HALF_WAY: RemovalGreedy(evenness=0.5),
     "same share": SameShare(),
 }

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import SiteError, near_matches
-from rankfold.graph.flow import STAYS, Flow, follow
+from rankfold.graph.coordinates import STAYS, Flow
+from rankfold.graph.flow import follow
 from rankfold.graph.sites import Sites, Skip
 
 Units = tuple[int, ...]  # for every index along an axis the number of its unit in the group; -1 for none

@@ -7,9 +7,7 @@ what meets, and an operator that is not known freezes what it touches.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +15,18 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from rankfold.graph.coordinates import STAYS, Flow, along, broadcast, compressed, spread
+from rankfold.graph.nodes import (
+    argument_of,
+    has_tensors,
+    is_cast,
+    is_tensor,
+    number_of,
+    operator_of,
+    place_of,
+    shape_of,
+)
 from rankfold.graph.regions import tensor_names
-
-STAYS = -1  # number of an element that is no channel of any layer
 
 
 def _names(text: str) -> frozenset[str]:
@@ -46,70 +53,6 @@ _SOFTMAX = _names("softmax _softmax log_softmax _log_softmax")
 _BATCH_NORMS = _names("batch_norm _native_batch_norm_legit_no_training")
 _CONSTANT = _names("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor")
 _CONVOLUTIONS = _names("conv1d conv2d conv3d")
-
-
-@dataclass(eq=False)
-class Flow:
-    """What the walk found.
-
-    Attributes:
-        made: For every layer that makes channels, the numbers of its outputs.
-        read: For every layer that reads channels, the numbers of its input channels (features of a linear layer).
-        carried: For every parameter or buffer that goes along with channels, axis → numbers.
-        attended: For every attention the number of each head and the MACs of a head, per sample.
-        mixed: For numbers that an operator mixes with others, so that all go together, its name.
-    """
-
-    made: dict[str, Tensor] = field(default_factory=dict)
-    read: dict[str, Tensor] = field(default_factory=dict)
-    carried: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    attended: list[tuple[Tensor, int]] = field(default_factory=list)
-    mixed: dict[int, str] = field(default_factory=dict)
-    _parents: list[int] = field(default_factory=list)
-    _frozen: dict[int, str] = field(default_factory=dict)
-
-    def root(self, number: int) -> int:
-        """The number that stands for all that must go together with this one."""
-        while self._parents[number] != number:
-            self._parents[number] = self._parents[self._parents[number]]
-            number = self._parents[number]
-        return number
-
-    def roots(self, numbers: Tensor) -> Tensor:
-        """Each number replaced by the one that stands for it."""
-        own, places = torch.unique(numbers, return_inverse=True)
-        return torch.tensor([n if n == STAYS else self.root(n) for n in own.tolist()])[places]
-
-    def why_frozen(self, number: int) -> str | None:
-        """Why a channel must stay; None where it may go."""
-        return self._frozen.get(self.root(number))
-
-    def fresh(self, count: int) -> Tensor:
-        """New numbers."""
-        start = len(self._parents)
-        self._parents += range(start, start + count)
-        return torch.arange(start, start + count)
-
-    def freeze(self, numbers: Tensor | None, reason: str) -> None:
-        """Say that channels must stay; the first reason holds."""
-        for number in [] if numbers is None else torch.unique(numbers).tolist():
-            if number != STAYS:
-                self._frozen.setdefault(self.root(number), reason)
-
-    def unite(self, first: Tensor, second: Tensor, reason: str) -> None:
-        """Say that channels at the same places must go together; one that meets none is frozen."""
-        one, other = _broadcast(first, second)
-        for a, b in sorted(set(zip(one.flatten().tolist(), other.flatten().tolist(), strict=True))):
-            if a == STAYS or b == STAYS:
-                self.freeze(torch.tensor([max(a, b)]), reason)
-                continue
-            a, b = self.root(a), self.root(b)
-            if a == b:
-                continue
-            self._parents[max(a, b)] = min(a, b)
-            why = self._frozen.get(a) or self._frozen.get(b)
-            if why is not None:
-                self._frozen[min(a, b)] = why
 
 
 def follow(program: ExportedProgram, layers: dict[str, str]) -> Flow:
@@ -143,9 +86,9 @@ class _Walk:
         if node.op == "output":
             for argument in node.all_input_nodes:
                 self._freeze_all(argument, "it is in the output of the model")
-        if node.op != "call_function" or not _has_tensors(node):
+        if node.op != "call_function" or not has_tensors(node):
             return
-        name = _operator(node)
+        name = operator_of(node)
         inputs = [argument for argument in node.all_input_nodes if self._numbers.get(argument) is not None]
         if name in _CONVOLUTIONS or name in ("linear", "addmm"):
             self._numbers[node] = self._layer(node, name)
@@ -159,10 +102,10 @@ class _Walk:
             self._numbers[node] = numbers if name == "batch_norm" else [numbers, None, None]
         elif name == "getitem":
             values = self._numbers[inputs[0]]
-            self._numbers[node] = values[_place(node)] if isinstance(values, (list, tuple)) else None
+            self._numbers[node] = values[place_of(node)] if isinstance(values, (list, tuple)) else None
         elif name in _ELEMENTWISE:
             self._numbers[node] = self._elementwise(node)
-        elif name in _LAYOUT and not _is_cast(node):
+        elif name in _LAYOUT and not is_cast(node):
             self._numbers[node] = self._moved(node)
         elif name == "pad":
             self._numbers[node] = self._padded(node)
@@ -173,9 +116,9 @@ class _Walk:
         elif name in _REDUCTIONS:
             self._numbers[node] = self._reduced(node, inputs[0], name)
         elif name in _SOFTMAX:
-            self._numbers[node] = self._mixing(inputs[0], [_argument(node, "dim")], name)
+            self._numbers[node] = self._mixing(inputs[0], [argument_of(node, "dim")], name)
         elif name in ("layer_norm", "rms_norm"):
-            self._numbers[node] = self._mixing(inputs[0], range(-len(_argument(node, "normalized_shape")), 0), name)
+            self._numbers[node] = self._mixing(inputs[0], range(-len(argument_of(node, "normalized_shape")), 0), name)
         elif name == "group_norm":
             self._numbers[node] = self._group_norm(node)
         elif name == "scaled_dot_product_attention":
@@ -211,8 +154,8 @@ class _Walk:
         axis = 1 if name in _CONVOLUTIONS else -1
         numbers = self._numbers.get(data) if isinstance(data, Node) else None
         full = self._names.get(weight, "") if isinstance(weight, Node) else ""
-        shape = _shape(node)
-        groups = int(_scalar(_argument(node, "groups"))) if name in _CONVOLUTIONS else 1
+        shape = shape_of(node)
+        groups = int(number_of(argument_of(node, "groups"))) if name in _CONVOLUTIONS else 1
         if groups > 1 and isinstance(weight, Node) and weight in self._names:
             return self._grouped(full, bias, numbers, groups, shape)
         path = self._layers.get(full)
@@ -225,7 +168,7 @@ class _Walk:
         if numbers is not None:
             if path in self._blind:
                 self.flow.freeze(numbers, f"{path} is also called on what is not followed")
-            self._note(self.flow.read, path, _spread(numbers, axis, _shape(data)[axis]).flatten())
+            self._note(self.flow.read, path, spread(numbers, axis, shape_of(data)[axis]).flatten())
         else:
             self._blind.add(path)
             self.flow.freeze(self.flow.read.get(path), f"{path} is also called on what is not followed")
@@ -233,7 +176,7 @@ class _Walk:
             self.flow.made[path] = self.flow.fresh(shape[axis])
             if isinstance(bias, Node) and bias in self._names:
                 self.flow.carried.setdefault(self._names[bias], {})[0] = self.flow.made[path]
-        return _along(self.flow.made[path], axis, len(shape))
+        return along(self.flow.made[path], axis, len(shape))
 
     def _table(self, node: Node) -> Tensor | None:
         """An embedding makes channels of its own; they are removed only together with those of layers."""
@@ -242,8 +185,8 @@ class _Walk:
             return None
         name = self._names[weight]
         if name not in self.flow.carried:
-            self._carry(name, 1, self.flow.fresh(_shape(weight)[1]))
-        return _along(self.flow.carried[name][1], -1, len(_shape(node)))
+            self._carry(name, 1, self.flow.fresh(shape_of(weight)[1]))
+        return along(self.flow.carried[name][1], -1, len(shape_of(node)))
 
     def _grouped(
         self, weight: str, bias: Any, numbers: Tensor | None, groups: int, shape: Sequence[int]
@@ -281,42 +224,42 @@ class _Walk:
     def _group_norm(self, node: Node) -> Tensor | None:
         """A group norm: all channels of a group go together, and its tensors go along."""
         data: Any = node.args[0]
-        numbers, count = self._numbers.get(data), int(_scalar(_argument(node, "num_groups")))
-        weight = _argument(node, "weight")
+        numbers, count = self._numbers.get(data), int(number_of(argument_of(node, "num_groups")))
+        weight = argument_of(node, "weight")
         if not isinstance(numbers, Tensor):
             return None
         if weight not in self._names or any(size > 1 for axis, size in enumerate(numbers.shape) if axis != 1):
             self.flow.freeze(numbers, "a group norm without weights of its own, or along another axis, reads it")
             return None
-        own = _spread(numbers, 1, _shape(data)[1]).reshape(count, -1)
+        own = spread(numbers, 1, shape_of(data)[1]).reshape(count, -1)
         first = own[:, :1].expand(own.shape)
         self.flow.mixed.update(dict.fromkeys(own[:, 0].tolist(), "a group norm mixes all its channels"))
         self.flow.unite(first, own, "a group norm mixes it with channels that must stay")
-        for argument in (weight, _argument(node, "bias")):
+        for argument in (weight, argument_of(node, "bias")):
             if isinstance(argument, Node):
                 self._carry(self._names[argument], 0, own.flatten())
         return numbers
 
     def _elementwise(self, node: Node) -> Tensor | None:
         """Element by element: what meets goes together."""
-        rank = len(_shape(node))
+        rank = len(shape_of(node))
         tracked: Tensor | None = None
         others = []
-        cast = _operator(node) == "type_as"  # of the second operand it is the dtype alone that counts
+        cast = operator_of(node) == "type_as"  # of the second operand it is the dtype alone that counts
         for argument in node.all_input_nodes[: 1 if cast else None]:
             numbers = self._numbers.get(argument)
             if isinstance(numbers, Tensor):
                 aligned = numbers.reshape(*[1] * (rank - numbers.ndim), *numbers.shape)
                 if tracked is not None:
                     self.flow.unite(tracked, aligned, "it meets channels that are not followed")
-                    tracked, aligned = _broadcast(tracked, aligned)
+                    tracked, aligned = broadcast(tracked, aligned)
                     aligned = torch.maximum(tracked, aligned)
                 tracked = aligned
-            elif _is_tensor(argument):
+            elif is_tensor(argument):
                 others.append(argument)
         if tracked is None:
             return None
-        tracked = _compressed(self.flow.roots(tracked))
+        tracked = compressed(self.flow.roots(tracked))
         if tracked is None:
             return None
         for argument in others:
@@ -325,7 +268,7 @@ class _Walk:
 
     def _meets(self, argument: Node, numbers: Tensor) -> None:
         """A tensor without numbers meets channels: a parameter goes along, anything else must not tell them apart."""
-        shape = _shape(argument)
+        shape = shape_of(argument)
         sizes = numbers.shape[numbers.ndim - len(shape) :]
         varying = [axis for axis, size in enumerate(sizes) if size > 1 and shape[axis] > 1]
         if not varying:
@@ -347,8 +290,8 @@ class _Walk:
         """Attention: a head's queries, keys and values go together; where heads share keys, all of those heads do."""
         operands: list[Any] = list(node.args[:3])
         read = [self._numbers.get(each) for each in operands]
-        mask = _argument(node, "attn_mask")
-        by_mask = isinstance(mask, Node) and len(_shape(mask)) == 4 and _shape(mask)[1] > 1
+        mask = argument_of(node, "attn_mask")
+        by_mask = isinstance(mask, Node) and len(shape_of(mask)) == 4 and shape_of(mask)[1] > 1
         masked = self._numbers.get(mask) if isinstance(mask, Node) else None
         ready = isinstance(masked, Tensor) and masked.ndim == 4 and masked.numel() == masked.shape[1]
         sources = _flat_sources(mask, -3) if by_mask and not ready else []
@@ -362,7 +305,7 @@ class _Walk:
             for each in followed:
                 self.flow.freeze(each, why)
             return None
-        shapes = [_shape(each) for each in operands]
+        shapes = [shape_of(each) for each in operands]
         queries, keys, values = (
             each.expand(1, shape[1], 1, shape[3])[0, :, 0] for each, shape in zip(followed, shapes, strict=True)
         )
@@ -377,15 +320,15 @@ class _Walk:
             self.flow.unite(first[:, 0].repeat_interleave(times), made, "attention reads part of it")
         _, _, asked, width = shapes[0]
         self.flow.attended.append((first[:, 0].repeat_interleave(times), asked * shapes[1][2] * (width + shapes[2][3])))
-        return _compressed(values.repeat_interleave(times, 0)[None, :, None])
+        return compressed(values.repeat_interleave(times, 0)[None, :, None])
 
     def _moved(self, node: Node) -> Any:
         """An operator that only moves elements, run on the numbers."""
 
         def value(argument: Node) -> Any:
-            if not _is_tensor(argument):
-                return _scalar(argument)
-            numbers, shape = self._numbers.get(argument), _shape(argument)
+            if not is_tensor(argument):
+                return number_of(argument)
+            numbers, shape = self._numbers.get(argument), shape_of(argument)
             if not isinstance(numbers, Tensor):
                 return torch.full((1,) * len(shape), STAYS).expand(shape)
             return numbers.expand(shape)
@@ -393,22 +336,22 @@ class _Walk:
         args: Any = torch.fx.node.map_arg(node.args, value)
         kwargs: Any = torch.fx.node.map_arg(node.kwargs, value)
         target: Any = node.target
-        if _operator(node) in ("view", "_unsafe_view"):
+        if operator_of(node) in ("view", "_unsafe_view"):
             target = torch.ops.aten.reshape.default
         try:
             result = target(*args, **kwargs)
         except Exception as cause:  # noqa: BLE001 - an overload that numbers cannot take
             for argument in node.all_input_nodes:
-                self._freeze_all(argument, f"{_operator(node)} of channels is not followed ({type(cause).__name__})")
+                self._freeze_all(argument, f"{operator_of(node)} of channels is not followed ({type(cause).__name__})")
             return None
         if isinstance(result, (list, tuple)):
-            return [_compressed(part) for part in result]
-        return _compressed(result)
+            return [compressed(part) for part in result]
+        return compressed(result)
 
     def _padded(self, node: Node) -> Tensor | None:
         """Padding of other axes than the channels' changes nothing; padded channels are no layer's."""
         data: Any = node.args[0]
-        numbers, amounts = self._numbers[data], [int(_scalar(size)) for size in node.args[1]]  # type: ignore[union-attr]
+        numbers, amounts = self._numbers[data], [int(number_of(size)) for size in node.args[1]]  # type: ignore[union-attr]
         axes = {-1 - i // 2 for i, size in enumerate(amounts) if size}
         if all(numbers.shape[axis] == 1 for axis in axes):
             return numbers if isinstance(numbers, Tensor) else None
@@ -416,7 +359,7 @@ class _Walk:
         if mode != "constant":
             self.flow.freeze(numbers, f"padding of channels by {mode}")
             return None
-        return _compressed(torch.nn.functional.pad(numbers.expand(_shape(data)), amounts, value=STAYS))
+        return compressed(torch.nn.functional.pad(numbers.expand(shape_of(data)), amounts, value=STAYS))
 
     def _without(self, argument: Node, axes: Iterable[int], name: str) -> Tensor | None:
         """An operator that reads along some axes what it cannot do without, and keeps the others apart."""
@@ -440,10 +383,10 @@ class _Walk:
     def _reduced(self, node: Node, argument: Node, name: str) -> Tensor | None:
         """A sum or mean over axes."""
         numbers: Tensor = self._numbers[argument]
-        dim = _argument(node, "dim")
+        dim = argument_of(node, "dim")
         axes = list(range(numbers.ndim)) if dim is None else [dim] if isinstance(dim, int) else list(dim)
         numbers = self._mixing(argument, axes, name)
-        if _argument(node, "keepdim"):
+        if argument_of(node, "keepdim"):
             return numbers
         kept = [size for axis, size in enumerate(numbers.shape) if axis not in {a % numbers.ndim for a in axes}]
         return numbers.reshape(kept)
@@ -464,92 +407,17 @@ class _Walk:
             own[axis] = numbers
 
 
-def _operator(node: Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2].rstrip("_")
-    return "getitem" if node.target is operator.getitem else str(getattr(node.target, "__name__", node.target))
-
-
 def _flat_sources(node: Any, axis: int) -> list[Node] | None:
     """The constants behind a value that is the same all along an axis (counted from the end); None where it is not."""
-    shape = _shape(node) if isinstance(node, Node) and _is_tensor(node) else ()
+    shape = shape_of(node) if isinstance(node, Node) and is_tensor(node) else ()
     if len(shape) < -axis or shape[axis] == 1:
         return []
-    if _operator(node) in _CONSTANT:
+    if operator_of(node) in _CONSTANT:
         return [node]
-    if _operator(node) == "expand":  # from one to all heads
+    if operator_of(node) == "expand":  # from one to all heads
         behind = _flat_sources(node.args[0], axis)
         return behind if behind is None else behind or [node]
-    if _operator(node) not in _ELEMENTWISE:
+    if operator_of(node) not in _ELEMENTWISE:
         return None
     parts = [_flat_sources(each, axis) for each in node.all_input_nodes]
     return None if any(each is None for each in parts) else [source for each in parts for source in each or ()]
-
-
-def _is_cast(node: Node) -> bool:
-    """Whether a view reads the same bytes as another dtype."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._overloadname == "dtype"
-
-
-def _place(node: Node) -> int:
-    place = node.args[1]
-    if not isinstance(place, int):
-        raise TypeError(f"{node} takes no place of a tuple")
-    return place
-
-
-def _broadcast(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    shape = (first + second).shape
-    return first.expand(shape), second.expand(shape)
-
-
-def _argument(node: Node, name: str) -> Any:
-    """An argument of an operator by name, or its default."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    for place, argument in enumerate(schema.arguments):
-        if argument.name == name:
-            return node.args[place] if place < len(node.args) else node.kwargs.get(name, argument.default_value)
-    return None
-
-
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), Tensor)
-
-
-def _has_tensors(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, (Tensor, list, tuple))
-
-
-def _scalar(argument: Any) -> Any:
-    """A number, as it was for the example that was traced."""
-    value = argument.meta.get("val") if isinstance(argument, Node) else argument
-    return _hint(value)
-
-
-def _hint(value: Any) -> Any:
-    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(int(_hint(size)) for size in node.meta["val"].shape)
-
-
-def _along(numbers: Tensor, axis: int, rank: int) -> Tensor:
-    """Numbers of one axis, ready to broadcast."""
-    return numbers.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
-
-
-def _spread(numbers: Tensor, axis: int, size: int) -> Tensor:
-    """Numbers along an axis, where all are one too."""
-    return numbers.expand([size if i == axis % numbers.ndim else -1 for i in range(numbers.ndim)])
-
-
-def _compressed(numbers: Tensor) -> Tensor | None:
-    """Numbers with every axis along which they do not change cut to 1; None where there is no channel."""
-    for axis, size in enumerate(numbers.shape):
-        if size > 1:
-            first = numbers.narrow(axis, 0, 1)
-            if bool((numbers == first).all()):
-                numbers = first
-    return None if bool((numbers == STAYS).all()) else numbers.contiguous()

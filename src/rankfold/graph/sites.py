@@ -183,20 +183,19 @@ def find_sites(
         reason = why_unfit(module)
         if reason is None and id(module) in layers:
             reason = why_entangled(path, module, aliases, context)
-        if reason is not None:
-            skips.append(Skip(path, reason))
-        if id(module) in layers and (reason is None or reason.startswith("read elsewhere")):
+        site = None
+        if id(module) in layers and (reason is None or Skip(path, reason).kind == "read elsewhere"):
             _, adapter = layers[id(module)]
             size = adapter.canonical(module).element_size()
             site = Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(seen[id(module)].calls), size)
-            if reason is None and _has_room(site):
-                sites.append(site)
-                continue
-            if reason is None:
+            if reason is None and not _has_room(site):
                 reason = "no room: no factorisation of rank 1 is smaller than the layer"
-                skips.append(Skip(path, reason))
-            if site.calls:  # one that is never called itself shows no inputs to solve it on
+        if reason is not None:
+            skips.append(Skip(path, reason))
+            if site is not None and site.calls:  # one that is never called itself shows no inputs to solve it on
                 fixed.append(replace(site, fixed=reason))
+        elif site is not None:
+            sites.append(site)
     found = Sites(
         tuple(sites),
         tuple(skips),
