@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -242,19 +244,50 @@ def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
     """
     new = dict(changed.named_modules(remove_duplicate=False))
     replaced = {}
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if any(decision.site == path for decision in plan.changes):
-            replaced[id(module)] = new[path]
-        elif path in new and type(new[path]) is type(module):
-            with torch.no_grad():
-                for old, own in ((module._parameters, new[path]._parameters), (module._buffers, new[path]._buffers)):
-                    for name, value in old.items():
-                        if value is not None and own[name].shape == value.shape:
-                            value.copy_(own[name])
-                        else:
-                            old[name] = own[name]
-    narrow_(model, {name: {} for name in plan.cuts}, plan.attributes)  # the tensors are narrow; the numbers follow
-    return swap(model, replaced)
+    with undone_on_failure(model):
+        for path, module in list(model.named_modules(remove_duplicate=False)):
+            if any(decision.site == path for decision in plan.changes):
+                replaced[id(module)] = new[path]
+            elif path in new and type(new[path]) is type(module):
+                _take_tensors(module, new[path])
+        narrow_(model, {name: {} for name in plan.cuts}, plan.attributes)  # the tensors are narrow; the numbers follow
+        return swap(model, replaced)
+
+
+def _take_tensors(module: nn.Module, new: nn.Module) -> None:
+    """A module's own tensors become those of another: by value where the shape is the same, else the tensor itself."""
+    registers: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (module._parameters, new._parameters),
+        (module._buffers, new._buffers),
+    ]
+    with torch.no_grad():
+        for old, own in registers:
+            for name, value in old.items():
+                if value is not None and own[name].shape == value.shape:
+                    value.copy_(own[name])
+                else:
+                    old[name] = own[name]
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[None]:
+    """Leave a model as it was, modules and values, if what is done to it in here fails or is stopped by Ctrl-C."""
+    own = ("_parameters", "_buffers", "_modules")
+    before = [(m, dict(vars(m)), [(getattr(m, name), dict(getattr(m, name))) for name in own]) for m in model.modules()]
+    values = [(tensor, tensor.detach().clone()) for tensor in itertools.chain(model.parameters(), model.buffers())]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        for module, attributes, registers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for register, held in registers:
+                register.clear()
+                register.update(held)
+        raise
 
 
 def filler(stats: Statistics | None) -> Fill:

@@ -20,8 +20,10 @@ FULL = Path("/dev/full")
         ("inspect", "rankfold.digits:trained", "--shape", "1,28,28", "--json"),
         ("compress", "--list-methods"),
         ("--version",),
+        ("--help",),
+        ("compress", "--help"),
     ],
-    ids=["inspect", "json", "methods", "version"],
+    ids=["inspect", "json", "methods", "version", "help", "help of a command"],
 )
 def test_a_full_standard_output_is_one_line_and_exit_code_1(words: tuple[str, ...]) -> None:
     with FULL.open("w") as full:

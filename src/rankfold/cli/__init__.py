@@ -13,3 +13,10 @@ def main() -> None:
         app()
     except KeyboardInterrupt:  # outside a command: while the command line itself is being imported
         sys.exit(130)
+    except OSError as cause:  # outside a command: the help, which typer prints, cannot be written
+        if cause.filename is not None:
+            raise
+        from rankfold.cli._output import unwritable
+
+        sys.stderr.write(f"error: {unwritable(cause)}\n")
+        sys.exit(1)

@@ -32,13 +32,18 @@ def emit(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as cause:
-        _drop_stdout()
-        raise WriteError(
-            "standard output",
-            law="the result can be written",
-            got=str(cause),
-            cure="check the free space; a checkpoint that was made is in its directory",
-        ) from cause
+        raise unwritable(cause) from cause
+
+
+def unwritable(cause: OSError) -> WriteError:
+    """The error of a stdout that takes nothing; what it still holds is dropped."""
+    _drop_stdout()
+    return WriteError(
+        "standard output",
+        law="the result can be written",
+        got=str(cause),
+        cure="check the free space; a checkpoint that was made is in its directory",
+    )
 
 
 def _drop_stdout() -> None:
