@@ -25,6 +25,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"graph", "statistics", "ranks", "metrics"}),
     frozenset(
         {
+            "candidates",
             "channels",
             "curves",
             "plan",

@@ -6,17 +6,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from rankfold.applying import carry_out
+from rankfold.candidates import FINALISTS, Maker, Tried, best_of, candidates_of, part_of
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import BudgetError, PlanError, SelfCheckError, SiteError
+from rankfold.errors import PlanError, SelfCheckError, SiteError
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
@@ -26,7 +27,7 @@ from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
 from rankfold.plan import Plan
 from rankfold.progress import Progress
-from rankfold.ranks import Budget, Lagrangian, RankSelector
+from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
 from rankfold.registry import name_of
 from rankfold.repair import Lockstep
 from rankfold.repair.site import always_solve
@@ -41,7 +42,6 @@ from rankfold.work import Work
 
 LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
 T = TypeVar("T")
-Maker: TypeAlias = tuple[str, Callable[[], Plan]]  # what a candidate is called, and how it is made
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +84,7 @@ class Job:
     progress: Progress
     spill: Spill
     work: Work = field(default_factory=Work)
+    tried: list[Tried] = field(default_factory=list)  # candidates that were not carried out on all samples
 
     @classmethod
     def start(
@@ -174,13 +175,12 @@ class Job:
         repair: Lockstep | None,
     ) -> list[Maker]:
         """Plans that remove channels: alone, and with other families for the rest of the way."""
-        chosen = Lagrangian() if selector is None else selector
+        tried = SIZES if sizes is None else {name_of(sizes): sizes}
+        ranked = [Lagrangian(), Uniform()] if selector is None else [selector]
+        ways = [(f"channels, {name}", 1.0, each, ranked[0]) for name, each in tried.items()]
+        always = {f"channels, {HALF_WAY}", f"channels + {name_of(ranked[0])}"} if forms else {name for name, *_ in ways}
         if forms:
-            half = SIZES[HALF_WAY]
-            ways = [("channels", 1.0, half), (f"channels + {name_of(chosen)}", 0.5, half)]
-        else:
-            tried = SIZES if sizes is None else {name_of(sizes): sizes}
-            ways = [(f"channels, {name}", 1.0, each) for name, each in tried.items()]
+            ways += [(f"channels + {name_of(each)}", 0.5, SIZES[HALF_WAY], each) for each in ranked]
         try:
             remover = self.clock.time(
                 "curves",
@@ -190,7 +190,7 @@ class Job:
                     self.sites,
                     self.stats,
                     method,
-                    selectors=[each for _, _, each in ways],
+                    selectors=[each for _, _, each, _ in ways],
                     seed=seed,
                 ),
             )
@@ -200,7 +200,7 @@ class Job:
             self.notes.append(f"no channels were removed: {cause.got}")
             return []
         return [
-            (
+            Maker(
                 name,
                 partial(
                     remover.plan,
@@ -213,19 +213,21 @@ class Job:
                     repair=repair,
                     world=world(),
                 ),
+                always=name in always,
             )
-            for name, share, each in ways
+            for name, share, each, chosen in ways
         ]
 
-    def attempt(self, plan: Plan, name: str = "") -> Attempt:
+    def attempt(self, plan: Plan, name: str = "", part: Sequence[Batch] | None = None) -> Attempt:
         """Carry a plan out on a copy and compare it on the held-out samples.
 
         Args:
             plan: The plan.
             name: Which way it was made, for the report.
+            part: The samples it is carried out on; None is all.
         """
-
         world().agree("plan", plan.to_json())
+        forgotten = plan.repair is None or part is not None
 
         def work() -> Attempt:
             compressed, remarks = carry_out(
@@ -234,9 +236,9 @@ class Job:
                 plan,
                 sites=self.sites,
                 stats=self.stats,
-                batches=self.batches,
+                batches=self.batches if part is None else part,
                 spill=self.spill,
-                recall=lambda base: always_solve if plan.repair is None else self.work.sites(base, plan),
+                recall=lambda base: always_solve if forgotten else self.work.sites(base, plan),
                 progress=self.progress,
                 world=world(),
             )
@@ -245,39 +247,60 @@ class Job:
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
-    def carried_out(self, plans: Sequence[tuple[str, Plan]]) -> list[Attempt]:
-        """Every candidate carried out; one whose narrowed model is wrong drops out with a note while another is left.
+    def carried_out(self, makers: Sequence[Maker]) -> list[Attempt]:
+        """The candidates carried out; where there are many, those that do best on a part of the samples.
 
         Args:
-            plans: By name; see `candidates_of`.
+            makers: Of the candidates.
         """
-        attempts: list[Attempt] = []
+        part = None
+        if self.sites.graph.static_batch is None:
+            part = part_of(self.batches, self.stats.manifest["samples"], processes=world().size)
+        tried = [maker for maker in makers if maker.always or part is not None]
+        plans = self.clock.time("plans", lambda: candidates_of(tried))
+        if part is not None and len(plans) > FINALISTS:
+            plans = self._tried(plans, part)
+        return self._each("candidates", plans, lambda name, plan: self.attempt(plan, name))
+
+    def _tried(self, plans: Sequence[tuple[str, Plan]], part: Sequence[Batch]) -> list[tuple[str, Plan]]:
+        """The best of many plans, all carried out on a part of the samples."""
+        samples = sum(batch_size(batch) for batch in part)
+
+        def work(name: str, plan: Plan) -> Tried:
+            return Tried(name, plan, self.attempt(plan, name, part).comparison, samples)
+
+        tried = self._each("trials", plans, work)
+        best = best_of(tried)
+        self.tried = [one for one in tried if one not in best]
+        return [(one.name, one.plan) for one in best]
+
+    def _each(self, stage: str, plans: Sequence[tuple[str, Plan]], work: Callable[[str, Plan], T]) -> list[T]:
+        """Some work for every plan; one whose narrowed model is wrong drops out with a note while another is left."""
+        done: list[T] = []
         failure: SelfCheckError | PlanError | None = None
-        with self.progress("candidates", len(plans)) as advance:
+        with self.progress(stage, len(plans)) as advance:
             for name, plan in plans:
                 try:
-                    attempts.append(self.attempt(plan, name))
+                    done.append(work(name, plan))
                 except (SelfCheckError, PlanError) as cause:
                     if len(plans) == 1 or world().size > 1 or not plan.cuts:
                         raise
                     failure = cause
                     self.notes.append(f"candidate {name} was dropped: {cause}")
                 advance()
-        if not attempts and failure is not None:
+        if not done and failure is not None:
             raise failure
-        return attempts
+        return done
 
     def finish(self, attempts: Sequence[Attempt]) -> Compressed:
         """Take the attempt closest to the original, and report."""
         best = min(attempts, key=lambda attempt: attempt.comparison.divergence)
-        candidates = tuple(
-            Candidate(
-                each.name,
-                each.comparison.divergence,
-                each.comparison.agreement,
-                each is best,
-            )
-            for each in attempts
+        candidates = (
+            *(
+                Candidate(each.name, each.comparison.divergence, each.comparison.agreement, each is best)
+                for each in attempts
+            ),
+            *(one.row() for one in self.tried),
         )
         example = next(iter(self.batches))
         with self.progress("latency", None):
@@ -310,23 +333,6 @@ def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> 
         latency[0] = latency_ratio(original, compressed, example)
     together_with.broadcast_([latency], 0)
     return float(latency)
-
-
-def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
-    """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can."""
-    plans: list[tuple[str, Plan]] = []
-    failures: list[BudgetError] = []
-    for name, make in makers:
-        try:
-            plan = make()
-        except BudgetError as cause:
-            failures.append(cause)
-            continue
-        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for _, other in plans):
-            plans.append((name, plan))
-    if not plans and failures:
-        raise min(failures, key=lambda failure: (not failure.smallest, sorted(failure.smallest.items())))
-    return plans
 
 
 class _Clock:

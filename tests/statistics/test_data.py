@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankfold.errors import DataError
-from rankfold.statistics.data import Split, as_batches, digest, numbered
+from rankfold.statistics.data import HELD_OUT, Part, Split, as_batches, digest, numbered
 
 BATCHES = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
@@ -36,6 +36,18 @@ def test_batches_of_a_part_keep_their_numbers(sizes: list[int]) -> None:
         first = int(batch[0])
         assert starts[number - 1] <= first < starts[number - 1] + sizes[number - 1]
     assert [number for number, _ in numbered(data)] == list(range(1, len(sizes) + 1))
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=6), st.integers(2, 5))
+def test_a_part_is_from_everywhere_and_holds_out_what_the_whole_does(sizes: list[int], every: int) -> None:
+    part = Part(batches_of(sizes), every)
+    samples = [int(x) for batch in part for x in batch]
+    assert samples == [i for i in range(sum(sizes)) if i // HELD_OUT % every == 0]
+    held = {int(x) for batch in Split(batches_of(sizes), HELD_OUT, held_out=True) for x in batch}
+    assert [samples[i] in held for i in range(len(samples))] == [
+        i % HELD_OUT == HELD_OUT - 1 for i in range(len(samples))
+    ]
+    assert [batch.tolist() for batch in part] == [batch.tolist() for batch in part]
 
 
 def test_a_split_can_be_walked_again() -> None:

@@ -219,5 +219,6 @@ HALF_WAY = "half-way"
 SIZES: dict[str, WidthSelector] = {
     "cheapest": RemovalGreedy(),
     HALF_WAY: RemovalGreedy(evenness=0.5),
+    "three quarters": RemovalGreedy(evenness=0.75),
     "same share": SameShare(),
 }

@@ -52,12 +52,21 @@ class Row:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One selector's plan, as judged on held-out inputs."""
+    """One plan that was tried, as judged on held-out inputs.
+
+    Attributes:
+        selector: How it was made.
+        divergence: Relative error of the model's outputs.
+        agreement: Share of equal decisions.
+        taken: Whether it is the one returned.
+        samples: On how many samples it was carried out, held-out ones included; None where that was all.
+    """
 
     selector: str
     divergence: float
     agreement: float
     taken: bool
+    samples: int | None = None
 
 
 @dataclass(frozen=True)

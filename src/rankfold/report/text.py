@@ -73,11 +73,14 @@ def _summary(report: Report) -> list[str]:
             f"on {c.samples} held-out inputs: agreement {c.agreement:.4f}, KL {c.kl:.3g} nats, "
             f"relative output error {c.relative_error:.3g}"
         )
-    if len(report.candidates) > 1:
+    for samples in dict.fromkeys(one.samples for one in report.candidates):
         shown = ", ".join(
-            f"{one.selector} {one.divergence:.4g}{' (taken)' if one.taken else ''}" for one in report.candidates
+            f"{one.selector} {one.divergence:.4g}{' (taken)' if one.taken else ''}"
+            for one in report.candidates
+            if one.samples == samples
         )
-        lines.append(f"held-out divergence of the candidates: {shown}")
+        on = "" if samples is None else f", carried out on {samples} samples only"
+        lines.append(f"held-out divergence of the candidates{on}: {shown}")
     if report.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     return lines

@@ -46,6 +46,32 @@ class Split:
                 yield number, take(batch, index[chosen])
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A few samples from everywhere in some data: of every `every` blocks of `HELD_OUT` samples the first.
+
+    A block has one held-out sample, its last. So a sample of the part is held out just where it is in the whole data.
+
+    Attributes:
+        data: The data.
+        every: One block in this many is in the part.
+    """
+
+    data: Iterable[Batch]
+    every: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of the part; empty ones are left out."""
+        start = 0
+        for _, batch in _looked_at(self.data):
+            size = batch_size(batch)
+            index = torch.arange(size)
+            chosen = (index + start) // HELD_OUT % self.every == 0
+            start += size
+            if bool(chosen.any()):
+                yield take(batch, index[chosen])
+
+
 def numbered(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     """Each batch with its number from 1; batches of a `Split` keep the number they have in the whole data."""
     return data.numbered() if isinstance(data, Split) else _looked_at(data)

@@ -1,0 +1,119 @@
+"""The plans that are tried where no selector is named, and which of them are worth carrying out on all samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from rankfold.errors import BudgetError
+from rankfold.graph.trace import Batch
+from rankfold.metrics.compare import Comparison
+from rankfold.plan import Plan
+from rankfold.ranks import Lagrangian, RankSelector, Uniform
+from rankfold.ranks.curve import Curves
+from rankfold.registry import name_of
+from rankfold.report.data import Candidate
+from rankfold.statistics.data import Part
+
+FINALISTS = 2  # so many of the plans are carried out on all samples
+FEWEST = 64  # samples of the part on which the others are
+SPARSEST = 8  # the part has at least one sample in so many
+
+
+@dataclass(frozen=True)
+class Maker:
+    """A way to a plan.
+
+    Attributes:
+        name: What the candidate is called.
+        make: Makes the plan.
+        always: Whether it is tried also where held-out samples are too few to choose among many.
+    """
+
+    name: str
+    make: Callable[[], Plan]
+    always: bool = True
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A plan carried out on a part of the samples.
+
+    Attributes:
+        name: What the candidate is called.
+        plan: The plan.
+        comparison: On the held-out samples, all of them.
+        samples: Of the part.
+    """
+
+    name: str
+    plan: Plan
+    comparison: Comparison
+    samples: int
+
+    def row(self) -> Candidate:
+        """For the report."""
+        return Candidate(self.name, self.comparison.divergence, self.comparison.agreement, False, self.samples)
+
+
+def rank_makers(
+    curves: Curves, selector: RankSelector | None, make: Callable[[Curves, RankSelector], Plan]
+) -> list[Maker]:
+    """Ways to cut ranks: by both selectors with all families, and with each family alone.
+
+    A family alone is among what all together may choose, and prices say it is no better. But prices are estimates, and
+    where a layer's neighbours are cut too a family may do better alone than in the choice: so it is tried.
+
+    Args:
+        curves: Of all families.
+        selector: The one that was named, which is then taken as it is; None is each of the defaults.
+        make: A plan from curves and a selector.
+    """
+    if selector is not None:
+        return [Maker(name_of(selector), partial(make, curves, selector))]
+    methods = list(dict.fromkeys(curve.method for curve in curves))
+    first = Lagrangian()
+    makers = [Maker(name_of(each), partial(make, curves, each)) for each in (first, Uniform())]
+    for method in methods if len(methods) > 1 else ():
+        own = replace(curves, curves=tuple(curve for curve in curves if curve.method == method))
+        makers.append(Maker(f"{name_of(first)}, {name_of(method)} alone", partial(make, own, first), always=False))
+    return makers
+
+
+def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
+    """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can."""
+    plans: list[tuple[str, Plan]] = []
+    failures: list[BudgetError] = []
+    for maker in makers:
+        try:
+            plan = maker.make()
+        except BudgetError as cause:
+            failures.append(cause)
+            continue
+        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for _, other in plans):
+            plans.append((maker.name, plan))
+    if not plans and failures:
+        raise min(failures, key=lambda failure: (not failure.smallest, sorted(failure.smallest.items())))
+    return plans
+
+
+def part_of(batches: Iterable[Batch], samples: int, *, processes: int) -> list[Batch] | None:
+    """A part of the samples to try many plans on, or None where they are too few for that, and for many plans.
+
+    Args:
+        batches: All samples.
+        samples: How many those are.
+        processes: That share the batches; each needs one.
+    """
+    every = min(SPARSEST, samples // FEWEST)
+    if every < 2:
+        return None
+    part = list(Part(batches, every))
+    return part if len(part) >= processes else None
+
+
+def best_of(tried: Sequence[Tried]) -> list[Tried]:
+    """Those worth carrying out on all samples: the closest to the original, in the order they were given."""
+    best = sorted(tried, key=lambda one: one.comparison.divergence)[:FINALISTS]
+    return [one for one in tried if one in best]
