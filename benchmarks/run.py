@@ -29,7 +29,7 @@ def run_case(case: Case, network: Network, seed: int) -> dict[str, Any]:
     start = time.perf_counter()
     out = rf.compress(network.model, calibration, budget=case.budget, seed=seed, **case.options)
     seconds = time.perf_counter() - start
-    seen = rf.compare(network.model, out.model, network.test)
+    seen = rf.compare(network.original, out.model, network.test)
     before, after = out.report.before, out.report.after
     return {
         "network": network.name,
