@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.candidates import FINALISTS, Maker, Tried, best_of, candidates_of, part_of
-from rankfold.errors import BudgetError
-from rankfold.metrics.compare import Comparison
+from rankfold.candidates import FINALISTS, Maker, candidates_of, part_of
+from rankfold.errors import BudgetError, DataError, NumericsError, SelfCheckError, TraceError
+from rankfold.job import Attempt, Job
 from rankfold.plan import Decision, Plan
 
 BUDGET = rf.Budget(params=0.5)
@@ -70,39 +72,160 @@ def test_a_named_selector_is_the_only_candidate() -> None:
     assert out.report.candidates == ()
 
 
-@pytest.mark.parametrize(
-    ("samples", "processes", "taken"), [(127, 1, None), (128, 1, 68), (1024, 1, 130), (1024, 99, None)]
-)
-def test_the_part_has_enough_samples_and_a_batch_for_each_process(
-    samples: int, processes: int, taken: int | None
-) -> None:
-    part = part_of(list(torch.zeros(samples, 1).split(64)), samples, processes=processes)
-    assert (None if part is None else sum(len(batch) for batch in part)) == taken
+@pytest.mark.parametrize(("samples", "taken"), [(127, None), (128, 68), (1024, 130)])
+@pytest.mark.parametrize("processes", [1, 2, 8])
+def test_the_part_does_not_depend_on_how_many_share_it(samples: int, processes: int, taken: int | None) -> None:
+    for size in (16, 64, 2000):
+        part = part_of(list(torch.arange(samples).reshape(-1, 1).split(size)), samples, processes=processes)
+        assert (None if part is None else sum(len(batch) for batch in part)) == taken
+        assert part is None or len(part) >= processes
+        assert part is None or all(int(i) // 10 % (2 if samples == 128 else 8) == 0 for batch in part for i in batch)
 
 
 def _plan(rank: int) -> Plan:
     return Plan((Decision("layer", rf.SVD(), rank),), (), "", "Toy")
 
 
-def test_equal_plans_are_tried_once_and_impossible_ones_drop_out_unless_all_are() -> None:
+def test_equal_plans_are_tried_once_and_impossible_ones_drop_out() -> None:
     def impossible() -> Plan:
         raise BudgetError("Budget.params", law="can be met", got="not", cure="raise it")
 
     makers = [Maker("first", lambda: _plan(1)), Maker("same", lambda: _plan(1)), Maker("none", impossible)]
-    assert [name for name, _ in candidates_of(makers)] == ["first"]
+    assert list(candidates_of(makers, {})) == ["first"]
+    makers.append(Maker("first", lambda: _plan(2)))
+    assert list(candidates_of(makers, {})) == ["first", "first (2)"]
     with pytest.raises(BudgetError):
-        candidates_of([Maker("none", impossible)])
+        candidates_of([Maker("none", impossible)], {})
 
 
-def test_the_closest_go_on_in_their_order() -> None:
-    tried = [Tried(str(i), _plan(i + 1), _comparison(error), 64) for i, error in enumerate((0.5, 0.1, 0.4, 0.3, 0.2))]
-    assert [one.name for one in best_of(tried)] == ["1", "4"]
+class Wide(nn.Module):
+    """Channels of it must stay: two layers read a sum of the others' outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(100, 100), nn.Linear(100, 8), nn.Linear(8, 100)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A skip connection around a narrow middle."""
+        wide = self.a(x)
+        out: Tensor = self.c(torch.relu(self.b(wide))) + wide
+        return out
 
 
-def _comparison(error: float) -> Comparison:
-    same = nn.Linear(2, 2)
-    other = nn.Linear(2, 2)
-    other.load_state_dict({name: value * (1 - error) for name, value in same.state_dict().items()})
-    seen = rf.compare(same, other, [torch.randn(16, 2, generator=torch.Generator().manual_seed(0))])
-    assert abs(seen.divergence - error**2) < 1e-5
-    return seen
+@pytest.mark.parametrize("budget", [rf.Budget(params=0.001), rf.Budget(macs=0.001), rf.Budget(params=0.001, macs=0.9)])
+def test_the_smallest_value_named_is_that_of_all_ways(budget: rf.Budget) -> None:
+    data = list(torch.randn(60, 100, generator=torch.Generator().manual_seed(0)).split(20))
+    smallest = []
+    for families in (None, [rf.WhitenedSVD()]):
+        with pytest.raises(BudgetError) as caught:
+            rf.compress(Wide().eval(), data, budget=budget, families=families)
+        assert set(caught.value.smallest) == set(budget.to_json())
+        smallest.append(caught.value.smallest)
+    assert all(smallest[0][name] <= value for name, value in smallest[1].items())
+
+
+def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    rightly, failed = Job.attempt, []
+
+    def attempt(self: Job, plan: Plan, part: Any = None) -> Attempt:
+        if (plan.selector or {}).get("name") == "uniform":
+            failed.append(plan)
+            raise NumericsError("layer", law="finite", got="infinity", cure="none")
+        return rightly(self, plan, part)
+
+    monkeypatch.setattr(Job, "attempt", attempt)
+    out = rf.compress(_model(), _images(60), budget=BUDGET, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
+    assert failed
+    assert [candidate.selector for candidate in out.report.candidates] == []  # one is left
+    assert any(note.startswith("candidate uniform was dropped") for note in out.report.notes)
+
+
+def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = [candidate.selector for candidate in many().report.candidates if candidate.samples is None]
+    rightly, failed = Job.attempt, []
+
+    def attempt(self: Job, plan: Plan, part: Any = None) -> Attempt:
+        if part is None and len(failed) < len(first):
+            failed.append(plan)
+            raise SelfCheckError("model", law="the same", got="another", cure="none")
+        return rightly(self, plan, part)
+
+    monkeypatch.setattr(Job, "attempt", attempt)
+    out = rf.compress(_model(), _images(200), budget=BUDGET)
+    whole = [candidate.selector for candidate in out.report.candidates if candidate.samples is None]
+    assert len(whole) == FINALISTS
+    assert not set(whole) & set(first)
+    assert sum("was dropped" in note for note in out.report.notes) == FINALISTS
+
+
+def test_without_repair_each_is_carried_out_once_on_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    rightly, parts = Job.attempt, []
+
+    def attempt(self: Job, plan: Plan, part: Any = None) -> Attempt:
+        parts.append(part)
+        return rightly(self, plan, part)
+
+    monkeypatch.setattr(Job, "attempt", attempt)
+    out = rf.compress(_model(), _images(200), budget=BUDGET, repair=None)
+    assert len(parts) == len(out.report.candidates) > 4
+    assert set(parts) == {None}
+    assert {candidate.samples for candidate in out.report.candidates} == {None}
+
+
+class Shuffled:
+    """Other batches at each pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(self.passes))
+        return iter(torch.cat(_images(60))[order].split(20))
+
+
+def test_data_that_is_shuffled_at_each_pass_is_said() -> None:
+    def note(data: Any) -> bool:
+        out = rf.compress(_model(), data, budget=BUDGET, families=[rf.SVD()], selector=rf.Uniform())
+        return any("other batches at each pass" in one for one in out.report.notes)
+
+    assert note(Shuffled())
+    assert not note(_images(60))
+
+
+class Ends:
+    """Batches for a few passes, then none."""
+
+    def __init__(self, passes: int) -> None:
+        self.passes = passes
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes -= 1
+        return iter(_images(60) if self.passes >= 0 else [])
+
+
+@pytest.mark.parametrize("passes", range(1, 8))
+def test_data_that_ends_between_passes_is_refused(passes: int) -> None:
+    with pytest.raises(DataError, match="at least one batch"):
+        rf.compress(_model(), Ends(passes), budget=BUDGET)
+
+
+class Looping(nn.Module):
+    """Walks over the samples, so that the traced graph holds their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(12, 20), nn.Linear(20, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One sample at a time."""
+        return torch.stack([self.b(torch.relu(self.a(x[i]))) for i in range(x.shape[0])])
+
+
+def test_a_smaller_last_batch_is_refused_where_the_graph_holds_the_size() -> None:
+    images = torch.randn(33, 12, generator=torch.Generator().manual_seed(0))
+    assert rf.compress(Looping().eval(), list(images[:30].split(10)), budget=BUDGET).report.candidates
+    with pytest.raises(TraceError, match=r"every batch is a multiple of 2, .* leaves 1 samples"):
+        rf.compress(Looping().eval(), list(images.split(10)), budget=BUDGET)

@@ -25,7 +25,7 @@ from rankfold.repair.lockstep import Repaired, install, lockstep, self_check
 from rankfold.repair.site import Recall, always_solve
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
-from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.data import HELD_OUT, Split, as_batches, first_of
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.gradients import collect_gradients
 from rankfold.surgery import Fill, check_copy, check_plan, copied, filler, install_shells, swap, take_over
@@ -116,7 +116,7 @@ def carry_out(
                 norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
         stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms, plan.attributes)
         base, shells = target, replace(plan, cuts={}, attributes={}, channels=())
-        _check_runs(base, next(iter(batches)))
+        _check_runs(base, first_of(batches))
     if plan.repair is None:
         return install_shells(target, shells, shared_out(filler(stats), world)), ()
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
@@ -248,9 +248,9 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
             cure="pass the calibration data",
         )
     batches = as_batches(data)
-    found = find_sites(model, next(iter(batches)))
+    found = find_sites(model, first_of(batches))
     if target is not model:
-        check_copy(model, next(iter(batches)))
+        check_copy(model, first_of(batches))
     found = found.with_fixed() if plan.cuts else found
     decided = replace(found, sites=decided_sites(found, plan))
     if stats is None:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from rankfold.errors import BudgetError
-from rankfold.graph.trace import Batch
-from rankfold.metrics.compare import Comparison
+from rankfold.graph.lockstep import micro_batches
+from rankfold.graph.trace import Batch, batch_size
 from rankfold.plan import Plan
 from rankfold.ranks import Lagrangian, RankSelector, Uniform
 from rankfold.ranks.curve import Curves
 from rankfold.registry import name_of
-from rankfold.report.data import Candidate
 from rankfold.statistics.data import Part
 
-FINALISTS = 2  # so many of the plans are carried out on all samples
+FINALISTS = 2  # so many of the plans tried on a part are carried out on all samples
 FEWEST = 64  # samples of the part on which the others are
 SPARSEST = 8  # the part has at least one sample in so many
 
@@ -34,27 +34,6 @@ class Maker:
     name: str
     make: Callable[[], Plan]
     always: bool = True
-
-
-@dataclass(frozen=True)
-class Tried:
-    """A plan carried out on a part of the samples.
-
-    Attributes:
-        name: What the candidate is called.
-        plan: The plan.
-        comparison: On the held-out samples, all of them.
-        samples: Of the part.
-    """
-
-    name: str
-    plan: Plan
-    comparison: Comparison
-    samples: int
-
-    def row(self) -> Candidate:
-        """For the report."""
-        return Candidate(self.name, self.comparison.divergence, self.comparison.agreement, False, self.samples)
 
 
 def rank_makers(
@@ -81,9 +60,17 @@ def rank_makers(
     return makers
 
 
-def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
-    """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can."""
-    plans: list[tuple[str, Plan]] = []
+def candidates_of(makers: Sequence[Maker], bounds: Mapping[str, int]) -> dict[str, Plan]:
+    """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can.
+
+    Args:
+        makers: Of the candidates; of two with one name the second gets a number.
+        bounds: Of the budget, by resource.
+
+    Raises:
+        BudgetError: None can be made: that of the one that comes closest to the budget.
+    """
+    plans: dict[str, Plan] = {}
     failures: list[BudgetError] = []
     for maker in makers:
         try:
@@ -91,10 +78,19 @@ def candidates_of(makers: Sequence[Maker]) -> list[tuple[str, Plan]]:
         except BudgetError as cause:
             failures.append(cause)
             continue
-        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for _, other in plans):
-            plans.append((maker.name, plan))
+        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for other in plans.values()):
+            name, number = maker.name, 1
+            while name in plans:
+                number += 1
+                name = f"{maker.name} ({number})"
+            plans[name] = plan
+
+    def excess(failure: BudgetError) -> float:
+        reached = [value / max(bounds[name], 1) for name, value in failure.smallest.items() if name in bounds]
+        return max(reached, default=math.inf)
+
     if not plans and failures:
-        raise min(failures, key=lambda failure: (not failure.smallest, sorted(failure.smallest.items())))
+        raise min(failures, key=excess)
     return plans
 
 
@@ -103,17 +99,14 @@ def part_of(batches: Iterable[Batch], samples: int, *, processes: int) -> list[B
 
     Args:
         batches: All samples.
-        samples: How many those are.
-        processes: That share the batches; each needs one.
+        samples: How many of those are fitted on.
+        processes: That share the batches; each needs one, so batches are cut where they are too few.
     """
     every = min(SPARSEST, samples // FEWEST)
     if every < 2:
         return None
     part = list(Part(batches, every))
-    return part if len(part) >= processes else None
-
-
-def best_of(tried: Sequence[Tried]) -> list[Tried]:
-    """Those worth carrying out on all samples: the closest to the original, in the order they were given."""
-    best = sorted(tried, key=lambda one: one.comparison.divergence)[:FINALISTS]
-    return [one for one in tried if one in best]
+    if len(part) < processes:
+        size = max(1, sum(batch_size(batch) for batch in part) // processes)
+        part = [piece for piece, _ in micro_batches(iter(part), size)]
+    return part

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from rankfold.applying import carry_out
-from rankfold.candidates import FINALISTS, Maker, Tried, best_of, candidates_of, part_of
+from rankfold.candidates import FINALISTS, Maker, candidates_of, part_of
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import PlanError, SelfCheckError, SiteError
+from rankfold.errors import NumericsError, PlanError, SelfCheckError, SiteError
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
@@ -34,13 +34,17 @@ from rankfold.repair.site import always_solve
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
-from rankfold.statistics.data import HELD_OUT, Split, as_batches
+from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of
 from rankfold.statistics.distributed import world
 from rankfold.statistics.gradients import collect_gradients
 from rankfold.surgery import check_copy, copied
 from rankfold.work import Work
 
 LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
+SHUFFLED = (
+    "the data gives other batches at each pass: held-out samples of one pass were fitted on in another, so candidates "
+    "and the comparison are judged too well; pass a list of batches, or a loader that does not shuffle"
+)
 T = TypeVar("T")
 
 
@@ -67,7 +71,6 @@ class Attempt:
     model: nn.Module
     plan: Plan
     remarks: tuple[str, ...]
-    name: str = ""
 
 
 @dataclass(eq=False)
@@ -84,7 +87,6 @@ class Job:
     progress: Progress
     spill: Spill
     work: Work = field(default_factory=Work)
-    tried: list[Tried] = field(default_factory=list)  # candidates that were not carried out on all samples
 
     @classmethod
     def start(
@@ -101,7 +103,9 @@ class Job:
         check_model(model)
         spill = Spill(None if limit is None else limit // 2)
         batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
-        example = next(iter(batches))
+        example = first_of(batches)
+        if digest(first_of(batches)) != digest(example):
+            notes.append(SHUFFLED)
         with progress("trace", None):
             sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
             check_copy(model, example)
@@ -186,7 +190,7 @@ class Job:
                 "curves",
                 lambda: Remover.of(
                     self.model,
-                    next(iter(self.batches)),
+                    first_of(self.batches),
                     self.sites,
                     self.stats,
                     method,
@@ -218,12 +222,11 @@ class Job:
             for name, share, each, chosen in ways
         ]
 
-    def attempt(self, plan: Plan, name: str = "", part: Sequence[Batch] | None = None) -> Attempt:
+    def attempt(self, plan: Plan, part: Sequence[Batch] | None = None) -> Attempt:
         """Carry a plan out on a copy and compare it on the held-out samples.
 
         Args:
             plan: The plan.
-            name: Which way it was made, for the report.
             part: The samples it is carried out on; None is all.
         """
         world().agree("plan", plan.to_json())
@@ -243,66 +246,85 @@ class Job:
                 world=world(),
             )
             comparison = compare(self.model, compressed, self.judged, world=world())
-            return Attempt(comparison, compressed, plan, remarks, name)
+            return Attempt(comparison, compressed, plan, remarks)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
-    def carried_out(self, makers: Sequence[Maker]) -> list[Attempt]:
-        """The candidates carried out; where there are many, those that do best on a part of the samples.
+    def carried_out(self, makers: Sequence[Maker], budget: Budget) -> tuple[Attempt, list[Candidate]]:
+        """The candidate closest to the original on held-out samples, and how all of them did.
+
+        With a repair, where there are many, all are carried out on a part of the samples first, and the best on all.
 
         Args:
             makers: Of the candidates.
+            budget: Their budget.
         """
         part = None
         if self.sites.graph.static_batch is None:
             part = part_of(self.batches, self.stats.manifest["samples"], processes=world().size)
-        tried = [maker for maker in makers if maker.always or part is not None]
-        plans = self.clock.time("plans", lambda: candidates_of(tried))
-        if part is not None and len(plans) > FINALISTS:
-            plans = self._tried(plans, part)
-        return self._each("candidates", plans, lambda name, plan: self.attempt(plan, name))
+        chosen = [maker for maker in makers if maker.always or part is not None]
+        plans = self.clock.time("plans", lambda: candidates_of(chosen, budget.bounds(self.sites.cost)))
+        best: list[Attempt] = []
+        repaired = any(plan.repair is not None for plan in plans.values())
 
-    def _tried(self, plans: Sequence[tuple[str, Plan]], part: Sequence[Batch]) -> list[tuple[str, Plan]]:
-        """The best of many plans, all carried out on a part of the samples."""
-        samples = sum(batch_size(batch) for batch in part)
+        def whole(name: str, plan: Plan) -> Candidate:
+            attempt = self.attempt(plan)
+            if not best or attempt.comparison.divergence < best[0].comparison.divergence:
+                best[:] = [attempt]  # one compressed model at a time is kept
+            return _candidate(name, attempt)
 
-        def work(name: str, plan: Plan) -> Tried:
-            return Tried(name, plan, self.attempt(plan, name, part).comparison, samples)
+        if part is None or not repaired or len(plans) <= FINALISTS:
+            done, tried = self._each("candidates", plans, whole), []
+        else:
+            samples = sum(batch_size(batch) for batch in part)
+            tried = self._each("trials", plans, lambda name, plan: _candidate(name, self.attempt(plan, part), samples))
+            tried.sort(key=lambda one: one.divergence)
+            ranked = {one.selector: plans[one.selector] for one in tried}
+            done = self._each("candidates", ranked, whole, wanted=FINALISTS)
+        least = min(done, key=lambda one: one.divergence)
+        names = {one.selector for one in done}
+        return best[0], [
+            *(replace(one, taken=one is least) for one in done),
+            *(one for one in tried if one.selector not in names),
+        ]
 
-        tried = self._each("trials", plans, work)
-        best = best_of(tried)
-        self.tried = [one for one in tried if one not in best]
-        return [(one.name, one.plan) for one in best]
-
-    def _each(self, stage: str, plans: Sequence[tuple[str, Plan]], work: Callable[[str, Plan], T]) -> list[T]:
-        """Some work for every plan; one whose narrowed model is wrong drops out with a note while another is left."""
-        done: list[T] = []
-        failure: SelfCheckError | PlanError | None = None
-        with self.progress(stage, len(plans)) as advance:
-            for name, plan in plans:
+    def _each(
+        self,
+        stage: str,
+        plans: Mapping[str, Plan],
+        work: Callable[[str, Plan], Candidate],
+        *,
+        wanted: int | None = None,
+    ) -> list[Candidate]:
+        """Some work for every plan, or for as many as are wanted; one that fails drops out while another is left."""
+        done: list[Candidate] = []
+        failures: list[SelfCheckError | PlanError | NumericsError] = []
+        wanted = len(plans) if wanted is None else min(wanted, len(plans))
+        with self.progress(stage, wanted) as advance:
+            for name, plan in plans.items():
+                if len(done) == wanted:
+                    break
                 try:
                     done.append(work(name, plan))
-                except (SelfCheckError, PlanError) as cause:
-                    if len(plans) == 1 or world().size > 1 or not plan.cuts:
+                except (SelfCheckError, PlanError, NumericsError) as cause:
+                    if len(plans) == 1 or world().size > 1:
                         raise
-                    failure = cause
+                    failures.append(cause)
                     self.notes.append(f"candidate {name} was dropped: {cause}")
+                    continue
                 advance()
-        if not done and failure is not None:
-            raise failure
+        if not done:
+            raise failures[0]
         return done
 
-    def finish(self, attempts: Sequence[Attempt]) -> Compressed:
-        """Take the attempt closest to the original, and report."""
-        best = min(attempts, key=lambda attempt: attempt.comparison.divergence)
-        candidates = (
-            *(
-                Candidate(each.name, each.comparison.divergence, each.comparison.agreement, each is best)
-                for each in attempts
-            ),
-            *(one.row() for one in self.tried),
-        )
-        example = next(iter(self.batches))
+    def finish(self, best: Attempt, candidates: Sequence[Candidate] = ()) -> Compressed:
+        """Report on the attempt that is taken.
+
+        Args:
+            best: The attempt.
+            candidates: All that were tried.
+        """
+        example = first_of(self.batches)
         with self.progress("latency", None):
             few = example
             if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
@@ -316,13 +338,17 @@ class Job:
             best.plan.budget,
             latency,
             best.comparison,
-            candidates if len(candidates) > 1 else (),
+            tuple(candidates) if len(candidates) > 1 else (),
             self.clock.seconds,
             (*self.notes, *best.remarks),
             best.plan.seed,
             environment(),
         )
         return Compressed(best.model, best.plan, report)
+
+
+def _candidate(name: str, attempt: Attempt, samples: int | None = None) -> Candidate:
+    return Candidate(name, attempt.comparison.divergence, attempt.comparison.agreement, False, samples)
 
 
 def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:

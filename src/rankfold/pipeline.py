@@ -79,7 +79,8 @@ def compress(
             where a selector is given, those of them whose sizes it chooses.
         repair: How sites are re-solved at apply time; None leaves the factors as decomposed.
         selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
-            `InterpolativeGreedy`); a given one is taken as it is.
+            `InterpolativeGreedy`); what it chooses is then chosen by it alone. With a selector of ranks and families
+            that remove channels, how many channels stay is still tried several ways.
         weighting: Weigh errors by what the network's output feels of them (one backward pass over 256 samples).
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.
@@ -185,7 +186,7 @@ def compress(
                 seed=seed,
                 repair=repair,
             )
-    return job.finish(job.carried_out(makers))
+    return job.finish(*job.carried_out(makers, budget))
 
 
 @together
@@ -242,7 +243,7 @@ def execute(
     )
     if calibration.get("sha256", job.stats.manifest["sha256"]) != job.stats.manifest["sha256"]:
         job.notes.append("the calibration data is not the one that the plan was made with")
-    done = job.finish([job.attempt(replace(plan, calibration=job.stats.manifest))])
+    done = job.finish(job.attempt(replace(plan, calibration=job.stats.manifest)))
     return done if budget is None else replace(done, report=_held_to(done.report, budget))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -244,18 +243,24 @@ def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
     """
     new = dict(changed.named_modules(remove_duplicate=False))
     replaced = {}
-    with undone_on_failure(model):
+    with undone_on_failure(model) as values:
         for path, module in list(model.named_modules(remove_duplicate=False)):
             if any(decision.site == path for decision in plan.changes):
                 replaced[id(module)] = new[path]
             elif path in new and type(new[path]) is type(module):
-                _take_tensors(module, new[path])
+                _take_tensors(module, new[path], values)
         narrow_(model, {name: {} for name in plan.cuts}, plan.attributes)  # the tensors are narrow; the numbers follow
         return swap(model, replaced)
 
 
-def _take_tensors(module: nn.Module, new: nn.Module) -> None:
-    """A module's own tensors become those of another: by value where the shape is the same, else the tensor itself."""
+def _take_tensors(module: nn.Module, new: nn.Module, before: list[tuple[Tensor, Tensor]]) -> None:
+    """A module's own tensors become those of another: by value where the shape is the same, else the tensor itself.
+
+    Args:
+        module: What is changed.
+        new: Holds the tensors.
+        before: Gets each tensor that is written into, with a copy of what it held.
+    """
     registers: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (module._parameters, new._parameters),
         (module._buffers, new._buffers),
@@ -263,30 +268,36 @@ def _take_tensors(module: nn.Module, new: nn.Module) -> None:
     with torch.no_grad():
         for old, own in registers:
             for name, value in old.items():
-                if value is not None and own[name].shape == value.shape:
-                    value.copy_(own[name])
-                else:
+                if value is None or own[name] is None or own[name].shape != value.shape:
                     old[name] = own[name]
+                elif not torch.equal(value, own[name]):
+                    before.append((value, value.clone()))
+                    value.copy_(own[name])
 
 
 @contextmanager
-def undone_on_failure(model: nn.Module) -> Iterator[None]:
-    """Leave a model as it was, modules and values, if what is done to it in here fails or is stopped by Ctrl-C."""
+def undone_on_failure(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Leave a model as it was if what is done to it in here fails or is stopped by Ctrl-C.
+
+    Yields:
+        A list for what is written into: each tensor, with a copy of what it held. Modules, their registers and
+        attributes are remembered here.
+    """
     own = ("_parameters", "_buffers", "_modules")
     before = [(m, dict(vars(m)), [(getattr(m, name), dict(getattr(m, name))) for name in own]) for m in model.modules()]
-    values = [(tensor, tensor.detach().clone()) for tensor in itertools.chain(model.parameters(), model.buffers())]
+    values: list[tuple[Tensor, Tensor]] = []
     try:
-        yield
+        yield values
     except BaseException:
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
         for module, attributes, registers in before:
             vars(module).clear()
             vars(module).update(attributes)
             for register, held in registers:
                 register.clear()
                 register.update(held)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
         raise
 
 

@@ -119,7 +119,7 @@ def test_notes_and_candidates_are_in_the_text() -> None:
     candidates = (Candidate("lagrangian", 0.25, 1.0, False), Candidate("uniform", 0.125, 1.0, True))
     text = replace(compressed()[1].report, notes=("one thing",), candidates=candidates).text()
     assert "note: one thing" in text
-    assert "lagrangian 0.25, uniform 0.125 (taken)" in text
+    assert "lagrangian 0.25; uniform 0.125 (taken)" in text
 
 
 def test_a_list_of_sites_names_every_site_skip_and_the_whole_cost() -> None:

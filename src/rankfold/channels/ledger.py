@@ -114,7 +114,7 @@ class Widths:
                 f"{name} at most {self.bounds[name]} where the smallest is {reached[name]}" for name in broken
             ),
             cure="raise the bound, allow families that shrink layers without channel groups, or ask for no multiples",
-            smallest=reached,
+            smallest={name: reached[name] for name in self.bounds},
         )
 
 

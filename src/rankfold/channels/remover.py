@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve, even, removal_curves
 from rankfold.channels.ledger import Stack, Widths, stacks_of
-from rankfold.channels.narrowing import attributes_of, cuts_of, fold_and_cut_, narrowed_sites
+from rankfold.channels.narrowing import Attributes, Cuts, attributes_of, cuts_of, fold_and_cut_, narrowed_sites
 from rankfold.channels.stock import is_stock, stock_units
 from rankfold.channels.trial import removable
 from rankfold.channels.widths import WidthSelector
@@ -25,7 +25,7 @@ from rankfold.graph.trace import Batch
 from rankfold.metrics.counted import count
 from rankfold.plan import ChannelDecision, Decision, Plan
 from rankfold.planning import make_plan
-from rankfold.ranks import Budget, RankSelector
+from rankfold.ranks import Budget, Curves, RankSelector
 from rankfold.registry import name_of, to_json
 from rankfold.repair import Lockstep
 from rankfold.statistics import Statistics
@@ -58,6 +58,7 @@ class Remover:
     stacks: tuple[Stack, ...]
     norms: Mapping[str, str | None]
     skips: Mapping[str, str]
+    narrowed: dict[tuple[object, ...], Curves] = field(default_factory=dict)  # rank curves by what was removed
 
     @classmethod
     def of(
@@ -181,17 +182,11 @@ class Remover:
         groups = [curve.group for curve in self.curves]
         cuts, attributes = cuts_of(self.model, groups, masks), attributes_of(groups, masks)
         if share < 1 and families:
-            narrow = copied(self.model)
-            norms = self.norms if self.method.fold else None
-            stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms, attributes)
-            sites = replace(
-                self.sites,
-                sites=narrowed_sites(self.model, self.sites, cuts),
-                cost=count(narrow, self.example),
-                fingerprint=fingerprint(narrow),
-            )
+            key = (*decided, *families)
+            if key not in self.narrowed:
+                self.narrowed[key] = self._curves(cuts, attributes, families, world)
             plan = make_plan(
-                measure(narrow, stats, sites=sites, families=families, world=world),
+                self.narrowed[key],
                 budget=Budget(**bounds),
                 selector=selector,
                 seed=seed,
@@ -221,6 +216,19 @@ class Remover:
             cuts=cuts,
             attributes=attributes,
         )
+
+    def _curves(self, cuts: Cuts, attributes: Attributes, families: Sequence[Decomposition], world: World) -> Curves:
+        """Rank curves of the model as some cuts leave it."""
+        narrow = copied(self.model)
+        norms = self.norms if self.method.fold else None
+        stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms, attributes)
+        sites = replace(
+            self.sites,
+            sites=narrowed_sites(self.model, self.sites, cuts),
+            cost=count(narrow, self.example),
+            fingerprint=fingerprint(narrow),
+        )
+        return measure(narrow, stats, sites=sites, families=families, world=world)
 
 
 def _mask(decision: ChannelDecision) -> torch.Tensor:

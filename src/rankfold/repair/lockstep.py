@@ -106,6 +106,13 @@ def lockstep(
     samples = number = 0
     for number, (part, rows) in enumerate(micro_batches(iter(batches), size), start=1):
         samples += len(rows)
+        if sites.graph.static_batch is not None and len(rows) != size:
+            raise TraceError(
+                sites.model,
+                law=f"the size of every batch is a multiple of {size}, which the traced graph holds fixed",
+                got=f"a batch that leaves {len(rows)} samples for micro-batch {number}",
+                cure=f"give batches of {size} samples and leave a smaller last one out, or pass repair=None",
+            )
         if world.owns(number - 1):
             numbers.append(number - 1)
             starts.append(rows.start)

@@ -74,7 +74,7 @@ def _summary(report: Report) -> list[str]:
             f"relative output error {c.relative_error:.3g}"
         )
     for samples in dict.fromkeys(one.samples for one in report.candidates):
-        shown = ", ".join(
+        shown = "; ".join(
             f"{one.selector} {one.divergence:.4g}{' (taken)' if one.taken else ''}"
             for one in report.candidates
             if one.samples == samples

@@ -19,7 +19,7 @@ from rankfold.linalg.precision import work_dtype
 from rankfold.progress import Progress, check_progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
-from rankfold.statistics.data import as_batches, digest, numbered, sample_count
+from rankfold.statistics.data import as_batches, digest, no_batch, numbered, sample_count
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import check_seed, enough_positions, generator
 from rankfold.statistics.store import Statistics
@@ -112,7 +112,7 @@ def collect(
         for handle in handles:
             handle.remove()
     if samples == 0:
-        raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
+        raise no_batch()
     world.agree("calibration data", sha.hexdigest())
     _sum_up([statistic for feeder in feeders for statistic in feeder.statistics], device, world)
     unseen = [feeder.site.path for feeder in feeders if kinds and feeder.statistics[0].count == 0]

@@ -121,12 +121,27 @@ def as_batches(data: Any) -> Iterable[Batch]:
             else type(data).__name__,
             cure="pass a list of batches or a DataLoader",
         )
-    first = next(iter(data), None)
-    if first is None:
-        raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
-    batch_size(first)
+    batch_size(first_of(data))
     result: Iterable[Batch] = data
     return result
+
+
+def first_of(data: Iterable[Batch]) -> Batch:
+    """The first batch.
+
+    Raises:
+        DataError: There is none.
+    """
+    for batch in data:
+        return batch
+    raise no_batch()
+
+
+def no_batch() -> DataError:
+    """The error for data that gave nothing."""
+    return DataError(
+        "data", law="at least one batch", got="none", cure="check the folder or loader behind it, at every pass"
+    )
 
 
 def digest(batch: Batch) -> bytes:

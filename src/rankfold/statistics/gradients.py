@@ -16,6 +16,7 @@ from rankfold.linalg.precision import work_dtype
 from rankfold.metrics.compare import output_tensor
 from rankfold.progress import Progress, silent
 from rankfold.statistics._gradients import GradientGram
+from rankfold.statistics.data import no_batch
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import generator
 from rankfold.statistics.store import Statistics
@@ -56,11 +57,14 @@ def collect_gradients(
 
     Raises:
         NumericsError: A gradient is not finite; the site is named.
+        DataError: There is no batch.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     grams = {site.path: GradientGram() for site in sites}
     device = device_of(model)
     parts = [(number, part) for number, part in enumerate(_first(batches, samples)) if world.owns(number)]
+    if not parts and world.size == 1:
+        raise no_batch()
     why: str | None = None
     with progress("gradients", len(parts)) as advance:
         for number, part in parts:
