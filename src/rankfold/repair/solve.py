@@ -33,7 +33,9 @@ def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, stren
         group: Which group.
         weight: The original's `W`, shape (out, n).
         bias: Whether a bias absorbs the means.
-        strength: Least `λ` relative to the mean diagonal of `S`; with few samples the shrinkage of `S` asks for more.
+        strength: Least `λ` relative to the mean diagonal of `S`. With few samples the shrinkage of `S` asks for more,
+            up to features over samples: where `S` is nearly a multiple of the identity it may be shrunk wholly at no
+            loss, which says nothing about how far `W` is to be trusted.
 
     Returns:
         `W*`, shape (out, n). A site that saw only zeros keeps `W`. Rank-deficient `S` is normal: in directions that
@@ -44,11 +46,20 @@ def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, stren
     if not float(mean) > 0:
         return weight.clone()
     rho = shrinkage(second, moments.count)
-    damping = max(strength, rho / max(1 - rho, 1e-3)) * mean
+    few = min(rho / max(1 - rho, 1e-3), len(second) / max(moments.count, 1))
+    damping = max(strength, few) * mean
     matrix = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
     # (W* − W)(S + λI) = C − W S: solve for the change, which is small, not for the weight.
-    change: Tensor = torch.linalg.solve(matrix, (crossed - weight @ second).mT).mT
-    return weight + change
+    return weight + _solve(matrix, (crossed - weight @ second).mT).mT
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """`M⁻¹R` of a symmetric `M`: by Cholesky, a third of the work, and by LU where rounding left it indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not int(failed):
+        return torch.cholesky_solve(right, factor)
+    solved: Tensor = torch.linalg.solve(matrix, right)
+    return solved
 
 
 def as_moments(moments: PairMoments, group: int, *, bias: bool, gradient_gram: Tensor | None) -> Moments:
