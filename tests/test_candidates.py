@@ -39,7 +39,7 @@ def test_with_many_samples_every_family_is_tried_alone_and_the_best_go_on() -> N
     candidates = many().report.candidates
     names = {candidate.selector for candidate in candidates}
     assert {"lagrangian", "uniform", "lagrangian, spatial-svd alone", "lagrangian, tucker2 alone"} <= names
-    assert {"channels, half-way", "channels, same share", "channels + uniform"} <= names
+    assert {"channels", "channels + uniform"} <= names
     assert len(names) == len(candidates)
     whole = [candidate for candidate in candidates if candidate.samples is None]
     assert len(whole) == FINALISTS
@@ -61,7 +61,7 @@ def test_with_few_samples_there_are_few_candidates_all_carried_out() -> None:
     assert [candidate.selector for candidate in candidates] == [
         "lagrangian",
         "uniform",
-        "channels, half-way",
+        "channels",
         "channels + lagrangian",
     ]
     assert {candidate.samples for candidate in candidates} == {None}

@@ -84,6 +84,7 @@ def carry_out(
     recall: Callable[[nn.Module], Recall] = lambda _: always_solve,
     progress: Progress = silent,
     world: World = ALONE,
+    drawn_for: int | None = None,
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """Carry a plan out on a model that was looked at already: with its repair where it names one.
 
@@ -99,6 +100,7 @@ def carry_out(
             repair solves a site, or finds it solved.
         progress: Told about every site.
         world: The processes that share the calibration inputs and the sites.
+        drawn_for: See `lockstep`.
 
     Returns:
         The root of the changed model, and remarks for the report.
@@ -133,6 +135,7 @@ def carry_out(
         progress=progress,
         world=world,
         base=base,
+        drawn_for=drawn_for,
     )
     old = {path: module for path, module in target.named_modules(remove_duplicate=False) if path in repaired.layers}
     moments = {name: buffer.clone() for name, buffer in target.named_buffers() if name in repaired.buffers}

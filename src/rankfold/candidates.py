@@ -14,11 +14,12 @@ from rankfold.plan import Plan
 from rankfold.ranks import Lagrangian, RankSelector, Uniform
 from rankfold.ranks.curve import Curves
 from rankfold.registry import name_of
-from rankfold.statistics.data import Part
+from rankfold.statistics.data import Part, joined
 
 FINALISTS = 2  # so many of the plans tried on a part are carried out on all samples
 FEWEST = 64  # samples of the part on which the others are
 SPARSEST = 8  # the part has at least one sample in so many
+LARGEST_BATCH = 128  # small batches of the part are put together up to this: a trial costs calls more than samples
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def part_of(batches: Iterable[Batch], samples: int, *, processes: int) -> list[B
     every = min(SPARSEST, samples // FEWEST)
     if every < 2:
         return None
-    part = list(Part(batches, every))
+    part = joined(Part(batches, every), LARGEST_BATCH)
     if len(part) < processes:
         size = max(1, sum(batch_size(batch) for batch in part) // processes)
         part = [piece for piece, _ in micro_batches(iter(part), size)]

@@ -41,6 +41,7 @@ from rankfold.surgery import check_copy, copied
 from rankfold.work import Work
 
 LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
+DENSER = 2  # on a part of the samples so many times the positions of each are looked at
 SHUFFLED = (
     "the data gives other batches at each pass: held-out samples of one pass were fitted on in another, so candidates "
     "and the comparison are judged too well; pass a list of batches, or a loader that does not shuffle"
@@ -181,10 +182,12 @@ class Job:
         """Plans that remove channels: alone, and with other families for the rest of the way."""
         tried = SIZES if sizes is None else {name_of(sizes): sizes}
         ranked = [Lagrangian(), Uniform()] if selector is None else [selector]
-        ways = [(f"channels, {name}", 1.0, each, ranked[0]) for name, each in tried.items()]
-        always = {f"channels, {HALF_WAY}", f"channels + {name_of(ranked[0])}"} if forms else {name for name, *_ in ways}
+        half = SIZES[HALF_WAY]
         if forms:
-            ways += [(f"channels + {name_of(each)}", 0.5, SIZES[HALF_WAY], each) for each in ranked]
+            ways = [("channels", 1.0, half, ranked[0])]
+            ways += [(f"channels + {name_of(each)}", 0.5, half, each) for each in ranked]
+        else:
+            ways = [(f"channels, {name}", 1.0, each, ranked[0]) for name, each in tried.items()]
         try:
             remover = self.clock.time(
                 "curves",
@@ -217,7 +220,7 @@ class Job:
                     repair=repair,
                     world=world(),
                 ),
-                always=name in always,
+                always=not forms or chosen is ranked[0],
             )
             for name, share, each, chosen in ways
         ]
@@ -244,6 +247,7 @@ class Job:
                 recall=lambda base: always_solve if forgotten else self.work.sites(base, plan),
                 progress=self.progress,
                 world=world(),
+                drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
             comparison = compare(self.model, compressed, self.judged, world=world())
             return Attempt(comparison, compressed, plan, remarks)

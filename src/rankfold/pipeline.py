@@ -60,11 +60,11 @@ def compress(
     """Compress a trained network under one budget, without training it.
 
     One in ten calibration samples is held out and never fitted on. Without a selector several plans are made: ranks by
-    `Lagrangian()` and by `Uniform()` and of each family alone, channels removed by four rules, and channels for half
-    of the way and ranks for the rest. They are tried on one sample in eight (64 at least), and the best two are carried
-    out on all; the one whose outputs on the held-out samples are closest to the original's is returned. With fewer than
-    128 samples to fit on, too few are held out to choose among so many: then only ranks of all families, channels
-    half-way between two rules, and channels with `Lagrangian()` ranks are made, and all carried out.
+    `Lagrangian()` and by `Uniform()` and of each family alone, channels removed, and channels for half of the way and
+    ranks for the rest (of channels alone: sizes by four rules). They are tried on one sample in eight (64 at least),
+    and the best two are carried out on all; the one whose outputs on the held-out samples are closest to the original's
+    is returned. With fewer than 128 samples to fit on, too few are held out to choose among so many: then only ranks of
+    all families, channels, and channels with `Lagrangian()` ranks are made, and all carried out.
 
     Where torch.distributed is initialised with several processes, all of them call this with the same arguments: each
     runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A

@@ -247,8 +247,7 @@ def test_channels_and_ranks_share_one_budget() -> None:
     out = rf.compress(model, data, budget=rf.Budget(params=0.5), families=[rf.WhitenedSVD(), rf.Interpolative()])
     assert out.report.after.params <= 0.5 * out.report.before.params
     names = {candidate.selector for candidate in out.report.candidates}
-    assert names >= {"lagrangian", "channels + lagrangian"}
-    assert any(name.startswith("channels, ") for name in names)
+    assert names >= {"lagrangian", "channels", "channels + lagrangian"}
     assert sum(candidate.taken for candidate in out.report.candidates) == 1
     best = min(out.report.candidates, key=lambda candidate: candidate.divergence)
     assert best.taken

@@ -112,7 +112,7 @@ def compress(
             "--selector",
             metavar="METHOD",
             rich_help_panel=CHOICE,
-            help="How ranks, or how many channels stay, are chosen; without it a dozen plans are tried and the one "
+            help="How ranks, or how many channels stay, are chosen; without it several plans are tried and the one "
             "closest to the original on held-out inputs is taken.",
         ),
     ] = None,

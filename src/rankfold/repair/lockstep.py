@@ -66,6 +66,7 @@ def lockstep(
     progress: Progress = silent,
     world: World = ALONE,
     base: nn.Module | None = None,
+    drawn_for: int | None = None,
 ) -> Repaired:
     """One lockstep pass over the whole network: about two forward passes, plus the moments and solves.
 
@@ -82,6 +83,7 @@ def lockstep(
         progress: Told about every site.
         world: The processes that share the micro-batches and solve in turns; all get the same layers.
         base: The narrowed original, with folded layers, where the plan cuts channels; `stats` are then of it.
+        drawn_for: Positions of a sample are drawn as if there were so many samples; None is as many as there are.
 
     Returns:
         The new layers and buffers, ready to be installed.
@@ -138,7 +140,8 @@ def lockstep(
     originals = dict(model.named_modules(remove_duplicate=False))
     modules = originals if base is None else dict(base.named_modules(remove_duplicate=False))
     kept = {call.path: kept_of(call.path, originals[call.path], plan.cuts) for call in calls}
-    solver = SiteSolver(modules, plan, options, stats, Share(result.held, numbers, starts, samples, world), kept)
+    share = Share(result.held, numbers, starts, samples if drawn_for is None else drawn_for, world)
+    solver = SiteSolver(modules, plan, options, stats, share, kept)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     overrides: dict[str, Tensor] = {}  # of the walk, which is as wide as the original
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):

@@ -84,7 +84,7 @@ class Share:
         held: For each of its micro-batches, which samples are held out.
         numbers: For each of them, its number among those of all processes.
         starts: For each of them, the place of its first sample in the whole set.
-        samples: Samples of all processes.
+        samples: How many samples the positions are drawn for: all of all processes, or more where these are a part.
         world: The processes.
     """
 

@@ -72,6 +72,42 @@ class Part:
                 yield take(batch, index[chosen])
 
 
+def joined(batches: Iterable[Batch], largest: int) -> list[Batch]:
+    """Neighbouring batches put together, where they are of one kind, up to a number of samples."""
+    result: list[Batch] = []
+    for batch in batches:
+        both = None
+        if result and batch_size(result[-1]) + batch_size(batch) <= largest:
+            both = _together(result[-1], batch)
+        if both is None:
+            result.append(batch)
+        else:
+            result[-1] = both
+    return result
+
+
+def _together(first: Batch, second: Batch) -> Batch | None:
+    """Two batches as one; None where they differ in more than their samples."""
+    (args, kwargs), (other_args, other_kwargs) = split_batch(first), split_batch(second)
+    mine, theirs = dict(enumerate(args)) | kwargs, dict(enumerate(other_args)) | other_kwargs
+    if list(mine) != list(theirs):
+        return None
+    sizes = batch_size(first), batch_size(second)
+    both: dict[Any, Any] = {}
+    for name, value in mine.items():
+        other = theirs[name]
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+            if isinstance(value, Tensor) or isinstance(other, Tensor) or value != other:
+                return None
+            both[name] = value
+            continue
+        alike = value.shape[1:] == other.shape[1:] and value.dtype == other.dtype and value.device == other.device
+        if not alike or value.ndim == 0 or (value.shape[0], other.shape[0]) != sizes:
+            return None
+        both[name] = torch.cat([value, other])
+    return both[0] if args else both
+
+
 def numbered(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
     """Each batch with its number from 1; batches of a `Split` keep the number they have in the whole data."""
     return data.numbered() if isinstance(data, Split) else _looked_at(data)
