@@ -80,7 +80,7 @@ def compress(
         repair: How sites are re-solved at apply time; None leaves the factors as decomposed.
         selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
             `InterpolativeGreedy`); what it chooses is then chosen by it alone. With a selector of ranks and families
-            that remove channels, how many channels stay is still tried several ways.
+            that remove channels, its ranks, channels, and both together are still tried.
         weighting: Weigh errors by what the network's output feels of them (one backward pass over 256 samples).
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.
