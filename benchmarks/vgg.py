@@ -2,6 +2,7 @@
 
     python -m benchmarks.vgg                    # on a GPU: 100 epochs; on a CPU: the short run
     python -m benchmarks.vgg --phases 16:5 24:1 32:1.5
+    python -m benchmarks.vgg --further --peak 0.05 --phases 16:4 24:0.7 32:0.8    # another cycle from those weights
 
 The short run spends its first epochs on smaller images: a 3x3 convolution costs a quarter on half the
 side, and batch norm and the last pooling do not mind. Every few minutes the state is saved, and the same
@@ -116,13 +117,18 @@ def restore(file: Path, model: nn.Module, optimiser: torch.optim.SGD) -> int:
     return step
 
 
-def train(phases: list[tuple[int, float]], *, batch: int, peak: float, decay: float, seed: int, device: str) -> None:
-    """Trains through the phases of (pixels, epochs), saving as it goes; ends with weights at `WEIGHTS`."""
+def train(
+    phases: list[tuple[int, float]], *, batch: int, peak: float, decay: float, seed: int, device: str, further: bool
+) -> None:
+    """Trains through the phases of (pixels, epochs), saving as it goes; ends with weights at `WEIGHTS`.
+
+    `further` starts from the weights that lie there, not from random ones.
+    """
     from benchmarks.networks import definitions
 
     images, labels = (data.to(device) for data in definitions().cifar10("train"))
     torch.manual_seed(seed)
-    model = VGG16().to(device, memory_format=torch.channels_last).train()
+    model = (load() if further else VGG16()).to(device, memory_format=torch.channels_last).train()
     optimiser = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, nesterov=True, weight_decay=decay)
     per_epoch = len(images) // batch
     sizes = [pixels for pixels, epochs in phases for _ in range(round(epochs * per_epoch))]
@@ -172,6 +178,7 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=0.1, help="highest learning rate")
     parser.add_argument("--decay", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--further", action="store_true", help="start from the weights of an earlier run")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
     if options.threads:
@@ -184,6 +191,7 @@ def main() -> None:
         decay=options.decay,
         seed=options.seed,
         device="cuda" if cuda else "cpu",
+        further=options.further,
     )
 
 

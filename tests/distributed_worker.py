@@ -28,6 +28,7 @@ ROADS: dict[str, dict[str, Any]] = {
     "default": {},
     "no repair": {"repair": None, "selector": rf.Lagrangian()},
     "one tensor": {"selector": rf.Uniform(), "positions": 8, "repair": rf.Lockstep(batch=32)},
+    "one tensor, candidates": {"repair": rf.Lockstep(batch=64)},
 }
 
 
@@ -55,7 +56,7 @@ def network() -> Net:
 def images(road: str) -> Any:
     """Uneven batches: the last micro-batch of one process is smaller, and samples do not divide evenly."""
     whole = torch.randn(190, 3, 12, 12, generator=torch.Generator().manual_seed(1))
-    return whole if road == "one tensor" else list(whole.split(40))
+    return whole if road.startswith("one tensor") else list(whole.split(40))
 
 
 def at(stage: str, strike: Callable[[], None]) -> Progress:

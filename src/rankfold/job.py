@@ -233,7 +233,7 @@ class Job:
             part: The samples it is carried out on; None is all.
         """
         world().agree("plan", plan.to_json())
-        forgotten = plan.repair is None or part is not None
+        remembered = plan.repair is not None and part is None
 
         def work() -> Attempt:
             compressed, remarks = carry_out(
@@ -244,7 +244,7 @@ class Job:
                 stats=self.stats,
                 batches=self.batches if part is None else part,
                 spill=self.spill,
-                recall=lambda base: always_solve if forgotten else self.work.sites(base, plan),
+                recall=lambda base: self.work.sites(base, plan) if remembered else always_solve,
                 progress=self.progress,
                 world=world(),
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
