@@ -13,6 +13,7 @@ from torch import Tensor
 from rankfold.errors import DataError, OptionError
 from rankfold.linalg.interpolative import (
     backward_elimination,
+    folded,
     interpolation,
     pivoted_cholesky,
     pivoted_qr,
@@ -60,6 +61,15 @@ def test_the_interpolation_is_least_squares(scale: float) -> None:
     expected = np.linalg.lstsq(z[:, kept].numpy(), z.numpy(), rcond=None)[0]
     np.testing.assert_allclose(t.numpy(), expected, atol=1e-8)
     assert torch.equal(t[:, kept], torch.eye(3, dtype=t.dtype))
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e20])
+def test_a_folded_weight_is_the_weight_by_the_interpolation(scale: float, damping: float) -> None:
+    z, weight = normal(60, 8, seed=2) * scale, normal(3, 8, seed=3)
+    gram, kept = z.mT @ z, [5, 0, 3]
+    got = folded(weight, gram, kept, damping=damping)
+    torch.testing.assert_close(got, weight.double() @ interpolation(gram, kept, damping=damping).mT)
 
 
 def test_columns_that_are_combinations_of_the_kept_come_back_exactly() -> None:

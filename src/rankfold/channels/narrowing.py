@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rankfold.graph.channels import ChannelGroup, kept_indices
 from rankfold.graph.sites import Site, Sites, fingerprint
 from rankfold.layers import Geometry, adapter_for, resize, tensor
-from rankfold.linalg.interpolative import interpolation
+from rankfold.linalg.interpolative import folded
 from rankfold.linalg.precision import widen
 from rankfold.statistics import Statistics
 
@@ -223,7 +223,7 @@ def fold_(
 ) -> None:
     """Fold into every layer that reads removed channels what the others say of them.
 
-    `W ← W Tᵀ`, `T = A_JJ⁻¹ A_J` from `interpolation`, is the least-squares weight on the channels `J` that stay, in the
+    `W ← W Tᵀ`, `T = A_JJ⁻¹ A_J`, from `folded`, is the least-squares weight on the channels `J` that stay, in the
     metric of the layer's own inputs: covariances where a bias, or a batch norm right behind, takes up the mean; raw
     moments otherwise. The columns of removed channels become zero, so that cutting them afterwards changes nothing.
 
@@ -247,7 +247,7 @@ def fold_(
         moments = replace(stats.moments(site, 0), bias=site.geometry.bias or norm is not None)
         old = widen(adapter.canonical(layer))[0].flatten(1)
         new = torch.zeros_like(old)
-        new[:, places] = old @ interpolation(moments.metric(site.path).to(old), places, damping=damping).mT
+        new[:, places] = folded(old, moments.metric(site.path).to(old), places, damping=damping)
         mean = old.new_zeros(old.shape[1]) if moments.mean is None else moments.mean.to(old)
         with torch.no_grad():
             canonical = adapter.canonical(layer)

@@ -99,13 +99,39 @@ def interpolation(gram: Tensor, kept: Sequence[int] | Tensor, *, damping: float 
     Returns:
         Shape (k, C), with the identity in the columns of `J`.
     """
+    work, chosen, inner = _kept_first(gram, kept, damping)
+    result = torch.cholesky_solve(work[chosen], inner)
+    result[:, chosen] = torch.eye(len(chosen), dtype=work.dtype, device=work.device)
+    return result
+
+
+def folded(weight: Tensor, gram: Tensor, kept: Sequence[int] | Tensor, *, damping: float = LEAST_DAMPING) -> Tensor:
+    """The weight on some columns that does what it can of the weight on all: `W Tᵀ = W_J + W_R A_RJ A_JJ⁺`.
+
+    `T` is that of `interpolation`, and is not formed: it has a column for each of C, `W` a row for each output.
+
+    Args:
+        weight: `W`, shape (out, C).
+        gram: `A`, shape (C, C).
+        kept: `J`, k distinct indices; `R` are the others.
+        damping: Relative damping of `A_JJ`.
+
+    Returns:
+        Shape (out, k), in the order of `kept`.
+    """
+    work, chosen, inner = _kept_first(gram, kept, damping)
+    removed = torch.ones(len(work), dtype=torch.bool, device=work.device)
+    removed[chosen] = False
+    wide = widen(weight)
+    return wide[:, chosen] + torch.cholesky_solve((wide[:, removed] @ work[removed][:, chosen]).mT, inner).mT
+
+
+def _kept_first(gram: Tensor, kept: Sequence[int] | Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gram at a safe scale, the kept indices on its device, and the Cholesky factor of the damped `A_JJ`."""
     work = widen(gram)
     chosen = torch.as_tensor(kept, dtype=torch.int64, device=work.device)
     work = work / power_of_two_scale(work)
-    inner = damped_gram(work[chosen][:, chosen], damping=max(damping, LEAST_DAMPING))
-    result = torch.cholesky_solve(work[chosen], cholesky(inner))
-    result[:, chosen] = torch.eye(len(chosen), dtype=work.dtype, device=work.device)
-    return result
+    return work, chosen, cholesky(damped_gram(work[chosen][:, chosen], damping=max(damping, LEAST_DAMPING)))
 
 
 def strong_rrqr(

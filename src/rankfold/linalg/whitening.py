@@ -103,7 +103,7 @@ def shrunk(gram: Tensor, mean: Tensor | None, count: int) -> Tensor:
     covariance = gram - centre
     rho = shrinkage(covariance, count)
     level = rho * covariance.diagonal().mean()
-    return (1 - rho) * covariance + level * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) + centre
+    return add_diagonal_((1 - rho) * covariance, level) + centre
 
 
 def damped_gram(gram: Tensor, *, damping: float) -> Tensor:
@@ -115,8 +115,15 @@ def damped_gram(gram: Tensor, *, damping: float) -> Tensor:
     """
     work = widen(gram)
     mean = torch.diagonal(work).mean()
-    eye = torch.eye(len(work), dtype=work.dtype, device=work.device)
-    return torch.where(mean > 0, (work + work.mT) / 2 + damping * mean * eye, eye)
+    if not float(mean) > 0:
+        return torch.eye(len(work), dtype=work.dtype, device=work.device)
+    return add_diagonal_((work + work.mT) / 2, damping * mean)
+
+
+def add_diagonal_(matrix: Tensor, level: Tensor) -> Tensor:
+    """`M + λI`, in place; returns `M`."""
+    matrix.diagonal().add_(level)
+    return matrix
 
 
 def left_spectrum(weight: Tensor, gram: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:

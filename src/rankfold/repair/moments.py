@@ -72,8 +72,8 @@ class PairMoments:
             bias: `b`, shape (out,), or None.
         """
         n = max(self.count, 1)
-        xx, yx, x, y = (total[group] / n for total in (self.xx, self.yx, self.x, self.y))
-        error = self.yy[group] / n - 2 * (weight * yx).sum() + (weight * (weight @ xx)).sum()
+        yx, x, y = (total[group] / n for total in (self.yx, self.x, self.y))
+        error = self.yy[group] / n - 2 * (weight * yx).sum() + (weight * (weight @ self.xx[group])).sum() / n
         if bias is not None:
             error = error + bias.square().sum() - 2 * (bias * (y - weight @ x)).sum()
         return float(error.clamp_min(0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rankfold.decompositions import Moments
-from rankfold.linalg.whitening import shrinkage, shrunk
+from rankfold.linalg.whitening import add_diagonal_, shrinkage, shrunk
 from rankfold.repair.moments import PairMoments
 
 
@@ -48,9 +48,9 @@ def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, stren
     rho = shrinkage(second, moments.count)
     few = min(rho / max(1 - rho, 1e-3), len(second) / max(moments.count, 1))
     damping = max(strength, few) * mean
-    matrix = second + damping * torch.eye(len(second), dtype=second.dtype, device=second.device)
     # (W* − W)(S + λI) = C − W S: solve for the change, which is small, not for the weight.
-    return weight + _solve(matrix, (crossed - weight @ second).mT).mT
+    right = (crossed - weight @ second).mT
+    return weight + _solve(add_diagonal_(second, damping), right).mT
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
