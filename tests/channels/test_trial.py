@@ -106,3 +106,32 @@ def test_a_candidate_that_fails_drops_out_with_a_note(monkeypatch: pytest.Monkey
     assert any(note.startswith("candidate channels was dropped: ") for note in out.report.notes)
     with pytest.raises(rf.RankfoldError, match="computes what the engine computed"):
         rf.compress(model, [x], budget=rf.Budget(params=0.8), families=[rf.Interpolative()], selector=rf.SameShare())
+
+
+class Policy(nn.Module):
+    """Scaled by its own width; an illegal action, or one of another unit, stands beside the ones that matter."""
+
+    def __init__(self, *, masked: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(10, 32), nn.Linear(32, 32), nn.Linear(32, 6)
+        self.masked = masked
+        with torch.no_grad():
+            self.o.weight.mul_(20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.b(self.a(x).relu()).relu()
+        actions: Tensor = self.o(hidden / hidden.shape[-1])
+        return actions.masked_fill(x[:, :1] > 0, -1e9) if self.masked else actions
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_by_the_width_is_seen_beside_masked_outputs_and_in_half_precision(
+    masked: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model, x = Policy(masked=masked).eval().to(dtype), torch.randn(40, 10).to(dtype)
+    found, skips = removable(model, list(rf.find_channels(model, rf.find_sites(model, x))), x, any_batch=True)
+    assert "b" not in {path for group in found for path in group.made}
+    assert masked or "it computes something else" in skips["b"]
+    assert {group.name for group in found} == {"a"}

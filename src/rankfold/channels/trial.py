@@ -13,10 +13,11 @@ from rankfold.channels.narrowing import attributes_of, cuts_of, narrow_
 from rankfold.graph.channels import ChannelGroup
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
+from rankfold.metrics.misfit import local_misfit, relative_difference, tolerance
 from rankfold.surgery import copied
 
 FEW = 4  # samples of all trials but the first, where the model takes a batch of any size
-TOLERANCE = 1e-4  # relative, float32
+HALF = (torch.float16, torch.bfloat16)
 
 
 def removable(
@@ -66,6 +67,8 @@ def removable(
 def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch, *, any_batch: bool = True) -> str | None:
     """What is wrong with a model that lost some units of some groups; None where it is right.
 
+    A model in half precision is tried in single, where it runs in that: half hides a fault behind its rounding.
+
     Args:
         model: The original.
         groups: The groups that lose units: the first one, every other one, all but the first.
@@ -73,16 +76,16 @@ def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch, *,
         any_batch: Whether the model takes a batch of any size.
     """
     batch = to_device(example, device_of(model))  # the whole at first: some layers are reached by that alone
+    model, batch = _in_single(model, batch)
     for masks in _trials(groups):
         try:
             narrow = narrow_(copied(model), cuts_of(model, groups, masks), attributes_of(groups, masks))
-            got, expected = (_outputs(each, batch) for each in (narrow, _unread(model, groups, masks)))
+            got, expected, before = (_outputs(each, batch) for each in (narrow, _unread(model, groups, masks), model))
         except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
             return f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
         if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
             return "its outputs have other shapes"
-        worst = max((_difference(a, b) for a, b in zip(got, expected, strict=True)), default=0.0)
-        if not worst <= 1:
+        if not all(_same(*each) for each in zip(got, expected, before, strict=True)):
             return "it computes something else"
         if any_batch and batch_size(batch) > FEW:
             batch = take(batch, torch.arange(FEW))
@@ -120,8 +123,19 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _difference(got: Tensor, expected: Tensor) -> float:
-    """The relative difference over what the dtype allows."""
-    allowed = max(TOLERANCE, 64 * torch.finfo(expected.dtype).eps)
-    norm = expected.double().norm().clamp_min(1e-30)
-    return float((got.double() - expected.double()).norm() / norm / allowed)
+def _in_single(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
+    """The model and its batch with float32 for half precision, where the model runs in that; else as they are."""
+    if not any(parameter.dtype in HALF for parameter in model.parameters()):
+        return model, batch
+    wide = _pytree.tree_map_only(Tensor, lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, batch)
+    try:
+        single = copied(model).float()
+        _outputs(single, wide)
+    except Exception:  # noqa: BLE001 - code that names a dtype; it is then tried as it is
+        return model, batch
+    return single, wide
+
+
+def _same(got: Tensor, expected: Tensor, before: Tensor) -> bool:
+    """Whether two outputs are one, as a whole and entry by entry."""
+    return relative_difference(got, expected) <= tolerance(expected.dtype) and local_misfit(got, expected, before) <= 1

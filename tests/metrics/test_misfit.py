@@ -1,0 +1,51 @@
+"""Faults that a norm over all entries does not see, and rounding that is no fault."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rankfold.metrics.misfit import local_misfit, relative_difference, tolerance
+from rankfold.testing.matrices import normal
+
+
+def _outputs(offset: float) -> tuple[Tensor, Tensor]:
+    """What a network gave before and after a change: five columns that move, and a sixth that is far away."""
+    before, after = normal(8, 6, seed=1).float(), normal(8, 6, seed=2).float()
+    before[:, 5] = after[:, 5] = offset
+    return before, after
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e9, torch.finfo(torch.float32).min / 2])
+def test_a_fault_beside_a_large_constant_is_seen(offset: float) -> None:
+    before, after = _outputs(offset)
+    wrong = after.clone()
+    wrong[:, 2] *= 1.5
+    assert local_misfit(wrong, after, before) > 1
+    assert local_misfit(after, after, before) == 0
+    assert (relative_difference(wrong, after) > tolerance(after.dtype)) == (offset == 0)
+
+
+def test_a_fault_in_small_entries_beside_large_ones_that_move_is_seen() -> None:
+    before, after = _outputs(0.0)
+    before[:, :2] *= 3000.0
+    after[:, :2] *= 3000.0
+    wrong = after.clone()
+    wrong[:, 4] *= 1.5
+    assert relative_difference(wrong, after) < 1e-3
+    assert local_misfit(wrong, after, before) > 1
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_rounding_is_no_fault(scale: float) -> None:
+    before, after = (each * scale for each in _outputs(1e3))
+    rounded = after + 1e-6 * normal(8, 6, seed=3).float() * after.abs().clamp_min(scale)
+    assert local_misfit(rounded, after, before) < 1
+    assert local_misfit(rounded, after, after) < 1  # nothing changed at all
+
+
+def test_one_sample_and_equal_outputs() -> None:
+    before, after = (each[:1] for each in _outputs(-1e9))
+    assert local_misfit(after, after, after) == 0
+    assert local_misfit(after * 1.5, after, before) > 1
