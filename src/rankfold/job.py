@@ -167,6 +167,8 @@ class Job:
         why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients))
         if why is not None:
             self.notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
+        if unreached := self.stats.manifest.get("unreached"):
+            self.notes.append(f"no gradient of the outputs reaches {', '.join(unreached)}: errors there count evenly")
 
     def removing(
         self,

@@ -217,3 +217,14 @@ def test_labels_are_integers_in_second_place_or_by_name() -> None:
     assert labels_of({"x": x, "labels": y}) is y
     for batch in (x, (x,), {"x": x}, (x, x), (x, y.bool())):
         assert labels_of(batch) is None
+
+
+def test_every_output_counts_alike() -> None:
+    first, second = torch.full((4, 3), 100.0), torch.ones(4, 5)
+    dense, other = Fixed([(first, second)]), Fixed([(first * 1.01, second * 1.5)])
+    seen = rf.compare(dense, other, [torch.zeros(4, 1)])
+    assert seen.output_errors == pytest.approx((1e-4, 0.25))
+    assert seen.relative_error == pytest.approx((1e-4 + 0.25) / 2)
+    assert rf.compare(dense, dense, [torch.zeros(4, 1)]).output_errors == (0.0, 0.0)
+    with pytest.raises(DataError, match="same number of tensors"):
+        rf.compare(dense, Fixed([first]), [torch.zeros(4, 1)])

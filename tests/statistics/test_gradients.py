@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.statistics.collect import collect
-from rankfold.statistics.gradients import collect_gradients
+from rankfold.statistics.gradients import collect_gradients, shifts
 
 
 def _collected(model: nn.Module, x: Tensor, samples: int) -> tuple[rf.Statistics, str | None]:
@@ -17,17 +17,80 @@ def _collected(model: nn.Module, x: Tensor, samples: int) -> tuple[rf.Statistics
     return stats, collect_gradients(model, [x], stats, sites=sites, samples=samples)
 
 
-def test_the_gram_is_the_mean_of_jacobian_products() -> None:
+class Named(nn.Sequential):
+    """Returns its output under a name."""
+
+    name = "logits"
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return {self.name: super().forward(x)}
+
+
+@pytest.mark.parametrize("name", ["logits", "values"])
+def test_the_gram_is_the_mean_of_jacobian_products(name: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)).eval()
+    torch.manual_seed(0)
+    model = Named(nn.Linear(5, 4), nn.Linear(4, 3)).eval()
+    model.name = name
     x = torch.randn(6000, 5, generator=generator)
     stats, why = _collected(model, x, samples=6000)
     assert why is None
     second = model.get_submodule("1").get_parameter("weight").detach().double()
-    centre = torch.eye(3).double() - 1 / 3  # logits: a shift of all of them changes nothing
+    centre = torch.eye(3).double() - (1 / 3 if name == "logits" else 0)  # a shift of all logits changes nothing
     expected = second.T @ centre @ second
     got = stats.sites["0"]["gradient-gram"].mean()[0]
     torch.testing.assert_close(got, expected, rtol=0.1, atol=0.05 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("columns", "shift", "expected"),
+    [(2, 1.0, False), (2, 0.05, True), (5, 1.0, False), (200, 1.0, True), (1, 0, False)],
+)
+def test_outputs_that_shift_together_are_no_logits(columns: int, shift: float, expected: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(40, columns, generator=generator)
+    own = own - own.mean(1, keepdim=True) * (1 - shift)
+    assert shifts(nn.Identity(), [own[:20], own[20:]]) == [expected]
+
+
+class TwoHeads(nn.Module):
+    """Two equal heads, the second in another unit; or before an arg-max."""
+
+    def __init__(self, unit: float, *, cut: bool = False) -> None:
+        super().__init__()
+        self.i, self.a, self.b = nn.Linear(12, 24), nn.Linear(24, 24), nn.Linear(24, 24)
+        self.oa, self.ob = nn.Linear(24, 4), nn.Linear(24, 4)
+        self.b.load_state_dict(self.a.state_dict())
+        self.ob.load_state_dict(self.oa.state_dict())
+        self.unit, self.cut = unit, cut
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.i(x).relu()
+        first, second = self.oa(self.a(h).relu()), self.ob(self.b(h).relu())
+        return first, (second > 0).to(x.dtype) if self.cut else second * self.unit
+
+
+@pytest.mark.parametrize("unit", [0.01, 1.0, 100.0])
+def test_all_outputs_weigh_alike_in_whatever_unit(unit: float) -> None:
+    torch.manual_seed(0)
+    model = TwoHeads(unit).eval()
+    stats, _ = _collected(model, torch.randn(400, 12), samples=400)
+    first, second = (float(stats.sites[path]["gradient-gram"].mean().norm()) for path in "ab")
+    assert first == pytest.approx(second, rel=0.2)
+    assert "unreached" not in stats.manifest
+
+
+def test_a_site_without_a_gradient_weighs_as_the_others_do() -> None:
+    torch.manual_seed(0)
+    model, x = TwoHeads(1.0, cut=True).eval(), torch.randn(200, 12)
+    stats, why = _collected(model, x, samples=200)
+    assert why is None
+    assert stats.manifest["unreached"] == ["b", "ob"]
+    first, second = (float(stats.sites[path]["gradient-gram"].mean()[0].trace()) for path in "ab")
+    assert 0.02 < first / second < 50  # of another layer the identity would be thousands away
+    out = rf.compress(model, [x], budget=rf.Budget(params=0.6))
+    assert any("no gradient of the outputs reaches b, ob" in note for note in out.report.notes)
+    assert len(out.report.comparison.output_errors) == 2  # type: ignore[union-attr]
 
 
 def test_positions_of_a_sample_are_summed() -> None:

@@ -163,6 +163,8 @@ def _as_text(result: Result) -> str:
     if seen.logits:
         lines.append(f"KL          {seen.kl:.3g} nats an example")
     lines.append(f"outputs     relative error {seen.relative_error:.3g}, largest difference {seen.max_difference:.3g}")
+    if seen.output_errors:
+        lines.append(f"of each     relative error {', '.join(f'{error:.3g}' for error in seen.output_errors)}")
     for name, before in first.amounts().items():
         after = second.amounts()[name]
         lines.append(f"{name:<12}{before:,} → {after:,}   {after / max(before, 1):.3f} kept")

@@ -29,7 +29,7 @@ class Comparison:
         examples: Rows of logits looked at.
         agreement: Fraction of examples with the same arg-max.
         kl: Mean `KL(softmax(original) ‖ softmax(compressed))` an example, in nats.
-        relative_error: `‖compressed − original‖² / ‖original‖²` over all outputs.
+        relative_error: `‖compressed − original‖² / ‖original‖²`; the mean of it over the output tensors.
         max_difference: Largest absolute difference of an output.
         top1: Fraction of labelled examples whose arg-max is the label, (original, compressed); None without labels.
         top5: The same for the five largest.
@@ -37,6 +37,8 @@ class Comparison:
             labels that are the input tokens themselves are predicted from the position before. At most e^700.
         changed: Indices of the examples whose arg-max differs, in the order of the data.
         logits: Whether the output looks like logits (named so, or one row a sample), so that KL means something.
+        output_errors: The relative error of each output tensor, where the model gives several; agreement, KL and the
+            labels are about the first.
     """
 
     samples: int
@@ -50,6 +52,7 @@ class Comparison:
     perplexity: tuple[float, float] | None
     changed: tuple[int, ...]
     logits: bool
+    output_errors: tuple[float, ...] = ()
 
     @property
     def divergence(self) -> float:
@@ -64,28 +67,43 @@ class Comparison:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
-def output_tensor(output: Any) -> tuple[Tensor, bool]:
-    """The tensor of an output that is compared, and whether it is logits.
+def output_tensors(output: Any) -> tuple[list[Tensor], bool]:
+    """The tensors of an output that are compared, and whether the first is logits.
 
-    The entry named "logits" of a mapping, else the first floating tensor; a bare output of two axes counts as logits.
+    The entry named "logits" of a mapping, else every floating tensor that the output holds itself (what is nested in
+    it, such as a cache, is left out). One of two axes and several columns counts as logits.
 
     Raises:
         DataError: The output holds no floating tensor.
     """
-    if isinstance(output, Tensor) and output.is_floating_point():
-        return output, output.ndim == 2
-    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
-        return output["logits"], True
+    named = isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor)
+    if named:
+        return [output["logits"]], True
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for value in values:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value, value.ndim == 2
-    raise DataError(
-        "output",
-        law="the model returns a floating tensor, or a tuple or mapping that holds one",
-        got=type(output).__name__,
-        cure="wrap the model so that it returns its logits",
-    )
+    found = [
+        value
+        for value in ((output,) if isinstance(output, Tensor) else values)
+        if isinstance(value, Tensor) and value.is_floating_point()
+    ]
+    if not found:
+        raise DataError(
+            "output",
+            law="the model returns a floating tensor, or a tuple or mapping that holds one",
+            got=type(output).__name__,
+            cure="wrap the model so that it returns its logits",
+        )
+    return found, looks_like_logits(found[0])
+
+
+def looks_like_logits(output: Tensor) -> bool:
+    """Whether an output has one row a sample, and several columns."""
+    return output.ndim == 2 and output.shape[1] > 1
+
+
+def output_tensor(output: Any) -> tuple[Tensor, bool]:
+    """The first of `output_tensors`, and whether it is logits."""
+    found, logits = output_tensors(output)
+    return found[0], logits
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -176,9 +194,9 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: Wor
     tally = _Tally()
     with evaluating(original), evaluating(compressed):
         for number, batch in _shares(as_batches(data), tally, world):
-            first, logits = output_tensor(_run("original", original, batch, number))
-            second, _ = output_tensor(_run("compressed", compressed, batch, number))
-            tally.add(number, batch, first, second.to(first.device), logits)
+            first, logits = output_tensors(_run("original", original, batch, number))
+            second, _ = output_tensors(_run("compressed", compressed, batch, number))
+            tally.add(number, batch, first, [mine.to(first[0].device) for mine in second], logits)
     tally.sum_over(world)
     return tally.result()
 
@@ -224,27 +242,28 @@ class _Tally:
 
     def __init__(self) -> None:
         self.samples = self.examples = self.agree = self.labelled = 0
-        self.kl = self.error = self.energy = self.largest = 0.0
+        self.kl = self.largest = 0.0
+        self.squares = torch.zeros(0, 2, dtype=torch.float64)  # of the error and of the original, for every output
         self.hits = [[0, 0], [0, 0]]  # top-1, top-5 of original, compressed
         self.cross_entropy = [0.0, 0.0]
         self.changed: list[int] = []
         self.parts: list[int] = []  # examples of each part, where several processes share the data
         self.logits, self.sequence, self.wide = True, False, True
 
-    def add(self, number: int, batch: Batch, first: Tensor, second: Tensor, logits: bool) -> None:
+    def add(self, number: int, batch: Batch, firsts: list[Tensor], seconds: list[Tensor], logits: bool) -> None:
         """Add one batch of outputs."""
-        check_shapes(first, second)
-        for whose, output, cure in (
-            ("original", first, "look at that batch, or at the model's weights"),
-            ("compressed", second, "look at the site errors in the report"),
-        ):
-            if not bool(torch.isfinite(output).all()):
-                raise NumericsError(
-                    f"output of the {whose} model",
-                    law="every output is finite",
-                    got=f"NaN or infinity in batch {number}",
-                    cure=cure,
-                )
+        if len(firsts) != len(seconds) or len(self.squares) not in (0, len(firsts)):
+            raise DataError(
+                "output",
+                law="both models give the same number of tensors on every batch",
+                got=f"{len(firsts)} and {len(seconds)} in batch {number}",
+                cure="compare a model with its own compression",
+            )
+        if not len(self.squares):
+            self.squares = torch.zeros(len(firsts), 2, dtype=torch.float64)
+        for i, (mine, theirs) in enumerate(zip(seconds, firsts, strict=True)):
+            self._add_squares(number, i, theirs, mine)
+        first, second = firsts[0], seconds[0]
         a, b = (x.double().reshape(-1, x.shape[-1] if x.ndim > 1 else 1) for x in (first, second))
         self.logits &= logits
         self.samples += batch_size(batch)
@@ -256,9 +275,6 @@ class _Tally:
         self.agree += int(same.sum())
         log_a, log_b = F.log_softmax(a, 1), F.log_softmax(b, 1)
         self.kl += float((log_a.exp() * (log_a - log_b)).sum())
-        self.error += float((a - b).square().sum())
-        self.energy += float(a.square().sum())
-        self.largest = max(self.largest, float((a - b).abs().max()))
         labels = labels_of(batch)
         if labels is None:
             return
@@ -272,6 +288,24 @@ class _Tally:
             if _are_inputs(batch, labels):  # a causal language model: position t predicts token t + 1
                 rows, labels = rows[:, :-1], labels[:, 1:]
         self._add_labels(labels.flatten().to(a.device), rows.flatten().to(a.device), (log_a, log_b))
+
+    def _add_squares(self, number: int, output: int, first: Tensor, second: Tensor) -> None:
+        """Add one tensor of the outputs of a batch."""
+        check_shapes(first, second)
+        for whose, values, cure in (
+            ("original", first, "look at that batch, or at the model's weights"),
+            ("compressed", second, "look at the site errors in the report"),
+        ):
+            if not bool(torch.isfinite(values).all()):
+                raise NumericsError(
+                    f"output of the {whose} model",
+                    law="every output is finite",
+                    got=f"NaN or infinity in batch {number}",
+                    cure=cure,
+                )
+        wide, error = first.double(), first.double() - second.double()
+        self.squares[output] += torch.stack([error.square().sum(), wide.square().sum()]).cpu()
+        self.largest = max(self.largest, float(error.abs().amax()) if error.numel() else 0.0)
 
     def _add_labels(self, labels: Tensor, rows: Tensor, logs: tuple[Tensor, Tensor]) -> None:
         usable = labels >= 0  # -100 marks padding
@@ -302,16 +336,20 @@ class _Tally:
             whole[here] = 1
             seen += length
         counts = torch.tensor([self.samples, self.examples, self.agree, self.labelled, *self.hits[0], *self.hits[1]])
-        sums = torch.tensor([self.kl, self.error, self.energy, *self.cross_entropy], dtype=torch.float64)
+        sums = torch.tensor([self.kl, *self.cross_entropy], dtype=torch.float64)
+        outputs = torch.tensor([float(len(self.squares))], dtype=torch.float64)
+        world.largest_([outputs])
+        if not len(self.squares):  # no sample came here
+            self.squares = torch.zeros(int(outputs), 2, dtype=torch.float64)
         extremes = torch.tensor(
             [self.largest, float(self.sequence), float(not self.logits), float(not self.wide)], dtype=torch.float64
         )
-        world.sum_([whole, counts, sums])
+        world.sum_([whole, counts, sums, self.squares])
         world.largest_([extremes])
         self.changed = torch.nonzero(whole).flatten().tolist()
         self.samples, self.examples, self.agree, self.labelled, *hits = counts.tolist()
         self.hits = [hits[:2], hits[2:]]
-        self.kl, self.error, self.energy, *self.cross_entropy = sums.tolist()
+        self.kl, *self.cross_entropy = sums.tolist()
         self.largest = float(extremes[0])
         self.sequence, self.logits, self.wide = bool(extremes[1]), not bool(extremes[2]), not bool(extremes[3])
 
@@ -324,6 +362,7 @@ class _Tally:
         def share(hits: list[int]) -> tuple[float, float] | None:
             return (hits[0] / n, hits[1] / n) if n else None
 
+        errors = tuple(e / energy if energy > 0 else float(e > 0) for e, energy in self.squares.tolist())
         # Beyond e^700 a float ends, and no JSON holds what comes after.
         first, second = (math.exp(min(total / n, 700.0)) if n else 0.0 for total in self.cross_entropy)
         return Comparison(
@@ -331,11 +370,12 @@ class _Tally:
             self.examples,
             self.agree / self.examples,
             max(self.kl / self.examples, 0.0),
-            self.error / self.energy if self.energy > 0 else float(self.error > 0),
+            sum(errors) / len(errors),
             self.largest,
             share(self.hits[0]),
             share(self.hits[1]) if self.wide else None,
             (first, second) if n and self.sequence else None,
             tuple(self.changed),
             self.logits,
+            errors if len(errors) > 1 else (),
         )

@@ -73,6 +73,8 @@ def _summary(report: Report) -> list[str]:
             f"on {c.samples} held-out inputs: agreement {c.agreement:.4f}, KL {c.kl:.3g} nats, "
             f"relative output error {c.relative_error:.3g}"
         )
+        if c.output_errors:
+            lines.append(f"of each output: {', '.join(f'{error:.3g}' for error in c.output_errors)}")
     for samples in dict.fromkeys(one.samples for one in report.candidates):
         shown = "; ".join(
             f"{one.selector} {one.divergence:.4g}{' (taken)' if one.taken else ''}"
