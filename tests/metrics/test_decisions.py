@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.errors import DataError, OptionError
+from rankfold.errors import DataError, NumericsError, OptionError, TraceError
 from rankfold.metrics.corruptions import CORRUPTIONS, Blur, Brightness, Noise
 
 
@@ -122,3 +123,41 @@ def test_bad_input_is_refused_by_name() -> None:
         rf.decisions(words, words, [torch.zeros(4, 2, dtype=torch.int64)])
     with pytest.raises(DataError, match="at least one batch"):
         rf.decisions(model, other, [])
+
+
+class Anything(nn.Module):
+    """Any forward."""
+
+    def __init__(self, forward: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self._forward = nn.Linear(6, 3), forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self._forward(x))  # type: ignore[no-any-return]
+
+
+def test_a_forward_that_writes_into_its_input_is_attacked_like_another() -> None:
+    torch.manual_seed(0)
+    plain = Anything(lambda x: x * 2)
+    writes = Anything(lambda x: x.mul_(2))
+    writes.load_state_dict(plain.state_dict())
+    x = torch.randn(40, 6)
+    seen = [rf.decisions(each, each, [x.clone()], corruptions=[], fgsm=0.3) for each in (plain, writes)]
+    assert seen[0] == seen[1]
+    assert seen[0].fooled is not None
+    assert seen[0].fooled[0] > 0
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    x = torch.randn(8, 6)
+    plain, lost = Anything(lambda x: x), Anything(lambda x: x * float("nan"))
+    cut, breaks = Anything(lambda x: x.detach()), Anything(lambda x: x.reshape(3, 3))
+    for first, second, whose in ((plain, lost, "compressed"), (lost, plain, "original")):
+        with pytest.raises(NumericsError, match=f"output of the {whose} model · every output is finite"):
+            rf.decisions(first, second, [x], corruptions=[])
+    with pytest.raises(DataError, match="differentiates the outputs by the first floating input"):
+        rf.decisions(cut, cut, [x], corruptions=[], fgsm=0.1)
+    with pytest.raises(TraceError, match="from the compressed model"):
+        rf.decisions(plain, breaks, [x], corruptions=[])
+    with pytest.raises(OptionError, match=r"each corruption once · got 'noise 0\.1' twice"):
+        rf.decisions(plain, plain, [x], corruptions=[Noise(0.1), Noise(0.1)])

@@ -169,6 +169,22 @@ def check_shapes(first: Tensor, second: Tensor) -> None:
         )
 
 
+def check_finite(whose: str, output: Tensor, number: int) -> None:
+    """Refuse an output with NaN or infinity.
+
+    Raises:
+        NumericsError: Naming the model and the batch.
+    """
+    if not bool(torch.isfinite(output).all()):
+        here = whose == "original"
+        raise NumericsError(
+            f"output of the {whose} model",
+            law="every output is finite",
+            got=f"NaN or infinity in batch {number}",
+            cure="look at that batch, or at the model's weights" if here else "look at the site errors in the report",
+        )
+
+
 def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: World = ALONE) -> Comparison:
     """Run both models over data and compare their outputs.
 
@@ -194,15 +210,19 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: Wor
     tally = _Tally()
     with evaluating(original), evaluating(compressed):
         for number, batch in _shares(as_batches(data), tally, world):
-            first, logits = output_tensors(_run("original", original, batch, number))
-            second, _ = output_tensors(_run("compressed", compressed, batch, number))
+            first, logits = output_tensors(run_on("original", original, batch, number))
+            second, _ = output_tensors(run_on("compressed", compressed, batch, number))
             tally.add(number, batch, first, [mine.to(first[0].device) for mine in second], logits)
     tally.sum_over(world)
     return tally.result()
 
 
-def _run(whose: str, model: nn.Module, batch: Batch, number: int) -> Any:
-    """A model's output on a batch of the data."""
+def run_on(whose: str, model: nn.Module, batch: Batch, number: int) -> Any:
+    """A model's output on a batch of the data.
+
+    Raises:
+        TraceError: The model does not run on it; the batch is named.
+    """
     try:
         return run(model, to_device(batch, device_of(model)))
     except RankfoldError:
@@ -292,17 +312,8 @@ class _Tally:
     def _add_squares(self, number: int, output: int, first: Tensor, second: Tensor) -> None:
         """Add one tensor of the outputs of a batch."""
         check_shapes(first, second)
-        for whose, values, cure in (
-            ("original", first, "look at that batch, or at the model's weights"),
-            ("compressed", second, "look at the site errors in the report"),
-        ):
-            if not bool(torch.isfinite(values).all()):
-                raise NumericsError(
-                    f"output of the {whose} model",
-                    law="every output is finite",
-                    got=f"NaN or infinity in batch {number}",
-                    cure=cure,
-                )
+        check_finite("original", first, number)
+        check_finite("compressed", second, number)
         wide, error = first.double(), first.double() - second.double()
         self.squares[output] += torch.stack([error.square().sum(), wide.square().sum()]).cpu()
         self.largest = max(self.largest, float(error.abs().amax()) if error.numel() else 0.0)

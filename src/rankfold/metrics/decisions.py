@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.graph.sites import check_module
-from rankfold.graph.trace import Batch, device_of, evaluating, run, split_batch, to_device
-from rankfold.metrics.compare import check_shapes, labels_of, output_tensor
+from rankfold.graph.trace import Batch, device_of, evaluating, split_batch, to_device
+from rankfold.metrics.compare import check_finite, check_shapes, labels_of, output_tensor, run_on
 from rankfold.metrics.corruptions import CORRUPTIONS, Corruption
 from rankfold.statistics.data import as_batches, numbered
 from rankfold.statistics.draws import check_seed, generator
@@ -117,8 +117,10 @@ def decisions(
 
     Raises:
         ModelError: One of the two is no module.
-        DataError: No data, outputs that are no logits, or inputs that cannot be corrupted.
-        OptionError: An option of another kind.
+        DataError: No data, outputs that are no logits, or inputs that cannot be corrupted or attacked.
+        OptionError: An option of another kind, or two corruptions of one name.
+        TraceError: A model does not run on a batch; the batch is named.
+        NumericsError: An output of either model is not finite; the batch is named.
 
     References:
         Goodfellow, Shlens, Szegedy, ICLR 2015 (FGSM). We differ in attacking the model's own decision, so that no label
@@ -132,17 +134,17 @@ def decisions(
     same = dict.fromkeys((corruption.name for corruption in corruptions), 0)
     attacked, fooled = [0, 0], [0, 0]
     for number, batch in numbered(as_batches(data)):
-        first, second = _logits(original, batch), _logits(compressed, batch)
+        first, second = _both(original, compressed, batch, number)
         tally.add(first, second, labels_of(batch))
         for place, corruption in enumerate(corruptions):
             draws = generator(seed, place, number)
             changed = _with_inputs(batch, lambda x, c=corruption, g=draws: c.apply(x, g))
-            alike = _logits(original, changed).argmax(1) == _logits(compressed, changed).argmax(1)
-            same[corruption.name] += int(alike.sum())
+            mine, theirs = _both(original, compressed, changed, number)
+            same[corruption.name] += int((mine.argmax(1) == theirs.argmax(1)).sum())
         if fgsm is not None:
             for place, target in enumerate((original, compressed)):
-                moved = _attack(target, batch, fgsm)
-                here, there = _logits(original, moved).argmax(1), _logits(compressed, moved).argmax(1)
+                moved = _attack(target, batch, fgsm, number)
+                here, there = (each.argmax(1) for each in _both(original, compressed, moved, number))
                 attacked[place] += int((here == there).sum())
                 if place == 0:
                     fooled[0] += int((here != first.argmax(1)).sum())
@@ -159,15 +161,26 @@ def _check(corruptions: Sequence[Corruption], fgsm: float | None) -> None:
             got=shown(corruptions),
             cure="try [rankfold.Noise(0.1)], or an empty list",
         )
+    names = [each.name for each in corruptions]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise OptionError(
+            "corruptions", law="each corruption once", got=f"{twice!r} twice", cure="leave one of them out"
+        )
     number = isinstance(fgsm, (int, float)) and not isinstance(fgsm, bool)
     if fgsm is not None and (not number or not fgsm > 0):
         raise OptionError("fgsm", law="a number above 0, or None", got=shown(fgsm), cure="try 1/255 of the input range")
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _both(original: nn.Module, compressed: nn.Module, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
+    """Logits of both models on a batch."""
+    return _logits("original", original, batch, number), _logits("compressed", compressed, batch, number)
+
+
+def _logits(whose: str, model: nn.Module, batch: Batch, number: int) -> Tensor:
     """Logits of a batch, samples × classes, on the CPU in float64."""
     with evaluating(model):
-        output, logits = output_tensor(run(model, to_device(batch, device_of(model))))
+        output, logits = output_tensor(run_on(whose, model, batch, number))
     if not logits or output.ndim != 2 or output.shape[1] < 2:
         raise DataError(
             "output",
@@ -175,6 +188,7 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
             got=f"an output of shape {tuple(output.shape)}",
             cure="use rankfold.compare for other outputs",
         )
+    check_finite(whose, output, number)
     return output.detach().double().cpu()
 
 
@@ -198,19 +212,31 @@ def _with_inputs(batch: Batch, function: Any) -> Any:
     return named[0] if args else named
 
 
-def _attack(model: nn.Module, batch: Batch, size: float) -> Any:
-    """Inputs moved by `size · sign(∇ₓ CE(f(x), argmax f(x)))`."""
+def _attack(model: nn.Module, batch: Batch, size: float, number: int) -> Any:
+    """Inputs moved by `size · sign(∇ₓ CE(f(x), argmax f(x)))`.
+
+    Raises:
+        DataError: The outputs cannot be differentiated by the inputs.
+    """
     leaf: list[Tensor] = []
 
     def watched(inputs: Tensor) -> Tensor:
         leaf.append(inputs.detach().clone().requires_grad_())
-        return leaf[0]
+        return leaf[0].clone()  # which the forward may write into
 
-    moved = _with_inputs(to_device(batch, device_of(model)), watched)
-    args, kwargs = split_batch(moved)
     with evaluating(model), torch.enable_grad():
-        output, _ = output_tensor(model(*args, **kwargs))
-        (gradient,) = torch.autograd.grad(F.cross_entropy(output, output.argmax(1)), leaf)
+        moved = _with_inputs(to_device(batch, device_of(model)), watched)
+        args, kwargs = split_batch(moved)
+        try:
+            output, _ = output_tensor(model(*args, **kwargs))
+            (gradient,) = torch.autograd.grad(F.cross_entropy(output, output.argmax(1)), leaf)
+        except RuntimeError as cause:
+            raise DataError(
+                f"batch {number}",
+                law="an attack differentiates the outputs by the first floating input",
+                got=str(cause).splitlines()[0][:160],
+                cure="pass fgsm=None, or wrap the model so that its first floating input is the one to be attacked",
+            ) from cause
     return _with_inputs(batch, lambda inputs: inputs + size * gradient.sign().to(inputs))
 
 
