@@ -447,3 +447,30 @@ def test_a_model_in_training_mode_is_traced_in_eval_and_left_in_its_modes(
     assert all(module.training for index, child in enumerate(result) if index != 5 for module in child.modules())
     twin = compress(copy.deepcopy(model).eval())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(result.parameters(), twin.parameters(), strict=True))
+
+
+def test_selectors_of_ranks_need_a_family_that_has_some() -> None:
+    refused(
+        OptionError,
+        "a selector that chooses ranks needs a family that has some",
+        network(),
+        inputs(),
+        budget=BUDGET,
+        families=[rf.Interpolative()],
+        selector=rf.Lagrangian(),
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_module_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"an nn\.Module with its Python code · got RecursiveScriptModule"):
+        rf.compress(torch.jit.script(network().eval()), [inputs()], budget=BUDGET)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_old_weight_norm_can_be_copied_after_the_gradients() -> None:
+    model = network().eval()
+    model[3] = torch.nn.utils.weight_norm(model[3])  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        model(inputs())
+    assert rf.compress(model, [inputs(40)], budget=rf.Budget(params=0.8)).report.after.params > 0

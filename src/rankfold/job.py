@@ -346,11 +346,21 @@ class Job:
             best.comparison,
             tuple(candidates) if len(candidates) > 1 else (),
             self.clock.seconds,
-            (*self.notes, *best.remarks),
+            (*self.notes, *best.remarks, *self._uncalled(best.plan)),
             best.plan.seed,
             environment(),
         )
         return Compressed(best.model, best.plan, report)
+
+    def _uncalled(self, plan: Plan) -> list[str]:
+        """A remark on layers that the forward does not reach, where channels went that such a layer may read."""
+        left = [skip.path for skip in self.sites.skips if skip.reason.startswith("not called")]
+        if not left or not plan.cuts:
+            return []
+        return [
+            f"{', '.join(left)} keeps its width, since the forward on the example does not reach it: "
+            "code that calls it elsewhere (in training, say) may find that channels are gone"
+        ]
 
 
 def _candidate(name: str, attempt: Attempt, samples: int | None = None) -> Candidate:

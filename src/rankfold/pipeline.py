@@ -128,6 +128,13 @@ def compress(
             got=f"{selector!r} with {', '.join(type(method).__name__ for method in families)}",
             cure="pass families=[rankfold.Interpolative()], or another selector",
         )
+    if isinstance(selector, RankSelector) and not any(isinstance(method, Decomposition) for method in families):
+        raise OptionError(
+            "selector",
+            law="a selector that chooses ranks needs a family that has some",
+            got=f"{selector!r} with {', '.join(type(method).__name__ for method in families)}",
+            cure="leave the selector out, or pass one that chooses how many channels stay, such as RemovalGreedy()",
+        )
     check_selection(only, exclude)
     check_positions(positions)
     check_seed(seed)

@@ -213,10 +213,22 @@ def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn
         )
         if fill is not None:
             fill(decision, layer, shell)
-        for parameter in shell.parameters():
-            parameter.requires_grad_(weight.requires_grad)
+        train_as_(shell, layer)
         replaced[id(layer)] = shell.train(layer.training)
     return swap(model, replaced)
+
+
+def train_as_(new: nn.Module, old: nn.Module) -> None:
+    """Give a module `requires_grad` of the layer whose place it takes: its biases as the bias, all else as the weight.
+
+    Args:
+        new: A shell, or a layer like the old one; changed.
+        old: The layer, which has a weight.
+    """
+    for name, parameter in new.named_parameters():
+        own = getattr(old, "bias", None) if name.rpartition(".")[2] == "bias" else None
+        own = own if isinstance(own, torch.Tensor) else tensor(old, "weight")
+        parameter.requires_grad_(own.requires_grad)
 
 
 def swap(model: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
@@ -452,6 +464,7 @@ def _dense(layers: list[nn.Module], geometries: list[Geometry]) -> nn.Module:
         tensor(dense, "weight").copy_(product.flatten(0, 1))
         if geometry.bias:
             tensor(dense, "bias").copy_(tensor(layers[-1], "bias"))
-    for parameter in dense.parameters():
-        parameter.requires_grad_(first.requires_grad)
+    train_as_(dense, layers[0])
+    if geometry.bias:
+        tensor(dense, "bias").requires_grad_(tensor(layers[-1], "bias").requires_grad)
     return dense.train(layers[0].training)

@@ -23,6 +23,7 @@ class Net(nn.Module):
         self.a, self.n, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)
         self.h, self.q, self.o = 4, nn.Linear(16, 48), nn.Linear(16, 16)
         self.head, self.scale = nn.Linear(16, 5), nn.Parameter(torch.rand(1, 1, 1, 16) + 0.5)
+        self.slope = nn.Parameter(torch.tensor([0.2]))
         self._forward = forward
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,6 +69,10 @@ RIGHT: dict[str, Forward] = {
     "a cast to a weight's dtype": lambda m, y: m.b(y.type_as(m.b.weight)),
     "a parameter of four axes": lambda m, y: m.b((y.permute(0, 2, 3, 1) * m.scale).permute(0, 3, 1, 2)),
     "a layer under two names": lambda m, y: m.b(y),
+    "one minus a gate": lambda m, y: m.b((1 - y.sigmoid()) * y),
+    "a mask by comparison": lambda m, y: m.b(y.masked_fill(y < 0.1, 0.0)),
+    "from one to another by a gate": lambda m, y: m.b(torch.lerp(y, y.tanh(), y.sigmoid())),
+    "one slope for all": lambda m, y: m.b(F.prelu(y, m.slope)),
 }
 
 
@@ -102,7 +107,7 @@ def test_a_candidate_that_fails_drops_out_with_a_note(monkeypatch: pytest.Monkey
     torch.manual_seed(0)
     model, x = Net(WRONG["a scale by the width"]).eval(), torch.randn(60, 3, 6, 6)
     out = rf.compress(model, [x], budget=rf.Budget(params=0.8))
-    assert not out.plan.cuts
+    assert "a.weight" not in out.plan.cuts
     assert any(note.startswith("candidate channels was dropped: ") for note in out.report.notes)
     with pytest.raises(rf.RankfoldError, match="computes what the engine computed"):
         rf.compress(model, [x], budget=rf.Budget(params=0.8), families=[rf.Interpolative()], selector=rf.SameShare())
@@ -135,3 +140,37 @@ def test_a_scale_by_the_width_is_seen_beside_masked_outputs_and_in_half_precisio
     assert "b" not in {path for group in found for path in group.made}
     assert masked or "it computes something else" in skips["b"]
     assert {group.name for group in found} == {"a"}
+
+
+class Auxiliary(nn.Module):
+    """A head that only training reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.aux = nn.Linear(10, 32), nn.Linear(32, 32), nn.Linear(32, 5), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu()).relu()
+        return self.head(y) + self.aux(y) if self.training else self.head(y)  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_is_not_called_and_stays_as_wide_is_named() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 10)
+    for families, said in (([rf.Interpolative()], True), ([rf.SVD()], False)):
+        out = rf.compress(Auxiliary().eval(), [x], budget=rf.Budget(params=0.7), families=families)
+        assert any("aux keeps its width" in note for note in out.report.notes) == said
+
+
+def test_frozen_parameters_stay_frozen_one_by_one() -> None:
+    torch.manual_seed(0)
+    model = Auxiliary().eval()
+    model.b.bias.requires_grad_(False)
+    model.a.weight.requires_grad_(False)
+    for repair in (rf.Lockstep(), None):
+        out = rf.compress(
+            model, [torch.randn(40, 10)], budget=rf.Budget(params=0.4), families=[rf.SVD()], repair=repair
+        )
+        own = {name: parameter.requires_grad for name, parameter in out.model.named_parameters()}
+        assert (own["a.0.weight"], own["a.1.weight"], own["a.1.bias"]) == (False, False, True)
+        assert (own["b.0.weight"], own["b.1.weight"], own["b.1.bias"]) == (True, True, False)

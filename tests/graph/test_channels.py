@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold import find_sites
-from rankfold.errors import SiteError
+from rankfold.errors import ModelError, OptionError, SiteError
 from rankfold.graph.channels import Channels, find_channels
 
 
@@ -319,3 +319,16 @@ def test_a_layer_whose_weight_is_looked_at_can_lose_channels() -> None:
     assert [site.path for site in sites.fixed] == ["second"]
     assert "second" in {skip.path for skip in sites.skips}
     assert {"first", "second"} <= {path for group in find_channels(model, sites) for path in (*group.made, *group.read)}
+
+
+def test_sites_of_another_model_are_refused_and_a_layer_left_out_is_named() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    x = torch.randn(4, 6)
+    with pytest.raises(OptionError, match="what find_sites gave · got None"):
+        find_channels(model, None)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="the sites are of this model · got those of a Sequential"):
+        find_channels(model[:3], find_sites(model, x))
+    with pytest.raises(ModelError, match=r"an nn\.Module · got str"):
+        find_channels("model", find_sites(model, x))  # type: ignore[arg-type]
+    (left,) = (skip.reason for skip in find_channels(model, find_sites(model, x, only=["0"])).skips if skip.path == "0")
+    assert left == "frozen: 2.weight reads it, which is left alone: not selected: it is not among `only`"

@@ -7,7 +7,8 @@ what meets, and an operator that is not known freezes what it touches.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -36,7 +37,9 @@ def _names(text: str) -> frozenset[str]:
 _ELEMENTWISE = _names(
     "relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu mish softplus erf relu6 clone contiguous"
     " dropout alias detach _to_copy to type_as neg exp log sqrt rsqrt pow abs clamp clamp_min clamp_max reciprocal sin"
-    " cos add sub mul div maximum minimum where square lift_fresh_copy feature_dropout alpha_dropout"
+    " cos add sub rsub mul div maximum minimum where square lift_fresh_copy feature_dropout alpha_dropout masked_fill"
+    " selu celu log_sigmoid softshrink hardshrink tanhshrink lerp addcmul log1p expm1 sign nan_to_num"
+    " lt le gt ge eq ne logical_not logical_and logical_or bitwise_not bitwise_and bitwise_or"
 )
 _LAYOUT = _names(
     "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand repeat slice select"
@@ -55,14 +58,15 @@ _CONSTANT = _names("zeros ones full zeros_like ones_like full_like new_zeros new
 _CONVOLUTIONS = _names("conv1d conv2d conv3d")
 
 
-def follow(program: ExportedProgram, layers: dict[str, str]) -> Flow:
+def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, str] | None = None) -> Flow:
     """Let channels flow through a graph.
 
     Args:
         program: The functional program.
         layers: Path of the site by the name of its weight parameter; other layers freeze what they read.
+        left: Why, by the name of its weight parameter, a layer is left alone.
     """
-    walk = _Walk(program, layers)
+    walk = _Walk(program, layers, left or {})
     for node in program.graph.nodes:
         walk.step(node)
     walk.finish()
@@ -72,9 +76,9 @@ def follow(program: ExportedProgram, layers: dict[str, str]) -> Flow:
 class _Walk:
     """The walk: numbers of every node's value, a tensor that broadcasts against it, a list of such, or None."""
 
-    def __init__(self, program: ExportedProgram, layers: dict[str, str]) -> None:
+    def __init__(self, program: ExportedProgram, layers: dict[str, str], left: Mapping[str, str]) -> None:
         self.flow = Flow()
-        self._layers = layers
+        self._layers, self._left = layers, left
         self._names = tensor_names(program)
         self._numbers: dict[Node, Any] = {}
         self._blind: set[str] = set()  # layers that were called on what is not followed
@@ -103,7 +107,7 @@ class _Walk:
         elif name == "getitem":
             values = self._numbers[inputs[0]]
             self._numbers[node] = values[place_of(node)] if isinstance(values, (list, tuple)) else None
-        elif name in _ELEMENTWISE:
+        elif name in _ELEMENTWISE or (name == "prelu" and _one_slope(node)):
             self._numbers[node] = self._elementwise(node)
         elif name in _LAYOUT and not is_cast(node):
             self._numbers[node] = self._moved(node)
@@ -160,7 +164,8 @@ class _Walk:
             return self._grouped(full, bias, numbers, groups, shape)
         path = self._layers.get(full)
         if path is None:
-            self.flow.freeze(numbers, f"{full or name} reads it, which is no layer that can be changed")
+            why = f"left alone: {self._left[full]}" if full in self._left else "no layer that can be changed"
+            self.flow.freeze(numbers, f"{full or name} reads it, which is {why}")
             return None
         if numbers is not None and any(size > 1 for i, size in enumerate(numbers.shape) if i != axis % numbers.ndim):
             self.flow.freeze(numbers, f"{path} reads it along another axis than its own")
@@ -421,3 +426,9 @@ def _flat_sources(node: Any, axis: int) -> list[Node] | None:
         return None
     parts = [_flat_sources(each, axis) for each in node.all_input_nodes]
     return None if any(each is None for each in parts) else [source for each in parts for source in each or ()]
+
+
+def _one_slope(node: Node) -> bool:
+    """Whether a PReLU has one slope for all channels."""
+    slope = argument_of(node, "weight")
+    return isinstance(slope, Node) and prod(shape_of(slope)) == 1

@@ -326,6 +326,13 @@ def check_module(model: nn.Module, place: str = "model") -> None:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(place, law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            place,
+            law="an nn.Module with its Python code",
+            got=type(model).__name__,
+            cure="pass the module that was scripted or traced, and script what comes back",
+        )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ModelError(

@@ -25,7 +25,7 @@ from rankfold.repair.site import Recall, Share, SiteSolver, always_solve
 from rankfold.repair.widened import Widened
 from rankfold.statistics import Statistics
 from rankfold.statistics.distributed import ALONE, World
-from rankfold.surgery import swap
+from rankfold.surgery import swap, train_as_
 
 
 @dataclass(eq=False)
@@ -176,9 +176,7 @@ def install(model: nn.Module, repaired: Repaired) -> nn.Module:
     replaced = {}
     for path, layer in repaired.layers.items():
         old = modules[path]
-        trainable = any(parameter.requires_grad for parameter in old.parameters())
-        for parameter in layer.parameters():
-            parameter.requires_grad_(trainable)
+        train_as_(layer, old)
         replaced[id(old)] = layer.train(old.training)
     return swap(model, replaced)
 

@@ -94,6 +94,7 @@ def collect_gradients(
                 for handle in handles:
                     handle.remove()
             _add(grams, outputs, gradients, batch_size(part))
+            _forget(model, part, device)
             for site, _, value in outputs:
                 energies[site.path] += torch.tensor([float(value.detach().double().square().sum()), value.numel()])
             advance()
@@ -186,6 +187,14 @@ def _weight_evenly(grams: dict[str, GradientGram], sizes: dict[str, float]) -> l
         level = statistics.median(seen) / (sizes[path] * entries) * max(grams[path].count, 1)
         total.diagonal(dim1=1, dim2=2).add_(level)
     return blind
+
+
+def _forget(model: nn.Module, part: Batch, device: torch.device) -> None:
+    """Run once more without gradients where the model keeps a tensor with a history: such a model cannot be copied."""
+    kept = (value for module in model.modules() for value in vars(module).values())
+    if any(isinstance(value, Tensor) and value.grad_fn is not None for value in kept):
+        with evaluating(model), torch.no_grad():
+            run(model, to_device(part, device))
 
 
 def _sum_up(grams: Sequence[GradientGram], sites: Sites, device: torch.device, world: World) -> None:
