@@ -81,7 +81,8 @@ def compress(
         selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
             `InterpolativeGreedy`); what it chooses is then chosen by it alone. With a selector of ranks and families
             that remove channels, its ranks, channels, and both together are still tried.
-        weighting: Weigh errors by what the network's output feels of them (one backward pass over 256 samples).
+        weighting: Weigh errors by what the network's outputs feel of them (one backward pass over 256 samples); see
+            `collect_gradients` for what counts as logits.
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.
         positions: Positions a sample (pixels of a feature map, tokens) to look at for the statistics, drawn by the
