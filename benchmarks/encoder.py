@@ -49,7 +49,10 @@ def encoder() -> tuple[Any, Any]:
 
     folder = next(file.parent for file in Path(spec.origin).parent.rglob("config.json"))
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    return tokenizer, transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    # Without the pooler, whose output no sentence embedding reads: every output counts.
+    return tokenizer, transformers.AutoModel.from_pretrained(
+        folder, attn_implementation="sdpa", add_pooling_layer=False
+    ).eval()
 
 
 def batches(tokenizer: Any, texts: list[str], size: int = 64) -> Batches:
