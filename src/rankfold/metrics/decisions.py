@@ -168,8 +168,10 @@ def _check(corruptions: Sequence[Corruption], fgsm: float | None) -> None:
             "corruptions", law="each corruption once", got=f"{twice!r} twice", cure="leave one of them out"
         )
     number = isinstance(fgsm, (int, float)) and not isinstance(fgsm, bool)
-    if fgsm is not None and (not number or not fgsm > 0):
-        raise OptionError("fgsm", law="a number above 0, or None", got=shown(fgsm), cure="try 1/255 of the input range")
+    if fgsm is not None and (not number or not 0 < fgsm < float("inf")):
+        raise OptionError(
+            "fgsm", law="a finite number above 0, or None", got=shown(fgsm), cure="try 1/255 of the input range"
+        )
 
 
 def _both(original: nn.Module, compressed: nn.Module, batch: Batch, number: int) -> tuple[Tensor, Tensor]:
