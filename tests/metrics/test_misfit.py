@@ -49,3 +49,15 @@ def test_one_sample_and_equal_outputs() -> None:
     before, after = (each[:1] for each in _outputs(-1e9))
     assert local_misfit(after, after, after) == 0
     assert local_misfit(after * 1.5, after, before) > 1
+
+
+def test_probabilities_of_sure_networks_may_round() -> None:
+    logits = 20 * normal(8, 6, seed=1).float()
+    after = logits.softmax(1)
+    rounded = (logits * (1 + 1e-6)).softmax(1)
+    assert local_misfit(rounded, after, after * (1 + 1e-5)) < 1  # of a model that hardly changed
+
+
+def test_an_output_of_one_number() -> None:
+    assert local_misfit(torch.tensor(1.5), torch.tensor(1.0), torch.tensor(1.0)) > 1
+    assert local_misfit(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.5)) == 0
