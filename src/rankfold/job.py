@@ -358,8 +358,8 @@ class Job:
         if not left or not plan.cuts:
             return []
         return [
-            f"{', '.join(left)} keeps its width, since the forward on the example does not reach it: "
-            "code that calls it elsewhere (in training, say) may find that channels are gone"
+            f"as wide as before, though channels went: {', '.join(left)}, which the forward on the example does not "
+            "reach; code that calls them elsewhere (in training, say) may find channels gone"
         ]
 
 

@@ -122,20 +122,7 @@ def compress(
     if families is None:
         families = default_families(selector)
     check_families(families)
-    if isinstance(selector, WidthSelector) and not all(isinstance(method, Interpolative) for method in families):
-        raise OptionError(
-            "selector",
-            law="a selector that chooses how many channels stay needs families that remove channels, and no other",
-            got=f"{selector!r} with {', '.join(type(method).__name__ for method in families)}",
-            cure="pass families=[rankfold.Interpolative()], or another selector",
-        )
-    if isinstance(selector, RankSelector) and not any(isinstance(method, Decomposition) for method in families):
-        raise OptionError(
-            "selector",
-            law="a selector that chooses ranks needs a family that has some",
-            got=f"{selector!r} with {', '.join(type(method).__name__ for method in families)}",
-            cure="leave the selector out, or pass one that chooses how many channels stay, such as RemovalGreedy()",
-        )
+    _check_selector(selector, families)
     check_selection(only, exclude)
     check_positions(positions)
     check_seed(seed)
@@ -264,3 +251,21 @@ def _held_to(report: Report, budget: Budget) -> Report:
         if got[name] > bound
     )
     return replace(report, notes=(*report.notes, *over))
+
+
+def _check_selector(selector: Selector | None, families: Sequence[Family]) -> None:
+    """Refuse a selector that has nothing to choose, or leaves something unchosen.
+
+    Raises:
+        OptionError: As said.
+    """
+    if isinstance(selector, WidthSelector) and not all(isinstance(method, Interpolative) for method in families):
+        law = "a selector that chooses how many channels stay needs families that remove channels, and no other"
+        cure = "pass families=[rankfold.Interpolative()], or another selector"
+    elif isinstance(selector, RankSelector) and not any(isinstance(method, Decomposition) for method in families):
+        law = "a selector that chooses ranks needs a family that has some"
+        cure = "leave the selector out, or pass one that chooses how many channels stay, such as RemovalGreedy()"
+    else:
+        return
+    got = f"{selector!r} with {', '.join(type(method).__name__ for method in families)}"
+    raise OptionError("selector", law=law, got=got, cure=cure)

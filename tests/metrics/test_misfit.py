@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfold.metrics.misfit import local_misfit, relative_difference, tolerance
+from rankfold.metrics.misfit import local_misfit, misfit, relative_difference, tolerance
 from rankfold.testing.matrices import normal
 
 
@@ -61,3 +61,13 @@ def test_probabilities_of_sure_networks_may_round() -> None:
 def test_an_output_of_one_number() -> None:
     assert local_misfit(torch.tensor(1.5), torch.tensor(1.0), torch.tensor(1.0)) > 1
     assert local_misfit(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(0.5)) == 0
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_a_misfit(wrong: float) -> None:
+    before, after = _outputs(1.0)
+    broken = after.clone()
+    broken[0, 0] = wrong
+    assert not misfit(broken, after, before).worst <= 1
+    assert not misfit(after, broken, before).worst <= 1
+    assert misfit(after, after, before).worst <= 1

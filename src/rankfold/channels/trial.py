@@ -13,7 +13,7 @@ from rankfold.channels.narrowing import attributes_of, cuts_of, narrow_
 from rankfold.graph.channels import ChannelGroup
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
-from rankfold.metrics.misfit import local_misfit, relative_difference, tolerance
+from rankfold.metrics.misfit import misfit
 from rankfold.surgery import copied
 
 FEW = 4  # samples of all trials but the first, where the model takes a batch of any size
@@ -28,6 +28,8 @@ def removable(
     Without a fold, a network without some channels must give the very outputs of the original in which nobody reads
     them. A forward that names its own width, counts its heads or looks at the values of a weight that was cut does not.
 
+    A model in half precision is tried in single, where it runs in that: half hides a fault behind its rounding.
+
     Args:
         model: The original.
         groups: Candidates.
@@ -37,8 +39,11 @@ def removable(
     Returns:
         The groups, and by name the reason for each other one.
     """
+    if not groups:
+        return [], {}
+    model, example = _in_single(model, to_device(example, device_of(model)))
     groups = [with_attributes(model, group, HEADS) for group in groups]
-    if not groups or why_not(model, groups, example, any_batch=any_batch) is None:
+    if why_not(model, groups, example, any_batch=any_batch) is None:
         return list(groups), {}
     found, skips = [], {}
     for group in groups:
@@ -67,28 +72,27 @@ def removable(
 def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch, *, any_batch: bool = True) -> str | None:
     """What is wrong with a model that lost some units of some groups; None where it is right.
 
-    A model in half precision is tried in single, where it runs in that: half hides a fault behind its rounding.
-
     Args:
         model: The original.
         groups: The groups that lose units: the first one, every other one, all but the first.
-        example: One batch.
+        example: One batch, where the model is.
         any_batch: Whether the model takes a batch of any size.
     """
-    batch = to_device(example, device_of(model))  # the whole at first: some layers are reached by that alone
-    model, batch = _in_single(model, batch)
+    batch = example  # the whole at first: some layers are reached by that alone
+    before: list[Tensor] | None = None
     for masks in _trials(groups):
         try:
             narrow = narrow_(copied(model), cuts_of(model, groups, masks), attributes_of(groups, masks))
-            got, expected, before = (_outputs(each, batch) for each in (narrow, _unread(model, groups, masks), model))
+            got, expected = (_outputs(each, batch) for each in (narrow, _unread(model, groups, masks)))
+            before = _outputs(model, batch) if before is None else before
         except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
             return f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
         if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
             return "its outputs have other shapes"
-        if not all(_same(*each) for each in zip(got, expected, before, strict=True)):
+        if not all(misfit(*each).worst <= 1 for each in zip(got, expected, before, strict=True)):
             return "it computes something else"
         if any_batch and batch_size(batch) > FEW:
-            batch = take(batch, torch.arange(FEW))
+            batch, before = take(batch, torch.arange(FEW)), None
     return None
 
 
@@ -134,8 +138,3 @@ def _in_single(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
     except Exception:  # noqa: BLE001 - code that names a dtype; it is then tried as it is
         return model, batch
     return single, wide
-
-
-def _same(got: Tensor, expected: Tensor, before: Tensor) -> bool:
-    """Whether two outputs are one, as a whole and entry by entry."""
-    return relative_difference(got, expected) <= tolerance(expected.dtype) and local_misfit(got, expected, before) <= 1

@@ -9,10 +9,10 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import OptionError, SiteError, near_matches, shown
+from rankfold.errors import SiteError, near_matches
 from rankfold.graph.coordinates import STAYS, Flow
 from rankfold.graph.flow import follow
-from rankfold.graph.sites import Sites, Skip, check_module, fingerprint
+from rankfold.graph.sites import Sites, Skip, check_sites
 
 Units = tuple[int, ...]  # for every index along an axis the number of its unit in the group; -1 for none
 
@@ -106,28 +106,25 @@ def find_channels(model: nn.Module, sites: Sites) -> Channels:
         The groups and skips; without a graph there is no group.
 
     Raises:
-        ModelError: The model is no module.
-        OptionError: The sites are not of this model.
+        ModelError: The model is no module, or has tensors on meta.
+        OptionError: The sites are not what `find_sites` returns.
+        SiteError: They are of another model.
     """
-    check_module(model)
-    if not isinstance(sites, Sites):
-        raise OptionError("sites", law="what find_sites gave", got=shown(sites), cure="pass find_sites(model, example)")
-    if sites.fingerprint != fingerprint(model):
-        raise OptionError(
-            "sites",
-            law="the sites are of this model",
-            got=f"those of a {sites.model}, with other tensors",
-            cure="pass find_sites(model, example) of it",
-        )
+    check_sites(model, sites)
     program = sites.graph.program
     if program is None:
         reason = f"no graph: {sites.graph.reason}"
         return Channels((), tuple(Skip(site.path, reason) for site in sites))
     known = (*sites, *sites.fixed)
-    layers = {f"{path}.weight" if path else "weight": site.path for site in known for path in site.paths}
-    left = {f"{skip.path}.weight": skip.reason for skip in sites.skips}
+    layers = {_weight_of(path): site.path for site in known for path in site.paths}
+    left = {_weight_of(skip.path): skip.reason for skip in sites.skips}
     flow = follow(program, layers, left)
     return _grouped(flow)
+
+
+def _weight_of(path: str) -> str:
+    """Name of a layer's weight parameter."""
+    return f"{path}.weight" if path else "weight"
 
 
 def _grouped(flow: Flow) -> Channels:

@@ -58,7 +58,7 @@ _CONSTANT = _names("zeros ones full zeros_like ones_like full_like new_zeros new
 _CONVOLUTIONS = _names("conv1d conv2d conv3d")
 
 
-def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, str] | None = None) -> Flow:
+def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, str]) -> Flow:
     """Let channels flow through a graph.
 
     Args:
@@ -66,7 +66,7 @@ def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, 
         layers: Path of the site by the name of its weight parameter; other layers freeze what they read.
         left: Why, by the name of its weight parameter, a layer is left alone.
     """
-    walk = _Walk(program, layers, left or {})
+    walk = _Walk(program, layers, left)
     for node in program.graph.nodes:
         walk.step(node)
     walk.finish()

@@ -76,8 +76,7 @@ def output_tensors(output: Any) -> tuple[list[Tensor], bool]:
     Raises:
         DataError: The output holds no floating tensor.
     """
-    named = isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor)
-    if named:
+    if names_logits(output):
         return [output["logits"]], True
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
     found = [
@@ -93,6 +92,11 @@ def output_tensors(output: Any) -> tuple[list[Tensor], bool]:
             cure="wrap the model so that it returns its logits",
         )
     return found, looks_like_logits(found[0])
+
+
+def names_logits(output: Any) -> bool:
+    """Whether an output is a mapping with an entry "logits"."""
+    return isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor)
 
 
 def looks_like_logits(output: Tensor) -> bool:
@@ -314,7 +318,8 @@ class _Tally:
         check_shapes(first, second)
         check_finite("original", first, number)
         check_finite("compressed", second, number)
-        wide, error = first.double(), first.double() - second.double()
+        wide = first.double()
+        error = wide - second.double()
         self.squares[output] += torch.stack([error.square().sum(), wide.square().sum()]).cpu()
         self.largest = max(self.largest, float(error.abs().amax()) if error.numel() else 0.0)
 

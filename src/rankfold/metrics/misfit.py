@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,37 @@ TOLERANCE = 1e-4  # of a whole output, relative, float32
 LOCAL = 1e-2  # of one entry, relative to how far it moves
 STEPS = 64  # of the dtype, in half precision
 LOOKED_AT = 1 << 20  # entries of which a quartile is taken
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """How far an output is from what it should be.
+
+    Attributes:
+        difference: `‖g − e‖ / ‖e‖` over all entries.
+        allowed: What rounding explains of that.
+        local: The error of the worst entry, over what rounding explains there (`local_misfit`).
+    """
+
+    difference: float = 0.0
+    allowed: float = TOLERANCE
+    local: float = 0.0
+
+    @property
+    def worst(self) -> float:
+        """The larger of both, over what is allowed: the outputs are the same only up to 1 (NaN is not)."""
+        return max(self.difference / self.allowed, self.local)
+
+
+def misfit(got: Tensor, expected: Tensor, before: Tensor) -> Misfit:
+    """Compare an output with what it should be, as a whole and entry by entry, in float64.
+
+    Args:
+        got: `g`, shape (samples, …).
+        expected: `e`, of the same shape.
+        before: The same output of the unchanged model.
+    """
+    return Misfit(relative_difference(got, expected), tolerance(expected.dtype), local_misfit(got, expected, before))
 
 
 def tolerance(dtype: torch.dtype) -> float:

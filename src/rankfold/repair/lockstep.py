@@ -17,7 +17,7 @@ from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.graph.values import Spill
-from rankfold.metrics.misfit import TOLERANCE, local_misfit, relative_difference, tolerance
+from rankfold.metrics.misfit import Misfit, misfit
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
 from rankfold.repair.options import Lockstep
@@ -199,9 +199,9 @@ def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> fl
     for part, held, *walked in zip(repaired.parts, repaired.held, *sides, strict=True):
         rows = torch.nonzero(held).flatten() if bool(held.any()) else torch.arange(len(held))
         seen = _seen(model, part, rows, *walked)
-        if not seen.right:  # a norm without running moments computes otherwise on part of a batch
+        if not seen.worst <= 1:  # a norm without running moments computes otherwise on part of a batch
             seen = _seen(model, part, torch.arange(len(held)), *walked)
-        if not seen.right:
+        if not seen.worst <= 1:
             raise _unequal(
                 model,
                 f"a relative difference of {seen.difference:.3g}, at one entry {seen.local:.3g} times its rounding",
@@ -213,22 +213,9 @@ def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> fl
     return float(largest)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """How far a module is from the engine: over all entries, what is allowed there, and at the worst entry."""
-
-    difference: float = 0.0
-    allowed: float = TOLERANCE
-    local: float = 0.0
-
-    @property
-    def right(self) -> bool:
-        return self.difference <= self.allowed and self.local <= 1
-
-
-def _seen(model: nn.Module, part: Batch, rows: Tensor, walked: Any, before: Any) -> _Seen:
-    """The output that is worst on some rows of a micro-batch."""
-    worst = _Seen()
+def _seen(model: nn.Module, part: Batch, rows: Tensor, walked: Any, before: Any) -> Misfit:
+    """The first output that is wrong on some rows of a micro-batch, else the one furthest from the engine's."""
+    worst = Misfit()
     samples = batch_size(part)
     expected, original = ([x for x in _pytree.tree_leaves(y) if isinstance(x, Tensor)] for y in (walked, before))
     with evaluating(model):  # anew for each: the walk began every micro-batch with the buffers as they are
@@ -238,10 +225,9 @@ def _seen(model: nn.Module, part: Batch, rows: Tensor, walked: Any, before: Any)
     for mine, theirs, dense in zip(got, expected, original, strict=True):
         if not theirs.is_floating_point() or theirs.shape[:1] != (samples,):
             continue
-        place = rows.to(theirs.device)
-        target = theirs[place]
+        target = theirs[rows.to(theirs.device)]
         if target.shape != mine.shape and len(rows) < samples:
-            return _Seen(float("inf"))  # no axis of samples after all: the whole micro-batch will say
+            return Misfit(float("inf"))  # no axis of samples after all: the whole micro-batch will say
         if target.shape != mine.shape:
             raise _unequal(model, f"an output of shape {tuple(mine.shape)}", f"{tuple(target.shape)}")
         if not bool(torch.isfinite(target).all()):
@@ -251,13 +237,10 @@ def _seen(model: nn.Module, part: Batch, rows: Tensor, walked: Any, before: Any)
                 got="NaN or infinity on a held-out sample",
                 cure="look at the calibration data",
             )
-        seen = _Seen(
-            relative_difference(mine, target),
-            tolerance(theirs.dtype),
-            local_misfit(mine, target, dense[place.to(dense.device)].to(target.device)),
-        )
-        if not max(seen.difference / seen.allowed, seen.local) <= max(worst.difference / worst.allowed, worst.local):
-            worst = seen
+        seen = misfit(mine, target, dense[rows.to(dense.device)].to(target.device))
+        if not seen.worst <= 1:
+            return seen
+        worst = max(worst, seen, key=lambda each: each.worst)
     return worst
 
 

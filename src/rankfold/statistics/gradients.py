@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
 from rankfold.linalg.precision import work_dtype
-from rankfold.metrics.compare import looks_like_logits, output_tensors
+from rankfold.metrics.compare import looks_like_logits, names_logits, output_tensors
 from rankfold.progress import Progress, silent
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.data import no_batch
@@ -94,10 +94,11 @@ def collect_gradients(
                 for handle in handles:
                     handle.remove()
             _add(grams, outputs, gradients, batch_size(part))
-            _forget(model, part, device)
             for site, _, value in outputs:
                 energies[site.path] += torch.tensor([float(value.detach().double().square().sum()), value.numel()])
             advance()
+    if parts:
+        _forget(model, parts[-1][1], device)
     failed = torch.tensor([float(why is not None)])
     world.sum_([failed])
     if bool(failed > 0):
@@ -117,9 +118,9 @@ def shifts(model: nn.Module, batches: Iterable[Batch]) -> list[bool]:
     """For every output whether a shift of all its columns changes nothing, as it is with logits.
 
     That is so of an output named "logits"; and of one of two axes and several columns, unless the mean of a row carries
-    more than a twentieth of the variance over samples: cross-entropy teaches no network to shift its logits, and the
-    outputs of a regression do shift. Twenty columns or more of which each goes its own way count as logits in any case:
-    their shift is one direction of many.
+    more than a twentieth of the variance over samples: the gradient of a cross-entropy sums to zero over the classes,
+    so it never asks for a shift, and the outputs of a regression do shift. Twenty columns or more of which each goes
+    its own way count as logits in any case: their shift is one direction of many.
 
     Args:
         model: The model.
@@ -130,7 +131,7 @@ def shifts(model: nn.Module, batches: Iterable[Batch]) -> list[bool]:
     with evaluating(model), torch.no_grad():
         for part in _first(batches, BATCH):
             output = run(model, to_device(part, device))
-            named = isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor)
+            named = names_logits(output)
             found, _ = output_tensors(output)
             rows += [[] for _ in found[len(rows) :]]
             for mine, value in zip(rows, found, strict=False):
@@ -139,6 +140,11 @@ def shifts(model: nn.Module, batches: Iterable[Batch]) -> list[bool]:
 
 
 def _shifts(rows: Sequence[Tensor]) -> bool:
+    """Whether `C Σ_i m_i² ≤ 0.05 Σ_ij z_ij²`, z centred over samples, `m_i` its mean over the C columns of a row.
+
+    Args:
+        rows: Parts of one output, each (samples, C) where it looks like logits.
+    """
     if not all(looks_like_logits(part) for part in rows):
         return False
     values = torch.cat(list(rows))
@@ -171,7 +177,7 @@ def _weight_evenly(grams: dict[str, GradientGram], sizes: dict[str, float]) -> l
         The paths of those sites.
     """
     weights = {
-        path: float(gram.total.diagonal(dim1=1, dim2=2).sum() / max(gram.count, 1)) * sizes[path]
+        path: float(gram.mean().diagonal(dim1=1, dim2=2).sum()) * sizes[path]
         for path, gram in grams.items()
         if gram.total is not None
     }
