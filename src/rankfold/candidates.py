@@ -95,18 +95,19 @@ def candidates_of(makers: Sequence[Maker], bounds: Mapping[str, int]) -> dict[st
     return plans
 
 
-def part_of(batches: Iterable[Batch], samples: int, *, processes: int) -> list[Batch] | None:
+def part_of(batches: Iterable[Batch], samples: int, *, held_out: int, processes: int) -> list[Batch] | None:
     """A part of the samples to try many plans on, or None where they are too few for that, and for many plans.
 
     Args:
         batches: All samples.
         samples: How many of those are fitted on.
+        held_out: One sample in this many is not.
         processes: That share the batches; each needs one, so batches are cut where they are too few.
     """
     every = min(SPARSEST, samples // FEWEST)
     if every < 2:
         return None
-    part = joined(Part(batches, every), LARGEST_BATCH)
+    part = joined(Part(batches, every, held_out), LARGEST_BATCH)
     if len(part) < processes:
         size = max(1, sum(batch_size(batch) for batch in part) // processes)
         part = [piece for piece, _ in micro_batches(iter(part), size)]

@@ -167,12 +167,28 @@ def _curve(
     ranks = method.candidates(site.geometry.canonical_shape)
     summed, total = weight.new_zeros(len(ranks)), 0.0
     for group in range(site.geometry.groups if known else 0):
-        relative, energy = output_errors(method, weight[group], moments_of(site, group, method, stats))
-        summed += relative.to(summed) * energy
-        total += energy
-    errors = summed if weighted or total <= 0 else summed / total
+        for moments, judge in _fits(site, group, method, stats):
+            relative, energy = output_errors(method, weight[group], moments, judge)
+            summed += relative.to(summed) * energy
+            total += energy
+    if stats is not None and stats.has_halves(site.path):  # each half judges the other: the mean of both
+        summed, total = summed / 2, total / 2
+    # A rank more may lose more on other samples; that is no reason to prefer a lower one that costs less anyway.
+    errors = torch.cummin(summed if weighted or total <= 0 else summed / total, 0).values
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
     return RankCurve(site, method, tuple(ranks), costs, tuple(errors.tolist()), total)
+
+
+def _fits(
+    site: Site, group: int, method: Decomposition, stats: Statistics | None
+) -> list[tuple[Moments, Moments | None]]:
+    """What factors are made with and judged on: each half of the samples on the other, where they are told apart."""
+    whole = moments_of(site, group, method, stats)
+    if stats is None or not stats.has_halves(site.path):
+        return [(whole, None)]
+    own = [stats.moments(site, group, half=half) for half in (0, 1)]
+    other = [stats.moments(site, group, half=half, shrink=False) for half in (1, 0)]
+    return list(zip(own, other, strict=True))
 
 
 def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:

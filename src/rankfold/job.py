@@ -34,7 +34,7 @@ from rankfold.repair.site import always_solve
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
-from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of
+from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of, held_out_of
 from rankfold.statistics.distributed import world
 from rankfold.statistics.gradients import collect_gradients
 from rankfold.surgery import check_copy, copied
@@ -87,6 +87,7 @@ class Job:
     clock: _Clock
     progress: Progress
     spill: Spill
+    held_out: int = HELD_OUT
     work: Work = field(default_factory=Work)
 
     @classmethod
@@ -99,8 +100,9 @@ class Job:
         only: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         limit: int | None = None,
+        held_out: int | None = None,
     ) -> Job:
-        """Check the inputs and find the sites."""
+        """Check the inputs and find the sites; one sample in `held_out` is held out, None goes by their number."""
         check_model(model)
         spill = Spill(None if limit is None else limit // 2)
         batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
@@ -115,13 +117,14 @@ class Job:
             notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
-        judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
+        held_out = held_out_of(batches) if held_out is None else held_out
+        judged: Iterable[Batch] = Split(batches, held_out, held_out=True)
         if not any(True for _ in judged):
             judged = batches
             notes.append(
-                f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
+                f"fewer than {held_out} calibration samples: candidates were judged on the samples they were fitted on"
             )
-        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill)
+        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill, held_out)
 
     def collect(
         self,
@@ -133,10 +136,10 @@ class Job:
         gradient_samples: int | None,
     ) -> None:
         """Collect on the samples that are fitted on."""
-        fit = Split(self.batches, HELD_OUT, held_out=False)
+        fit = Split(self.batches, self.held_out, held_out=False)
 
         def moments() -> Statistics:
-            return collect(
+            stats = collect(
                 self.model,
                 fit,
                 sites=self.sites,
@@ -147,6 +150,8 @@ class Job:
                 progress=self.progress,
                 world=world(),
             )
+            stats.manifest["held_out"] = self.held_out
+            return stats
 
         self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
         if gradient_samples is None:
@@ -267,7 +272,7 @@ class Job:
         """
         part = None
         if self.sites.graph.static_batch is None:
-            part = part_of(self.batches, self.stats.manifest["samples"], processes=world().size)
+            part = part_of(self.batches, self.stats.manifest["samples"], held_out=self.held_out, processes=world().size)
         chosen = [maker for maker in makers if maker.always or part is not None]
         plans = self.clock.time("plans", lambda: candidates_of(chosen, budget.bounds(self.sites.cost)))
         best: list[Attempt] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.applying import decided_sites
+from rankfold.applying import decided_sites, held_out_in
 from rankfold.candidates import Maker, rank_makers
 from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
@@ -59,12 +59,13 @@ def compress(
 ) -> Compressed:
     """Compress a trained network under one budget, without training it.
 
-    One in ten calibration samples is held out and never fitted on. Without a selector several plans are made: ranks by
-    `Lagrangian()` and by `Uniform()` and of each family alone, channels removed, and channels for half of the way and
-    ranks for the rest (of channels alone: sizes by four rules). They are tried on one sample in eight (64 at least),
-    and the best two are carried out on all; the one whose outputs on the held-out samples are closest to the original's
-    is returned. With fewer than 128 samples to fit on, too few are held out to choose among so many: then only ranks of
-    all families, channels, and channels with `Lagrangian()` ranks are made, and all carried out.
+    One in ten calibration samples is held out and never fitted on, more where they are few: one in five of 250.
+    Without a selector several plans are made: ranks by `Lagrangian()` and by `Uniform()` and of each family alone,
+    channels removed, and channels for half of the way and ranks for the rest (of channels alone: sizes by four rules).
+    They are tried on one sample in eight (64 at least), and the best two are carried out on all; the one whose outputs
+    on the held-out samples are closest to the original's is returned. With fewer than 128 samples to fit on, too few
+    are held out to choose among so many: then only ranks of all families, channels, and channels with `Lagrangian()`
+    ranks are made, and all carried out.
 
     Where torch.distributed is initialised with several processes, all of them call this with the same arguments: each
     runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A
@@ -219,7 +220,7 @@ def execute(
     check_progress(progress)
     budget = budget_of(plan.budget, "plan")
     check_plan(model, plan)
-    job = Job.start(model, data, progress, limit=parse_memory(memory))
+    job = Job.start(model, data, progress, limit=parse_memory(memory), held_out=held_out_in(plan))
     if plan.cuts:
         job.sites = job.sites.with_fixed()
     decided = decided_sites(job.sites, plan)

@@ -314,31 +314,48 @@ def undone_on_failure(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]
 
 
 def filler(stats: Statistics | None) -> Fill:
-    """The closed-form fill without repair: decompose each group; a bias absorbs the change of the mean output.
-
-    With `D = W − LR` and mean input `x̄`, the bias becomes `b + D x̄`, so the mean output is the original's.
-    """
+    """The closed-form fill without repair, see `unrepaired`."""
 
     def fill(decision: Decision, layer: nn.Module, shell: nn.Sequential) -> None:
-        adapter = adapter_for(layer)
-        if adapter is None or decision.method is None or decision.rank is None:
-            raise TypeError(f"{decision.site} was not checked")
-        geometry = adapter.geometry(layer)
-        site = Site(decision.site, (), adapter.kind, geometry, (), 1)
-        weight, bias = adapter.canonical(layer), adapter.bias(layer)
-        factors: list[Factors] = []
-        shifts: list[Tensor] = []
-        for group in range(geometry.groups):
-            moments = moments_of(site, group, decision.method, stats)
-            own = widen(weight[group])
-            factors.append(factorise(decision.method, own, decision.rank, moments))
-            if bias is not None and decision.method.needs and moments.mean is not None:
-                shifts.append((own - factors[-1].reconstruct()).flatten(1) @ moments.mean.to(own))
-        if bias is not None and shifts:
-            bias = (widen(bias) + torch.cat(shifts)).to(bias.dtype)
-        fill_shell(shell, factors, None if bias is None else bias.detach())
+        factors, bias = unrepaired(decision, layer, stats)
+        own = getattr(layer, "bias", None)
+        fill_shell(shell, factors, None if bias is None or own is None else bias.to(own.dtype))
 
     return fill
+
+
+def unrepaired(decision: Decision, layer: nn.Module, stats: Statistics | None) -> tuple[list[Factors], Tensor | None]:
+    """A layer's factors and bias without repair: each group decomposed; a bias absorbs the change of the mean output.
+
+    With `D = W − LR` and mean input `x̄`, the bias becomes `b + D x̄`, so the mean output is the original's.
+
+    Args:
+        decision: What becomes of the layer.
+        layer: The original, or narrowed, layer.
+        stats: Of the model; None where the method reads none.
+
+    Returns:
+        One `Factors` a group, none for a layer that stays dense; and the bias in the work dtype, None without one.
+    """
+    adapter = adapter_for(layer)
+    if adapter is None:
+        raise TypeError(f"{decision.site} was not checked")
+    geometry = adapter.geometry(layer)
+    site = Site(decision.site, (), adapter.kind, geometry, (), 1)
+    bias = adapter.bias(layer)
+    wide = None if bias is None else widen(bias)
+    factors: list[Factors] = []
+    shifts: list[Tensor] = []
+    if decision.method is None or decision.rank is None:
+        return factors, wide
+    for group, own in enumerate(widen(adapter.canonical(layer))):
+        moments = moments_of(site, group, decision.method, stats)
+        factors.append(factorise(decision.method, own, decision.rank, moments))
+        if wide is not None and decision.method.needs and moments.mean is not None:
+            shifts.append((own - factors[-1].reconstruct()).flatten(1) @ moments.mean.to(own))
+    if wide is not None and shifts:
+        wide = wide + torch.cat(shifts)
+    return factors, wide
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -186,18 +186,24 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
         kept = kept_of(site.path, modules[site.path], cuts)
         depthwise = site.geometry.groups > 1
         own = {}
+        index = kept.outputs if depthwise else features_of(site.geometry, kept)
         for name, statistic in stats.sites.get(site.path, {}).items():
-            total = statistic.total
-            if total is not None and kept and depthwise and kept.outputs is not None:
-                total = total[kept.outputs.to(total.device)]
-            elif total is not None:
-                index = kept.outputs if statistic.reads_outputs else features_of(site.geometry, kept)
-                if index is not None:
-                    place = index.to(total.device)
-                    total = total[:, place] if total.ndim == 2 else total[:, place][:, :, place]
-            own[name] = type(statistic)(statistic.count, total)
+            axis = 0 if depthwise and kept else 1
+            place = kept.outputs if statistic.reads_outputs else index
+            total, first = (_cut_sum(each, place, axis) for each in (statistic.total, statistic.first))
+            own[name] = type(statistic)(statistic.count, total, statistic.first_count, first)
         result[site.path] = own
     return Statistics(result, dict(stats.manifest), print_of)
+
+
+def _cut_sum(total: Tensor | None, kept: Tensor | None, axis: int) -> Tensor | None:
+    """A sum of what stays: of some groups (axis 0), or of some features of every group, on both sides of a Gram."""
+    if total is None or kept is None:
+        return total
+    place = kept.to(total.device)
+    if axis == 0:
+        return total[place]
+    return total[:, place] if total.ndim == 2 else total[:, place][:, :, place]
 
 
 def features_of(geometry: Geometry, kept: Kept) -> Tensor | None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from rankfold.linalg.precision import widen
 from rankfold.linalg.spectrum import weighted_energy
 from rankfold.registry import name_of
 
+ANCHORS = 7  # candidates at which a curve is judged by decomposing
+NOTHING = 1e-14  # relative errors below it are rounding
 CONSTANT = 1e-6  # share of the second moment below which a covariance is nothing but rounding
 
 
@@ -135,6 +138,45 @@ class Decomposition(Family, ABC):
         errors = torch.stack(rest) / total if float(total) > 0 else flat.new_zeros(len(rest))
         return torch.cummin(errors.clamp(0, 1), 0).values
 
+    def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
+        """Relative squared output error at each of `candidates` of what is fitted on some moments, in others.
+
+        `e_r = tr(G D B Dᵀ) / tr(G W B Wᵀ)`, `D = W − reconstruct` of the factors made with `moments`, `B` the metric of
+        `judge` (`I` without an input Gram) and `G` its gradient Gram (`I` without one). With moments of two halves of
+        the samples that is what a rank loses on samples it was not fitted on; and methods that look at other moments,
+        or at none, are measured in one metric.
+
+        By decomposing at a few candidates: between them the ratio to `errors` is interpolated, in logarithms, over the
+        logarithm of `errors`. A method that knows it in closed form overrides this.
+
+        Args:
+            weight: Canonical weight of one group.
+            moments: What the factors are made with.
+            judge: What the error is measured in.
+
+        Returns:
+            Shape (len(candidates),), in the order of `candidates`; it may be above 1.
+        """
+        ranks = self.candidates(weight.shape)
+        weight = widen(weight)
+        flat = weight.flatten(1)
+        own = self.errors(weight, moments)
+        total = judged_energy(flat, judge, self)
+        if float(total) <= 0:
+            return own.new_zeros(len(own))
+        order = own.argsort()
+        places = order[torch.linspace(0, len(own) - 1, min(len(own), ANCHORS)).round().long()]
+        seen = torch.stack(
+            [
+                judged_energy(flat - self.decompose(weight, ranks[i], moments).reconstruct().flatten(1), judge, self)
+                for i in places.tolist()
+            ]
+        )
+        level = own.clamp_min(NOTHING).log()
+        ratio = (seen / total).clamp_min(NOTHING).log() - level[places]
+        between = np.interp(level.cpu().numpy(), level[places].cpu().numpy(), ratio.cpu().numpy())
+        return own * torch.from_numpy(between).to(own).exp()
+
     def __str__(self) -> str:
         """The name it bears in JSON with the options that are not at their defaults."""
         changed = [
@@ -143,6 +185,14 @@ class Decomposition(Family, ABC):
             if getattr(self, field.name) != field.default
         ]
         return name_of(self) + (f"({', '.join(changed)})" if changed else "")
+
+
+def judged_energy(change: Tensor, judge: Moments, method: object) -> Tensor:
+    """`tr(G D B Dᵀ)` of a change `D` (out, n) in the metric of some moments; `I` for a Gram that is not there."""
+    metric = torch.eye(change.shape[1]).to(change) if judge.gram is None else judge.metric(method).to(change)
+    if judge.gradient_gram is None:
+        return weighted_energy(change, metric)
+    return (judge.gradient_gram.to(change) * (change @ metric @ change.mT)).sum().clamp_min(0)
 
 
 def canonical(weight: Tensor, rank: Rank, method: Decomposition) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rankfold.decompositions._base import Decomposition, Moments, canonical
 from rankfold.errors import OptionError
 from rankfold.factors import MatrixFactors, MirroredFactors, Rank
-from rankfold.linalg.spectrum import tail_energy
+from rankfold.linalg.precision import widen
+from rankfold.linalg.spectrum import judged_tail, tail_energy
 from rankfold.linalg.svd import svd
 from rankfold.registry import register
 
@@ -61,6 +63,28 @@ class SVD(Decomposition):
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """`Σ_{i>r} σ_i² / Σ σ_i²` at every rank."""
         return tail_energy(svd(unfold(weight, mirrored=self.mirrored))[1])[1:]
+
+    def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
+        """In closed form for the matrix form."""
+        if self.mirrored:
+            return super().judged_errors(weight, moments, judge)
+        flat = widen(weight).flatten(1)
+        return judged_projections(svd(flat)[0], flat, judge, self)
+
+
+def judged_projections(basis: Tensor, flat: Tensor, judge: Moments, method: Decomposition) -> Tensor:
+    """`judged_errors` of factors `U_r`, `U_rᵀ W`.
+
+    Args:
+        basis: `U`, shape (out, k).
+        flat: `W`, shape (out, n).
+        judge: What the error is measured in.
+        method: Whose errors these are.
+    """
+    metric = None if judge.gram is None else judge.metric(method).to(flat)
+    gradients = None if judge.gradient_gram is None else judge.gradient_gram.to(flat)
+    left = judged_tail(basis, flat, metric, gradients)
+    return left[1:] / left[0] if float(left[0]) > 0 else torch.zeros_like(left[1:])
 
 
 def unfold(weight: Tensor, *, mirrored: bool) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments
+from rankfold.decompositions._base import Decomposition, Moments, judged_energy
 from rankfold.factors import Factors, Rank
 from rankfold.linalg.precision import widen
-from rankfold.linalg.spectrum import weighted_energy
 from rankfold.linalg.whitening import cholesky, damped_gram
 
 OUTPUT_DAMPING = 0.05  # of the gradient Gram: no output direction is free
@@ -35,22 +36,34 @@ def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moment
     return factors.mixed(torch.linalg.solve_triangular(root, eye, upper=True))
 
 
-def output_errors(method: Decomposition, weight: Tensor, moments: Moments) -> tuple[Tensor, float]:
+def output_errors(
+    method: Decomposition, weight: Tensor, moments: Moments, judge: Moments | None = None
+) -> tuple[Tensor, float]:
     """Relative errors of a method at its candidates, and the energy they are relative to.
 
+    Args:
+        method: The method.
+        weight: Canonical weight of one group.
+        moments: What the method reads.
+        judge: What the errors are measured in, of which `G` is that of `moments`; None is `moments`.
+
     Returns:
-        Shape (candidates,), and `tr(G W A Wᵀ)`; without a gradient Gram `G = I`, without an input Gram `A = I`.
+        Shape (candidates,), and `tr(G W A Wᵀ)`, `A` the metric of the judge; without a gradient Gram `G = I`, without
+        an input Gram `A = I`. Whatever moments a method reads, all are measured in that one metric.
     """
     weight = widen(weight)
-    flat = weight.flatten(1)
-    if moments.gradient_gram is not None:
-        root = output_root(moments.gradient_gram.to(weight))
-        flat = root @ flat
-        if method.needs:
-            weight = flat.reshape(weight.shape)
-    metric = None if moments.gram is None else moments.metric(method).to(weight)
-    energy = flat.square().sum() if metric is None else weighted_energy(flat, metric)
-    return method.errors(weight, moments), float(energy)
+    gradients = moments.gradient_gram
+    if gradients is not None and method.needs:  # as `factorise` decomposes it: the mixed weight, in the metric `I`
+        weight, gradients = _mix(output_root(gradients.to(weight)), weight), None
+    elif gradients is not None:
+        gradients = damped_gram(gradients.to(weight), damping=OUTPUT_DAMPING)
+    measured = replace(moments if judge is None else judge, gradient_gram=gradients)
+    energy = float(judged_energy(weight.flatten(1), measured, method))
+    if judge is None and "input-gram" in method.needs:
+        return method.errors(weight, moments), energy
+    if measured.gram is None and gradients is None:
+        return method.errors(weight, moments), energy
+    return method.judged_errors(weight, moments, measured), energy
 
 
 def output_root(gradient_gram: Tensor) -> Tensor:

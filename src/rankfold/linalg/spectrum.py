@@ -47,6 +47,31 @@ def _tail(energy: Tensor) -> Tensor:
     return tail / tail[0]
 
 
+def judged_tail(basis: Tensor, weight: Tensor, gram: Tensor | None, gradient_gram: Tensor | None) -> Tensor:
+    """Energy of what projections onto the first r vectors of a basis leave of a map: `tr(G D A Dᵀ)`.
+
+    `D = (I − U_rU_rᵀ) W`. With `H = (UᵀGU) ∘ (Uᵀ W A Wᵀ U)` it is the sum of `H` over `i, j > r`; for `G = I`
+    the diagonal alone is left.
+
+    Args:
+        basis: `U`, shape (out, k), orthonormal columns that span the range of `W`.
+        weight: `W`, shape (out, n).
+        gram: `A`, shape (n, n); None is `I`.
+        gradient_gram: `G`, shape (out, out); None is `I`.
+
+    Returns:
+        Shape (k + 1,), for r = 0 to k.
+    """
+    rows = basis.mT @ weight
+    energy = rows @ rows.mT if gram is None else rows @ gram @ rows.mT
+    if gradient_gram is None:
+        left = energy.diagonal().flip(0).cumsum(0).flip(0)
+    else:
+        energy = energy * (basis.mT @ gradient_gram @ basis)
+        left = energy.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    return torch.cat([left, left.new_zeros(1)]).clamp_min(0)
+
+
 def weighted_energy(weight: Tensor, gram: Tensor) -> Tensor:
     """Mean squared output `tr(W A Wᵀ)` of a linear map on inputs with second moment `A`.
 

@@ -69,6 +69,7 @@ def shrinkage(gram: Tensor, count: int) -> float:
 
     `ρ = min(1, ((1 − 2/p) tr(A²) + tr²(A)) / ((n + 1 − 2/p)(tr(A²) − tr²(A)/p)))`, p features, n samples. It vanishes
     as n grows past p; with fewer samples than features it keeps directions that no sample took from looking free.
+    `shrinkage_of` knows better where samples can be halved.
 
     Args:
         gram: Mean second moment `A` over the samples, shape (p, p).
@@ -76,7 +77,7 @@ def shrinkage(gram: Tensor, count: int) -> float:
 
     References:
         Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal Processing 58, 2010, equation 23 (oracle approximating
-        shrinkage). We differ in using it on raw second moments too.
+        shrinkage). We differ in using it on raw second moments and correlations too.
     """
     work = widen(gram)
     p = len(work)
@@ -91,19 +92,62 @@ def shrinkage(gram: Tensor, count: int) -> float:
     return min(1.0, ((1 - 2 / p) * squares + 1) / ((count + 1 - 2 / p) * spread))
 
 
-def shrunk(gram: Tensor, mean: Tensor | None, count: int) -> Tensor:
-    """A second moment whose covariance is shrunk: `(1 − ρ) Σ + ρ tr(Σ)/p · I + x̄x̄ᵀ`, `ρ` from `shrinkage`.
+def shrinkage_of(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """How far covariances should be shrunk towards their diagonal, from those of two halves of the samples.
+
+    With the correlations `R₁`, `R₂` of the halves beyond their diagonals (in the scales of both together), `⟨R₁, R₂⟩`
+    estimates the energy of the true ones, since what is chance in one half is no part of the other; `‖R₁‖²` and `‖R₂‖²`
+    have the energy `N` of chance on top. `(1 − ρ) R` is closest to the true correlations at `ρ = N / (⟨R₁, R₂⟩ + N)`;
+    with all samples `N` is half as large. Nothing is assumed of how samples are drawn, nor that positions of one sample
+    are independent, as a formula that counts them has to.
+
+    Args:
+        first: Covariance (or second moment) of one half, shape (p, p).
+        second: Of the other.
+
+    Returns:
+        `ρ` for one half, and for both together, each in [0, 1]; 0 where there is nothing beyond the diagonals.
+    """
+    both = torch.stack([widen(first), widen(second)])
+    scales = inverse_scales(both.mean(0))
+    both = both * scales[:, None] * scales
+    both.diagonal(dim1=1, dim2=2).zero_()
+    shared = float((both[0] * both[1]).sum().clamp_min(0))
+    chance = max(float(both.square().sum()) / 2 - shared, 0.0)
+    if not chance > 0:
+        return 0.0, 0.0
+    return chance / (shared + chance), chance / (2 * shared + chance)
+
+
+def inverse_scales(gram: Tensor) -> Tensor:
+    """`1/√A_ii`, shape (p,); 0 for a feature that is always 0 (up to rounding beside the others)."""
+    level = gram.diagonal().clamp_min(0)
+    usable = level > level.amax() * torch.finfo(level.dtype).tiny ** 0.5
+    return torch.where(usable, level.rsqrt(), 0.0)
+
+
+def shrunk(gram: Tensor, mean: Tensor | None, rho: float) -> Tensor:
+    """A second moment whose covariance is shrunk towards its diagonal: `(1 − ρ) Σ + ρ diag(Σ) + x̄x̄ᵀ`.
+
+    Every input keeps its own scale: a multiple of the identity would give inputs that hardly vary a share of the
+    largest one's variance, and in a transformer they differ by orders of magnitude.
 
     Args:
         gram: Mean second moment, shape (p, p).
         mean: `x̄`, shape (p,); None shrinks the second moment itself.
-        count: Samples behind it.
+        rho: `ρ`, in [0, 1].
     """
     centre = torch.zeros_like(gram) if mean is None else torch.outer(mean, mean)
     covariance = gram - centre
-    rho = shrinkage(covariance, count)
-    level = rho * covariance.diagonal().mean()
-    return add_diagonal_((1 - rho) * covariance, level) + centre
+    levels = rho * covariance.diagonal()
+    result = (1 - rho) * covariance
+    result.diagonal().add_(levels)
+    return result + centre
+
+
+def centred(gram: Tensor, mean: Tensor | None) -> Tensor:
+    """`A − x̄x̄ᵀ`, the covariance; `A` itself where there is no mean."""
+    return gram if mean is None else gram - torch.outer(mean, mean)
 
 
 def damped_gram(gram: Tensor, *, damping: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,9 @@ from rankfold.graph.values import Spill
 from rankfold.metrics.misfit import Misfit, misfit
 from rankfold.plan import Plan
 from rankfold.progress import Progress, silent
+from rankfold.repair.gather import Share
 from rankfold.repair.options import Lockstep
-from rankfold.repair.site import Recall, Share, SiteSolver, always_solve
+from rankfold.repair.site import Recall, SiteSolver, always_solve
 from rankfold.repair.widened import Widened
 from rankfold.statistics import Statistics
 from rankfold.statistics.distributed import ALONE, World
@@ -139,8 +141,10 @@ def lockstep(
     originals = dict(model.named_modules(remove_duplicate=False))
     modules = originals if base is None else dict(base.named_modules(remove_duplicate=False))
     kept = {call.path: kept_of(call.path, originals[call.path], plan.cuts) for call in calls}
-    share = Share(result.held, numbers, starts, samples if drawn_for is None else drawn_for, world)
+    share = Share(result.parts, result.held, numbers, starts, samples if drawn_for is None else drawn_for, world)
     solver = SiteSolver(modules, plan, options, stats, share, kept)
+    if several := {path for path, times in Counter(call.path for call in calls).items() if times > 1}:
+        solver.look_ahead(model, several)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     overrides: dict[str, Tensor] = {}  # of the walk, which is as wide as the original
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):

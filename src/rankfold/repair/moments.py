@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -77,3 +78,57 @@ class PairMoments:
         if bias is not None:
             error = error + bias.square().sum() - 2 * (bias * (y - weight @ x)).sum()
         return float(error.clamp_min(0))
+
+    def __add__(self, other: PairMoments) -> PairMoments:
+        """Sums over the positions of both."""
+        return PairMoments(
+            self.count + other.count,
+            self.xx + other.xx,
+            self.yx + other.yx,
+            self.x + other.x,
+            self.y + other.y,
+            self.yy + other.yy,
+        )
+
+
+FIRST, SECOND, HELD = range(3)
+
+
+@dataclass(eq=False)
+class SplitMoments:
+    """Moments of the samples that are fitted on, in two halves, and of those that are held out.
+
+    Attributes:
+        first: Of one half of the fitted samples.
+        second: Of the other.
+        held: Of samples that nothing is fitted on.
+    """
+
+    first: PairMoments
+    second: PairMoments
+    held: PairMoments
+
+    @classmethod
+    def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> SplitMoments:
+        """Nothing seen yet."""
+        first, second, held = (PairMoments.zeros(groups, features, outputs, device) for _ in range(3))
+        return cls(first, second, held)
+
+    @property
+    def parts(self) -> tuple[PairMoments, PairMoments, PairMoments]:
+        """By label: `FIRST`, `SECOND`, `HELD`."""
+        return self.first, self.second, self.held
+
+    @cached_property
+    def fit(self) -> PairMoments:
+        """Of all samples that are fitted on."""
+        return self.first + self.second
+
+    @property
+    def halved(self) -> bool:
+        """Whether both halves saw something."""
+        return self.first.count > 0 and self.second.count > 0
+
+    def add(self, other: SplitMoments) -> SplitMoments:
+        """Sums over the positions of both."""
+        return SplitMoments(self.first + other.first, self.second + other.second, self.held + other.held)

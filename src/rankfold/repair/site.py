@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.channels.narrowing import Kept
-from rankfold.decompositions import Moments, factorise
+from rankfold.decompositions import factorise
 from rankfold.errors import NumericsError
 from rankfold.factors import Factors
 from rankfold.graph.lockstep import Arrival
 from rankfold.graph.regions import channel_scale
-from rankfold.graph.sites import Site
+from rankfold.graph.trace import device_of, evaluating, run
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
-from rankfold.repair.moments import PairMoments
+from rankfold.repair.gather import Gather, Share
+from rankfold.repair.moments import PairMoments, SplitMoments
 from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
-from rankfold.repair.widened import channel_axis, narrowed
 from rankfold.statistics import Statistics
-from rankfold.statistics.collect import chunks
-from rankfold.statistics.distributed import ALONE, World
-from rankfold.statistics.draws import enough_positions, generator
+from rankfold.surgery import unrepaired
 
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
 
@@ -76,25 +73,6 @@ class _Candidate:
         return total
 
 
-@dataclass(eq=False)
-class Share:
-    """What one process walks of the calibration set.
-
-    Attributes:
-        held: For each of its micro-batches, which samples are held out.
-        numbers: For each of them, its number among those of all processes.
-        starts: For each of them, the place of its first sample in the whole set.
-        samples: How many samples the positions are drawn for: all of all processes, or more where these are a part.
-        world: The processes.
-    """
-
-    held: list[Tensor]
-    numbers: list[int]
-    starts: list[int]
-    samples: int
-    world: World = ALONE
-
-
 class SiteSolver:
     """Solves one site after another; holds what all of them need.
 
@@ -117,6 +95,7 @@ class SiteSolver:
         kept: Mapping[str, Kept] | None = None,
     ) -> None:
         self._kept = {} if kept is None else kept
+        self._later: dict[str, SplitMoments] = {}  # of all calls but the first, by path
         self._modules, self._plan, self._options, self._stats, self._share = modules, plan, options, stats, share
         self._turn = 0
 
@@ -131,11 +110,11 @@ class SiteSolver:
         cut = self._kept.get(path, Kept()).inputs is not None
         if decision.method is None and not cut and (not self._options.dense or untouched):
             return Solved(layer)
-        fit, held = self._moments(arrival, layer, adapter)
+        seen = self._moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
         turn, self._turn = self._turn, self._turn + 1
         mine = self._share.world.owns(turn)
-        solved = self._solved(decision, layer, adapter, norm, fit, held) if mine else None
+        solved = self._solved(decision, layer, adapter, norm, seen) if mine else None
         return solved if self._share.world.size == 1 and solved else self._given(solved, decision, layer, norm, turn)
 
     def _given(
@@ -166,12 +145,11 @@ class SiteSolver:
         layer: nn.Module,
         adapter: Adapter,
         norm: str | None,
-        fit: PairMoments,
-        held: PairMoments,
+        seen: SplitMoments,
     ) -> Solved:
-        repaired = self._repaired(decision, layer, adapter, fit, absorbs=norm is not None)
+        repaired = self._repaired(decision, layer, adapter, seen, absorbs=norm is not None)
         plain = self._unrepaired(decision, layer, adapter)
-        judge = held if held.count else fit
+        judge = seen.held if seen.held.count else seen.fit
         energy = float(judge.yy.sum() / max(judge.count, 1)) or 1.0
         errors = plain.error(judge) / energy, repaired.error(judge) / energy
         if errors[1] > errors[0]:
@@ -184,90 +162,90 @@ class SiteSolver:
         return Solved(self._build(layer, adapter, decision, repaired), buffers, errors, repaired=True)
 
     def _repaired(
-        self, decision: Decision, layer: nn.Module, adapter: Adapter, fit: PairMoments, *, absorbs: bool
+        self, decision: Decision, layer: nn.Module, adapter: Adapter, seen: SplitMoments, *, absorbs: bool
     ) -> _Candidate:
         bias = adapter.geometry(layer).bias or absorbs
         weights, factors, shifts = [], [], []
         for group, original in enumerate(widen(adapter.canonical(layer))):
-            target = ridge(fit, group, original.flatten(1), bias=bias, strength=self._options.ridge)
+            target, _ = ridge(seen, group, original.flatten(1), bias=bias, strength=self._options.ridge)
             if decision.method is not None and decision.rank is not None:
-                moments = as_moments(fit, group, bias=bias, gradient_gram=self._gradient_gram(decision.site, group))
+                moments = as_moments(seen, group, bias=bias, gradient_gram=self._gradient_gram(decision.site, group))
                 factors.append(factorise(decision.method, target.reshape(original.shape), decision.rank, moments))
                 target = factors[-1].reconstruct().flatten(1)
             weights.append(target)
-            shifts.append(best_bias(fit, group, target))
+            shifts.append(best_bias(seen.fit, group, target))
         return _Candidate(weights, factors, torch.cat(shifts) if bias else None)
 
     def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Candidate:
         """What `apply` without repair would put here."""
-        geometry = adapter.geometry(layer)
-        weights, factors, shifts = [], [], []
-        for group, original in enumerate(widen(adapter.canonical(layer))):
-            flat = original.flatten(1)
-            if decision.method is not None and decision.rank is not None:
-                moments = Moments(bias=geometry.bias)
-                if self._stats is not None:
-                    moments = self._stats.moments(Site(decision.site, (), "", geometry, (), 1), group)
-                factors.append(factorise(decision.method, original, decision.rank, moments))
-                approximate = factors[-1].reconstruct().flatten(1)
-                if moments.mean is not None:
-                    shifts.append((flat - approximate) @ moments.mean.to(flat))
-                flat = approximate
-            weights.append(flat)
-        bias = adapter.bias(layer)
-        wide = None if bias is None else widen(bias)
-        if wide is not None and shifts:
-            wide = wide + torch.cat(shifts)
-        return _Candidate(weights, factors, wide)
+        factors, bias = unrepaired(decision, layer, self._stats)
+        weights = [each.reconstruct().flatten(1) for each in factors]
+        if not factors:
+            weights = [group.flatten(1) for group in widen(adapter.canonical(layer))]
+        return _Candidate(weights, factors, bias)
 
     def _gradient_gram(self, path: str, group: int) -> Tensor | None:
         """The output weighting of a site, where gradients were collected."""
         return None if self._stats is None else self._stats.gradient_gram(path, group)
 
-    def _moments(self, arrival: Arrival, layer: nn.Module, adapter: Adapter) -> tuple[PairMoments, PairMoments]:
-        """Moments of (x', target) over fitted and held-out samples, at positions drawn by the seed."""
-        geometry = adapter.geometry(layer)
-        first: Tensor = arrival.inputs.compressed[0]
-        kept, axis = self._kept.get(arrival.call.path, Kept()), channel_axis(layer)
-        shape = (geometry.groups, geometry.features, geometry.canonical_shape[0])
-        fit, held = (PairMoments.zeros(*shape, first.device) for _ in range(2))
+    def _moments(self, arrival: Arrival, layer: nn.Module, adapter: Adapter) -> SplitMoments:
+        """Moments of (x', target) over all calls of a site, by half and of held-out samples."""
+        path = arrival.call.path
+        gather = self.gather(path, layer, adapter, arrival.inputs.compressed[0].device)
         scale = self._inverse_scale(arrival)
         for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
-            positions = self._positions(adapter, layer, inputs, self._share.numbers[i])
-            mask = self._share.held[i].to(inputs.device)
-            if inputs.shape[0] != len(mask) or not _is_batched(adapter, layer, inputs):  # no sample can be told apart
-                mask = torch.zeros(inputs.shape[0], dtype=torch.bool, device=inputs.device)
-            read = [target]
+            skip: tuple[Tensor, ...] = ()
             if scale is not None and arrival.skip is not None:
-                read += [arrival.skip.original[i], arrival.skip.compressed[i], scale.expand(target.shape)]
-            inputs, read = narrowed(inputs, axis, kept.inputs), [narrowed(each, axis, kept.outputs) for each in read]
-            for samples, patches, (wanted, *skip) in chunks(adapter, layer, inputs, read, positions):
-                if skip:
-                    original, compressed, factor = skip
-                    wanted = wanted + (original - compressed) * factor
-                for moments, chosen in ((fit, ~mask[samples]), (held, mask[samples])):
-                    if bool(chosen.any()):
-                        moments.update(_of_samples(patches, chosen), _of_samples(wanted, chosen))
-        fit.sum_over(self._share.world)
-        held.sum_over(self._share.world)
-        for moments, part in ((fit, "fitted"), (held, "held-out")):
+                skip = (arrival.skip.original[i], arrival.skip.compressed[i], scale.expand(target.shape))
+            gather.add(i, inputs, target, *skip)
+        seen = gather.summed()
+        if path in self._later:
+            seen = seen.add(self._later[path])
+        for moments, part in zip(seen.parts, ("fitted", "fitted", "held-out"), strict=True):
             if not bool(torch.isfinite(moments.xx).all() and torch.isfinite(moments.yx).all()):
                 raise NumericsError(
-                    repr(arrival.call.path),
+                    repr(path),
                     law="every activation of both networks is finite",
                     got=f"NaN or infinity in {_not_finite(arrival, part, self._share.starts)}",
                     cure="look at that sample, or exclude the layers before this one",
                 )
-        return fit, held
+        return seen
 
-    def _positions(self, adapter: Adapter, layer: nn.Module, inputs: Tensor, number: int) -> Tensor | None:
-        size, _ = adapter.sample_size(layer, inputs)
-        geometry = adapter.geometry(layer)
-        available = prod(geometry.output_size(size)) if size else inputs.shape[1:-1].numel()
-        wanted = enough_positions(geometry.features, self._options.samples_per_feature, self._share.samples)
-        if available <= wanted:
-            return None
-        return torch.randperm(available, generator=generator(self._plan.seed, number))[:wanted].sort().values
+    def gather(self, path: str, layer: nn.Module, adapter: Adapter, device: torch.device) -> Gather:
+        """What takes in the inputs and targets of a site."""
+        kept = self._kept.get(path, Kept())
+        return Gather(layer, adapter, kept, self._share, self._options.samples_per_feature, self._plan.seed, device)
+
+    def look_ahead(self, model: nn.Module, paths: Collection[str]) -> None:
+        """Run the original over the calibration set, and note what some sites are given at their later calls.
+
+        A layer that is called several times is solved at its first call, on what all calls give it. What the compressed
+        network will give it later depends on that very solution; the original's inputs and outputs stand for it.
+
+        Args:
+            model: The original.
+            paths: Of the sites.
+        """
+        originals = dict(model.named_modules(remove_duplicate=False))
+        gathers: dict[str, Gather] = {}
+        for path in sorted(paths):
+            adapter = adapter_for(self._modules[path])
+            if adapter is None:
+                raise TypeError(f"{path} has no adapter")
+            gathers[path] = self.gather(path, self._modules[path], adapter, device_of(model))
+        with evaluating(model):
+            for index, part in enumerate(self._share.parts):
+                hooks = [_LaterCalls(gather, index) for gather in gathers.values()]
+                handles = [
+                    originals[path].register_forward_hook(hook, with_kwargs=True)
+                    for path, hook in zip(gathers, hooks, strict=True)
+                ]
+                try:
+                    run(model, part)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+        self._later = {path: gather.summed() for path, gather in gathers.items()}
 
     def _inverse_scale(self, arrival: Arrival) -> Tensor | None:
         """`1/a` of the steps to the residual `add`; None where no error of a skip branch is to be taken up."""
@@ -310,17 +288,22 @@ class SiteSolver:
         return tensor(self._modules[module], buffer)
 
 
-def _is_batched(adapter: Adapter, layer: nn.Module, inputs: Tensor) -> bool:
-    """Whether a layer's input has an axis for samples."""
-    axes = len(adapter.geometry(layer).kernel)
-    return inputs.ndim == axes + 2 if axes else inputs.ndim >= 2
+class _LaterCalls:
+    """Forward hook of a site on one micro-batch: takes in all calls but the first.
 
+    Args:
+        gather: What takes them in.
+        index: Of the micro-batch.
+    """
 
-def _of_samples(rows: Tensor, chosen: Tensor) -> Tensor:
-    """Those rows of (groups, samples·positions, …) that are of some samples."""
-    if bool(chosen.all()):
-        return rows
-    return torch.unflatten(rows, 1, (len(chosen), -1))[:, chosen].flatten(1, 2)
+    def __init__(self, gather: Gather, index: int) -> None:
+        self._gather, self._index, self._calls = gather, index, 0
+
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
+        self._calls += 1
+        if self._calls > 1:
+            inputs = args[0] if args else options["input"]
+            self._gather.add(self._index, inputs, output, call=self._calls)
 
 
 def _not_finite(arrival: Arrival, part: str, starts: Sequence[int]) -> str:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rankfold.decompositions import Moments
-from rankfold.linalg.whitening import add_diagonal_, shrinkage, shrunk
-from rankfold.repair.moments import PairMoments
+from rankfold.linalg.whitening import inverse_scales, shrinkage, shrinkage_of, shrunk
+from rankfold.repair.moments import PairMoments, SplitMoments
+
+STEP = 10.0  # from one ridge that is tried to the next
+LARGEST = 100.0  # the last one before the original weight itself
 
 
 def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -25,32 +30,75 @@ def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Te
     return second, crossed, mean_x, mean_y
 
 
-def ridge(moments: PairMoments, group: int, weight: Tensor, *, bias: bool, strength: float) -> Tensor:
-    """Least squares with a ridge towards the original weight: `W* = (C + λW)(S + λI)⁻¹`.
+def ridge(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float) -> tuple[Tensor, float]:
+    """Least squares with a ridge towards the original weight: `W_λ = W + (C − WS)(S + λ diag(S))⁻¹`.
+
+    `λ` goes from `strength`, next to full least squares, to infinity, the original weight itself. It is the one whose
+    `W_λ` from one half of the samples has the least error on the other, both ways, among `strength` times powers of
+    ten; with all samples half of it is taken, since chance is half as large then. So a repair that few samples do not
+    bear is made weaker instead of thrown away. `diag(S)` gives every input a ridge in its own scale.
+
+    Where the halves are not told apart, `λ` is what the shrinkage of `S` asks for, at most features over samples.
 
     Args:
         moments: Of the fitted samples.
         group: Which group.
         weight: The original's `W`, shape (out, n).
         bias: Whether a bias absorbs the means.
-        strength: Least `λ` relative to the mean diagonal of `S`. With few samples the shrinkage of `S` asks for more,
-            up to features over samples: where `S` is nearly a multiple of the identity it may be shrunk wholly at no
-            loss, which says nothing about how far `W` is to be trusted.
+        strength: Least `λ`.
 
     Returns:
-        `W*`, shape (out, n). A site that saw only zeros keeps `W`. Rank-deficient `S` is normal: in directions that
-        the inputs never take, `W*` equals `W`.
+        `W_λ`, shape (out, n), and `λ`. A site that saw only zeros keeps `W`, at infinity. Rank-deficient `S` is normal:
+        in directions that the inputs never take, `W_λ` equals `W`.
     """
-    second, crossed, _, _ = centred(moments, group, bias=bias)
-    mean = second.diagonal().mean()
-    if not float(mean) > 0:
-        return weight.clone()
-    rho = shrinkage(second, moments.count)
-    few = min(rho / max(1 - rho, 1e-3), len(second) / max(moments.count, 1))
-    damping = max(strength, few) * mean
-    # (W* − W)(S + λI) = C − W S: solve for the change, which is small, not for the weight.
-    right = (crossed - weight @ second).mT
-    return weight + _solve(add_diagonal_(second, damping), right).mT
+    chosen = _chosen(moments, group, weight, bias=bias, strength=strength)
+    second, crossed, _, _ = centred(moments.fit, group, bias=bias)
+    if math.isinf(chosen) or not float(second.diagonal().mean()) > 0:
+        return weight.clone(), math.inf
+    return weight + _change(second, crossed - weight @ second, chosen), chosen
+
+
+def _chosen(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float) -> float:
+    """`λ` for all samples."""
+    if not moments.halved:
+        second, _, _, _ = centred(moments.fit, group, bias=bias)
+        scales = inverse_scales(second)
+        rho = shrinkage(second * scales[:, None] * scales, moments.fit.count)
+        return max(strength, min(rho / max(1 - rho, 1e-3), len(second) / max(moments.fit.count, 1)))
+    sides = []
+    for part in (moments.first, moments.second):
+        second, crossed, _, _ = centred(part, group, bias=bias)
+        sides.append((second, crossed - weight @ second))
+    pairs = [(sides[0], sides[1]), (sides[1], sides[0])]
+    best, least, level = math.inf, 0.0, strength
+    while level <= LARGEST:
+        gain = sum(_gain(_change(*fitted, level), *judge) for fitted, judge in pairs)
+        if gain < least:
+            best, least = level, gain
+        elif not math.isinf(best):
+            break  # beyond the best one: more ridge only takes away
+        level *= STEP
+    return max(strength, best / 2)
+
+
+def _gain(change: Tensor, second: Tensor, residual: Tensor) -> float:
+    """`E‖y − (W + Δ)x‖² − E‖y − Wx‖² = ⟨Δ, ΔS⟩ − 2⟨Δ, C − WS⟩`."""
+    return float((change * (change @ second - 2 * residual)).sum())
+
+
+def _change(second: Tensor, residual: Tensor, level: float) -> Tensor:
+    """`(C − WS)(S + λ diag(S))⁻¹`, in the scales of the inputs: the change, which is small, and not the weight.
+
+    Args:
+        second: `S`, shape (n, n).
+        residual: `C − WS`, shape (out, n).
+        level: `λ`.
+    """
+    scales = inverse_scales(second)
+    correlations = second * scales[:, None] * scales
+    silent = (scales == 0).to(correlations.dtype)  # inputs that are always 0: nothing is to be changed there
+    correlations.diagonal().add_(level + silent)
+    return _solve(correlations, (residual * scales).mT).mT * scales
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -62,11 +110,19 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return solved
 
 
-def as_moments(moments: PairMoments, group: int, *, bias: bool, gradient_gram: Tensor | None) -> Moments:
-    """The same inputs, as a decomposition reads them."""
-    n = max(moments.count, 1)
-    mean = moments.x[group] / n
-    return Moments(shrunk(moments.xx[group] / n, mean, n), mean, None, bias, gradient_gram)
+def as_moments(moments: SplitMoments, group: int, *, bias: bool, gradient_gram: Tensor | None) -> Moments:
+    """The same inputs, as a decomposition reads them: the covariance shrunk for its number of samples."""
+    fit = moments.fit
+    n = max(fit.count, 1)
+    gram, mean = fit.xx[group] / n, fit.x[group] / n
+    if moments.halved:
+        halves = [centred(part, group, bias=True)[0] for part in (moments.first, moments.second)]
+        _, rho = shrinkage_of(*halves)
+    else:
+        covariance = gram - torch.outer(mean, mean)
+        scales = inverse_scales(covariance)
+        rho = shrinkage(covariance * scales[:, None] * scales, n)
+    return Moments(shrunk(gram, mean, rho), mean, None, bias, gradient_gram)
 
 
 def best_bias(moments: PairMoments, group: int, weight: Tensor) -> Tensor:

@@ -14,16 +14,23 @@ class Statistic(ABC):
     """A sum over calibration positions at one site, and how many positions it is over.
 
     A subclass says what is summed; merging, saving and averaging follow. `merge(a, b)` equals collecting over both.
+    One that is `halved` also keeps the sum over the first half of the *samples*: what is fitted on one half can then
+    be judged on the other.
 
     Attributes:
         count: Positions seen, per group.
         total: The sum, groups first, in the work dtype; None before the first update.
+        first_count: Positions of the first half of the samples.
+        first: The sum over them, of the shape of `total`; None before the first of them, or where it is not `halved`.
     """
 
     name: ClassVar[str]
     reads_outputs: ClassVar[bool] = False
+    halved: ClassVar[bool] = False
     count: int = 0
     total: Tensor | None = field(default=None, repr=False)
+    first_count: int = 0
+    first: Tensor | None = field(default=None, repr=False)
 
     @abstractmethod
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
@@ -37,20 +44,41 @@ class Statistic(ABC):
             A sum over the positions, groups first.
         """
 
-    def update(self, inputs: Tensor, outputs: Tensor | None = None) -> None:
-        """Add a chunk of positions; see `summand` for the shapes."""
-        self.add(self.summand(inputs, outputs), inputs.shape[1])
+    @property
+    def has_halves(self) -> bool:
+        """Whether both halves of the samples were seen, and are told apart."""
+        return self.first is not None and 0 < self.first_count < self.count
 
-    def add(self, total: Tensor, count: int) -> None:
-        """Add a sum over `count` positions."""
+    def update(self, inputs: Tensor, outputs: Tensor | None = None, *, first: bool = False) -> None:
+        """Add a chunk of positions, all of one half of the samples; see `summand` for the shapes."""
+        self.add(self.summand(inputs, outputs), inputs.shape[1], first=first)
+
+    def add(self, total: Tensor, count: int, *, first: bool = False) -> None:
+        """Add a sum over `count` positions, all of one half of the samples."""
         self.total = total if self.total is None else self.total + total.to(self.total.device)
         self.count += count
+        if first and self.halved:
+            self.first = total if self.first is None else self.first + total.to(self.first.device)
+            self.first_count += count
 
-    def mean(self) -> Tensor:
-        """The sum divided by the number of positions."""
+    def mean(self, half: int | None = None) -> Tensor:
+        """The sum divided by the number of positions.
+
+        Args:
+            half: 0 or 1 for a half of the samples; None for all.
+
+        Raises:
+            ValueError: No position was seen, or the halves are not told apart.
+        """
         if self.total is None:
             raise ValueError(f"{self.name} has seen no position")
-        return self.total / self.count
+        if half is None:
+            return self.total / self.count
+        if self.first is None or not self.has_halves:
+            raise ValueError(f"{self.name} does not tell the halves of the samples apart")
+        if half == 0:
+            return self.first / self.first_count
+        return (self.total - self.first) / (self.count - self.first_count)
 
 
 def merge(first: Statistic, second: Statistic) -> Statistic:
@@ -61,7 +89,10 @@ def merge(first: Statistic, second: Statistic) -> Statistic:
     """
     if type(first) is not type(second):
         raise TypeError(f"cannot merge {first.name} with {second.name}")
-    merged = type(first)(first.count, first.total)
+    merged = type(first)(first.count, first.total, first.first_count, first.first)
     if second.total is not None:
         merged.add(second.total, second.count)
+    if second.first is not None:
+        merged.first = second.first if merged.first is None else merged.first + second.first.to(merged.first.device)
+        merged.first_count += second.first_count
     return merged

@@ -20,6 +20,7 @@ class InputGram(Statistic):
     """
 
     name = "input-gram"
+    halved = True
 
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
         """`XᵀX` a group."""
@@ -32,6 +33,7 @@ class InputMean(Statistic):
     """`Σ x` over positions. Shape (groups, in·k…)."""
 
     name = "input-mean"
+    halved = True
 
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
         """Column sums a group."""

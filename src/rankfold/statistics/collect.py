@@ -97,12 +97,13 @@ def collect(
         with evaluating(model), progress("statistics", _length(batches)) as advance:
             for number, batch in numbered(batches):
                 looked_at += 1
-                samples += batch_size(batch)
+                seen, samples = samples, samples + batch_size(batch)
                 sha.update(digest(batch))
-                for part, _ in micro_batches(iter([batch]), PIECE):
+                for part, rows in micro_batches(iter([batch]), PIECE):
                     if world.owns(piece):
+                        first = torch.arange(rows.start + seen, rows.stop + seen) % 2 == 0
                         for feeder in feeders:
-                            feeder.begin(piece)
+                            feeder.begin(piece, first)
                         _forward(model, to_device(part, device), number)
                     piece += 1
                 for feeder in feeders:
@@ -158,11 +159,15 @@ def _sum_up(statistics: Sequence[Statistic], device: torch.device, world: World)
     for row, statistic in zip(shapes.long().tolist(), statistics, strict=True):
         if row[0] and statistic.total is None:
             statistic.total = torch.zeros(row[1 : 1 + row[0]], dtype=work_dtype(device), device=device)
-        totals += [] if statistic.total is None else [statistic.total]
-    counts = torch.tensor([statistic.count for statistic in statistics], dtype=torch.int64)
+        if statistic.total is not None and statistic.halved and statistic.first is None:
+            statistic.first = torch.zeros_like(statistic.total)
+        if statistic.first is not None and statistic.first is statistic.total:
+            statistic.first = statistic.total.clone()
+        totals += [each for each in (statistic.total, statistic.first) if each is not None]
+    counts = torch.tensor([[each.count, each.first_count] for each in statistics], dtype=torch.int64)
     world.sum_([counts, *totals])
-    for count, statistic in zip(counts.tolist(), statistics, strict=True):
-        statistic.count = count
+    for (count, first_count), statistic in zip(counts.tolist(), statistics, strict=True):
+        statistic.count, statistic.first_count = count, first_count
 
 
 def _forward(model: nn.Module, batch: Batch, number: int) -> None:
@@ -194,9 +199,16 @@ class _Feeder:
         self._positions = positions
         self._key = key
         self._generator = generator(*key)
+        self._first = torch.ones(1, dtype=torch.bool)
 
-    def begin(self, piece: int) -> None:
-        """What comes next is this piece of the data: its draws are its own, whoever walks it."""
+    def begin(self, piece: int, first: Tensor) -> None:
+        """What comes next is this piece of the data: its draws are its own, whoever walks it.
+
+        Args:
+            piece: Its number.
+            first: Which of its samples are of the first half, shape (samples,).
+        """
+        self._first = first
         if self._positions is not None:
             self._generator = generator(*self._key, piece)
 
@@ -204,9 +216,14 @@ class _Feeder:
         inputs: Tensor = args[0]
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
-        for _, patches, outputs in chunks(self._adapter, layer, inputs, [output] if reads else [], chosen):
-            for statistic in self.statistics:
-                statistic.update(patches, outputs[0] if reads else None)
+        labels = labels_of_rows(self._first, rows_of(self._adapter, layer, inputs)).to(inputs.device)
+        for rows, patches, outputs in chunks(self._adapter, layer, inputs, [output] if reads else [], chosen):
+            for first in (True, False):
+                own = labels[rows] == first
+                if bool(own.any()):
+                    read = of_rows(outputs[0], own) if reads else None
+                    for statistic in self.statistics:
+                        statistic.update(of_rows(patches, own), read, first=first)
 
     def _draw(self, inputs: Tensor) -> Tensor | None:
         if self._positions is None:
@@ -228,6 +245,38 @@ class _Feeder:
                     got=f"NaN or infinity in the {statistic.name} of batch {number}",
                     cure="look at that batch, or at the layers before this one",
                 )
+
+
+def rows_of(adapter: Adapter, layer: nn.Module, inputs: Tensor) -> int:
+    """Entries along the axis of samples of a layer's input; 1 for an input that has no such axis."""
+    axes = len(adapter.geometry(layer).kernel)
+    return inputs.shape[0] if inputs.ndim >= (axes + 2 if axes else 2) else 1
+
+
+def labels_of_rows(labels: Tensor, rows: int) -> Tensor:
+    """What samples are told apart by, for the rows of a layer's input: one row a sample, or several in a run.
+
+    Where the rows are no multiple of the samples, nothing tells them apart and all get the label of the first sample.
+
+    Args:
+        labels: One a sample.
+        rows: How many rows the layer sees.
+    """
+    if rows % len(labels):
+        return labels[:1].expand(rows)
+    return labels.repeat_interleave(rows // len(labels))
+
+
+def of_rows(values: Tensor, chosen: Tensor) -> Tensor:
+    """Those of (groups, rows·positions, …) that belong to some rows.
+
+    Args:
+        values: Patches or outputs, in the order of the rows.
+        chosen: Which rows, shape (rows,).
+    """
+    if bool(chosen.all()):
+        return values
+    return torch.unflatten(values, 1, (len(chosen), -1))[:, chosen].flatten(1, 2)
 
 
 def chunks(

@@ -13,7 +13,9 @@ from torch import Tensor
 from rankfold.errors import DataError
 from rankfold.graph.trace import Batch, batch_size, split_batch, take
 
-HELD_OUT = 10  # one calibration sample in this many is never fitted on
+HELD_OUT = 10  # one calibration sample in this many is never fitted on, where there are many
+MOST_HELD_OUT = 5  # and one in this many where there are few
+ENOUGH_HELD_OUT = 50  # held-out samples from which on no larger share of all is held out
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,19 +48,38 @@ class Split:
                 yield number, take(batch, index[chosen])
 
 
+def held_out_of(data: Iterable[Batch]) -> int:
+    """One sample in how many is held out: from 10 with 500 samples and more down to 5 with 250 and fewer.
+
+    Held-out samples choose between candidates and say what the result is worth: 25 of 250 tell 70 from 88 % agreement,
+    50 tell 70 from 82.
+
+    Args:
+        data: The calibration data; read until it is known that it has many samples.
+    """
+    samples = 0
+    for batch in data:
+        samples += batch_size(batch)
+        if samples >= HELD_OUT * ENOUGH_HELD_OUT:
+            return HELD_OUT
+    return max(MOST_HELD_OUT, samples // ENOUGH_HELD_OUT)
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A few samples from everywhere in some data: of every `every` blocks of `HELD_OUT` samples the first.
+    """A few samples from everywhere in some data: of every `every` blocks the first.
 
     A block has one held-out sample, its last. So a sample of the part is held out just where it is in the whole data.
 
     Attributes:
         data: The data.
         every: One block in this many is in the part.
+        block: Samples in a block: one in so many is held out.
     """
 
     data: Iterable[Batch]
     every: int
+    block: int = HELD_OUT
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of the part; empty ones are left out."""
@@ -66,7 +87,7 @@ class Part:
         for _, batch in _looked_at(self.data):
             size = batch_size(batch)
             index = torch.arange(size)
-            chosen = (index + start) // HELD_OUT % self.every == 0
+            chosen = (index + start) // self.block % self.every == 0
             start += size
             if bool(chosen.any()):
                 yield take(batch, index[chosen])

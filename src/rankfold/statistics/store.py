@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from rankfold.decompositions import Moments
 from rankfold.errors import CheckpointError, DataError, RegistryError
 from rankfold.graph.sites import Site
-from rankfold.linalg.whitening import shrunk
+from rankfold.linalg.whitening import add_diagonal_, centred, inverse_scales, shrinkage, shrinkage_of, shrunk
 from rankfold.registry import lookup
 from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
 from rankfold.statistics._base import Statistic, merge
 
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # before 2 the halves of the samples were not told apart
 
 
 @dataclass(eq=False)
@@ -35,16 +36,26 @@ class Statistics:
     manifest: dict[str, Any] = field(default_factory=dict)
     fingerprint: str = ""
 
-    def moments(self, site: Site, group: int) -> Moments:
-        """Averages of one group of a site, the Grams shrunk for their number of samples, ready for a decomposition."""
+    def moments(self, site: Site, group: int, *, half: int | None = None, shrink: bool = True) -> Moments:
+        """Averages of one group of a site, ready for a decomposition.
+
+        Args:
+            site: The site.
+            group: The group.
+            half: 0 or 1 for a half of the samples; None for all.
+            shrink: Shrink the input Gram for its number of samples (see `shrinkage_of`), as what is fitted on it needs;
+                what is judged on it is judged on the Gram as it is.
+        """
         own = self.sites.get(site.path, {})
 
         def average(name: str) -> torch.Tensor | None:
-            return own[name].mean()[group] if name in own else None
+            if name not in own:
+                return None
+            return own[name].mean(half if own[name].halved else None)[group]
 
         gram, mean = average("input-gram"), average("input-mean")
-        if gram is not None:
-            gram = shrunk(gram, mean, own["input-gram"].count)
+        if gram is not None and shrink:
+            gram = shrunk(gram, mean, self._shrinkage(site.path, group, half))
         return Moments(
             gram,
             mean,
@@ -53,6 +64,26 @@ class Statistics:
             self.gradient_gram(site.path, group),
         )
 
+    def has_halves(self, path: str) -> bool:
+        """Whether the input moments of a site tell two halves of the samples apart."""
+        own = self.sites.get(path, {})
+        return "input-gram" in own and all(each.has_halves for each in own.values() if each.halved)
+
+    def _shrinkage(self, path: str, group: int, half: int | None) -> float:
+        """How far the input covariance of a site is shrunk; by a formula where no halves are told apart."""
+        own = self.sites[path]
+        gram, mean = own["input-gram"], own.get("input-mean")
+
+        def covariance(part: int | None) -> torch.Tensor:
+            return centred(gram.mean(part)[group], None if mean is None else mean.mean(part)[group])
+
+        if not self.has_halves(path):
+            whole = covariance(None)
+            scales = inverse_scales(whole)
+            return shrinkage(whole * scales[:, None] * scales, gram.count)
+        of_half, of_all = shrinkage_of(covariance(0), covariance(1))
+        return of_all if half is None else of_half
+
     def gradient_gram(self, path: str, group: int) -> torch.Tensor | None:
         """The output weighting of a site, or None where no gradients were collected.
 
@@ -60,7 +91,10 @@ class Statistics:
         unshrunk they would make 744 of them free.
         """
         statistic = self.sites.get(path, {}).get("gradient-gram")
-        return None if statistic is None else shrunk(statistic.mean()[group], None, statistic.count)
+        if statistic is None:
+            return None
+        gram = statistic.mean()[group]
+        return add_diagonal_((1 - (rho := shrinkage(gram, statistic.count))) * gram, rho * gram.diagonal().mean())
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over the data of both.
@@ -94,7 +128,16 @@ class Statistics:
             for name, statistic in own.items()
             if statistic.total is not None
         }
-        counts = {site: {name: statistic.count for name, statistic in own.items()} for site, own in self.sites.items()}
+        tensors |= {
+            f"{site}\t{name}\tfirst": statistic.first.clone(memory_format=torch.contiguous_format)
+            for site, own in self.sites.items()
+            for name, statistic in own.items()
+            if statistic.first is not None
+        }
+        counts = {
+            site: {name: [each.count, each.first_count] for name, each in own.items()}
+            for site, own in self.sites.items()
+        }
         head: dict[str, Any] = {
             "version": VERSION,
             "fingerprint": self.fingerprint,
@@ -125,9 +168,12 @@ class Statistics:
         folder = Path(path)
         head = read_json(folder / "statistics.json")
         file = folder / "statistics.safetensors"
-        if not isinstance(head, Mapping) or head.get("version") != VERSION:
+        if not isinstance(head, Mapping) or head.get("version") not in READABLE:
             raise CheckpointError(
-                str(folder), law=f"statistics of version {VERSION}", got=repr(head)[:60], cure="collect them again"
+                str(folder),
+                law=f"statistics of version {' or '.join(map(str, READABLE))}",
+                got=repr(head)[:60],
+                cure="collect them again",
             )
         if not file.exists() or sha256_file(file) != head.get("sha256"):
             raise CheckpointError(
@@ -140,7 +186,7 @@ class Statistics:
         try:
             sites = {
                 site: {
-                    name: cast(type[Statistic], lookup(name, Statistic))(int(count), tensors.get(f"{site}\t{name}"))
+                    name: _statistic(name, count, tensors.get(f"{site}\t{name}"), tensors.get(f"{site}\t{name}\tfirst"))
                     for name, count in own.items()
                 }
                 for site, own in head["counts"].items()
@@ -153,6 +199,12 @@ class Statistics:
                 got=f"{type(cause).__name__}: {cause}",
                 cure="collect the statistics again",
             ) from cause
+
+
+def _statistic(name: str, counts: Any, total: torch.Tensor | None, first: torch.Tensor | None) -> Statistic:
+    """A statistic from what is on disk; before version 2 the count was one number."""
+    count, first_count = counts if isinstance(counts, list) else (counts, 0)
+    return cast(type[Statistic], lookup(name, Statistic))(int(count), total, int(first_count), first)
 
 
 def _listed(value: Any) -> list[Any]:
