@@ -22,6 +22,7 @@ class GradientGram(Statistic):
 
     name = "gradient-gram"
     reads_outputs = True
+    halved = True
 
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
         """`GᵀG` a group; `outputs` are the gradients."""

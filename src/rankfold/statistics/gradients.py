@@ -17,6 +17,7 @@ from rankfold.linalg.precision import work_dtype
 from rankfold.metrics.compare import looks_like_logits, names_logits, output_tensors
 from rankfold.progress import Progress, silent
 from rankfold.statistics._gradients import GradientGram
+from rankfold.statistics.collect import labels_of_rows, of_rows, rows_of
 from rankfold.statistics.data import no_batch
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import generator
@@ -213,10 +214,15 @@ def _sum_up(grams: Sequence[GradientGram], sites: Sites, device: torch.device, w
             outputs = site.geometry.canonical_shape[0]
             gram.total = torch.zeros(site.geometry.groups, outputs, outputs, dtype=work_dtype(device), device=device)
         totals.append(gram.total)
-    counts = torch.tensor([gram.count for gram in grams], dtype=torch.int64)
+        if gram.first is None:
+            gram.first = torch.zeros_like(gram.total)
+        elif gram.first is gram.total:
+            gram.first = gram.total.clone()
+        totals.append(gram.first)
+    counts = torch.tensor([[gram.count, gram.first_count] for gram in grams], dtype=torch.int64)
     world.sum_([counts, *totals])
-    for count, gram in zip(counts.tolist(), grams, strict=True):
-        gram.count = count
+    for (count, first_count), gram in zip(counts.tolist(), grams, strict=True):
+        gram.count, gram.first_count = count, first_count
 
 
 def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
@@ -252,13 +258,21 @@ def _add(
         if adapter is None:
             raise TypeError(f"{site.path} has no adapter")
         rows = adapter.outputs(layer, torch.zeros_like(value) if gradient is None else gradient)
-        total = grams[site.path].summand(rows, rows)
-        if not bool(torch.isfinite(total).all()):
-            raise NumericsError(
-                repr(site.path),
-                law="every gradient is finite",
-                got="NaN or infinity",
-                cure="pass weighting=False, or look at the layers behind this one",
-            )
-        grams[site.path].add(total, 0 if site.path in counted else samples)
+        halves = torch.arange(samples) % 2 == 0
+        labels = labels_of_rows(halves, rows_of(adapter, layer, value)).to(rows.device)
+        for first in (True, False):
+            chosen = labels == first
+            if not bool(chosen.any()):
+                continue
+            own = of_rows(rows, chosen)
+            total = grams[site.path].summand(own, own)
+            if not bool(torch.isfinite(total).all()):
+                raise NumericsError(
+                    repr(site.path),
+                    law="every gradient is finite",
+                    got="NaN or infinity",
+                    cure="pass weighting=False, or look at the layers behind this one",
+                )
+            count = int((halves == first).sum())
+            grams[site.path].add(total, 0 if site.path in counted else count, first=first)
         counted.add(site.path)

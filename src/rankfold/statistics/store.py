@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rankfold.decompositions import Moments
 from rankfold.errors import CheckpointError, DataError, RegistryError
 from rankfold.graph.sites import Site
-from rankfold.linalg.whitening import add_diagonal_, centred, inverse_scales, shrinkage, shrinkage_of, shrunk
+from rankfold.linalg.whitening import centred, inverse_scales, shrinkage, shrinkage_of, shrunk
 from rankfold.registry import lookup
 from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
 from rankfold.statistics._base import Statistic, merge
@@ -55,7 +55,7 @@ class Statistics:
 
         gram, mean = average("input-gram"), average("input-mean")
         if gram is not None and shrink:
-            gram = shrunk(gram, mean, self._shrinkage(site.path, group, half))
+            gram = shrunk(gram, mean, _shrinkage(own["input-gram"], own.get("input-mean"), group, half))
         return Moments(
             gram,
             mean,
@@ -67,22 +67,7 @@ class Statistics:
     def has_halves(self, path: str) -> bool:
         """Whether the input moments of a site tell two halves of the samples apart."""
         own = self.sites.get(path, {})
-        return "input-gram" in own and all(each.has_halves for each in own.values() if each.halved)
-
-    def _shrinkage(self, path: str, group: int, half: int | None) -> float:
-        """How far the input covariance of a site is shrunk; by a formula where no halves are told apart."""
-        own = self.sites[path]
-        gram, mean = own["input-gram"], own.get("input-mean")
-
-        def covariance(part: int | None) -> torch.Tensor:
-            return centred(gram.mean(part)[group], None if mean is None else mean.mean(part)[group])
-
-        if not self.has_halves(path):
-            whole = covariance(None)
-            scales = inverse_scales(whole)
-            return shrinkage(whole * scales[:, None] * scales, gram.count)
-        of_half, of_all = shrinkage_of(covariance(0), covariance(1))
-        return of_all if half is None else of_half
+        return all(name in own and own[name].has_halves for name in ("input-gram", "input-mean"))
 
     def gradient_gram(self, path: str, group: int) -> torch.Tensor | None:
         """The output weighting of a site, or None where no gradients were collected.
@@ -91,10 +76,7 @@ class Statistics:
         unshrunk they would make 744 of them free.
         """
         statistic = self.sites.get(path, {}).get("gradient-gram")
-        if statistic is None:
-            return None
-        gram = statistic.mean()[group]
-        return add_diagonal_((1 - (rho := shrinkage(gram, statistic.count))) * gram, rho * gram.diagonal().mean())
+        return None if statistic is None else shrunk(statistic.mean()[group], None, _shrinkage(statistic, None, group))
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over the data of both.
@@ -199,6 +181,27 @@ class Statistics:
                 got=f"{type(cause).__name__}: {cause}",
                 cure="collect the statistics again",
             ) from cause
+
+
+def _shrinkage(gram: Statistic, mean: Statistic | None, group: int, half: int | None = None) -> float:
+    """How far a Gram, or the covariance where there is a mean, is shrunk; by a formula where no halves are told apart.
+
+    Args:
+        gram: Of the Gram.
+        mean: Of the mean, or None.
+        group: Which group.
+        half: 0 or 1 for a half of the samples; None for all.
+    """
+
+    def covariance(part: int | None) -> torch.Tensor:
+        return centred(gram.mean(part)[group], None if mean is None else mean.mean(part)[group])
+
+    if not gram.has_halves or (mean is not None and not mean.has_halves):
+        whole = covariance(None)
+        scales = inverse_scales(whole)
+        return shrinkage(whole * scales[:, None] * scales, gram.count)
+    of_half, of_all = shrinkage_of(covariance(0), covariance(1))
+    return of_all if half is None else of_half
 
 
 def _statistic(name: str, counts: Any, total: torch.Tensor | None, first: torch.Tensor | None) -> Statistic:
