@@ -17,12 +17,13 @@ from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import NumericsError, PlanError, SelfCheckError, SiteError
+from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
 from rankfold.graph.values import Spill
 from rankfold.metrics.compare import Comparison, compare
+from rankfold.metrics.cost import Cost
 from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
 from rankfold.plan import Plan
@@ -66,12 +67,21 @@ class Compressed:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """One plan carried out."""
+    """One plan carried out.
+
+    Attributes:
+        comparison: On the held-out samples.
+        model: The compressed model.
+        plan: The plan.
+        remarks: For the report.
+        cost: Counted on the compressed model; None for a trial on a part of the samples, which nobody gets.
+    """
 
     comparison: Comparison
     model: nn.Module
     plan: Plan
     remarks: tuple[str, ...]
+    cost: Cost | None = None
 
 
 @dataclass(eq=False)
@@ -115,6 +125,8 @@ class Job:
             notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
+        if sites.uncounted:
+            notes.append(f"not counted in MACs: {', '.join(sites.uncounted[:5])}")
         judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
         if not any(True for _ in judged):
             judged = batches
@@ -252,7 +264,8 @@ class Job:
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
             comparison = compare(self.model, compressed, self.judged, world=world())
-            return Attempt(comparison, compressed, plan, remarks)
+            cost = count(compressed, first_of(self.batches)) if part is None else None
+            return Attempt(comparison, compressed, plan, remarks, cost)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
@@ -275,6 +288,8 @@ class Job:
 
         def whole(name: str, plan: Plan) -> Candidate:
             attempt = self.attempt(plan)
+            if attempt.cost is not None:
+                self._check_held(attempt.cost, budget)
             if not best or attempt.comparison.divergence < best[0].comparison.divergence:
                 best[:] = [attempt]  # one compressed model at a time is kept
             return _candidate(name, attempt)
@@ -304,7 +319,7 @@ class Job:
     ) -> list[Candidate]:
         """Some work for every plan, or for as many as are wanted; one that fails drops out while another is left."""
         done: list[Candidate] = []
-        failures: list[SelfCheckError | PlanError | NumericsError] = []
+        failures: list[SelfCheckError | PlanError | NumericsError | BudgetError] = []
         wanted = len(plans) if wanted is None else min(wanted, len(plans))
         with self.progress(stage, wanted) as advance:
             for name, plan in plans.items():
@@ -312,7 +327,7 @@ class Job:
                     break
                 try:
                     done.append(work(name, plan))
-                except (SelfCheckError, PlanError, NumericsError) as cause:
+                except (SelfCheckError, PlanError, NumericsError, BudgetError) as cause:
                     if len(plans) == 1 or world().size > 1:
                         raise
                     failures.append(cause)
@@ -323,14 +338,42 @@ class Job:
             raise failures[0]
         return done
 
-    def finish(self, best: Attempt, candidates: Sequence[Candidate] = ()) -> Compressed:
+    def _check_held(self, cost: Cost, budget: Budget) -> None:
+        """Refuse what was counted on a compressed model, if it is over a bound.
+
+        Raises:
+            BudgetError: It is; each resource is named with its bound and count.
+        """
+        got, before = cost.amounts(), self.sites.cost.amounts()
+        over = {name: bound for name, bound in budget.bounds(self.sites.cost).items() if got[name] > bound}
+        if over:
+            raise BudgetError(
+                f"Budget.{next(iter(over))}",
+                law="the compressed model, counted as it would be handed back, is within every bound",
+                got=", ".join(
+                    f"{name} at most {bound} where it has {got[name]} (of {before[name]})"
+                    for name, bound in over.items()
+                ),
+                cure="its forward does other work than the original's did: ask for less, or bound params instead",
+            )
+
+    def finish(
+        self, best: Attempt, candidates: Sequence[Candidate] = (), *, budget: Budget | None = None
+    ) -> Compressed:
         """Report on the attempt that is taken.
 
         Args:
             best: The attempt.
             candidates: All that were tried.
+            budget: What the model that is handed back must keep to; None where a plan is carried out as it is.
+
+        Raises:
+            BudgetError: It does not.
         """
         example = first_of(self.batches)
+        after = count(best.model, example) if best.cost is None else best.cost
+        if budget is not None:
+            self._check_held(after, budget)
         with self.progress("latency", None):
             few = example
             if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
@@ -340,7 +383,7 @@ class Job:
             self.sites.model,
             rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts)),
             self.sites.cost,
-            count(best.model, example),
+            after,
             best.plan.budget,
             latency,
             best.comparison,

@@ -129,6 +129,7 @@ def compress(
     check_progress(progress)
     limit = parse_memory(memory)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
+    budget.check_counted(job.sites.uncounted)
     if any(isinstance(method, Interpolative) for method in families):
         job.sites = job.sites.with_fixed()
     if job.sites.graph.program is None:
@@ -181,7 +182,7 @@ def compress(
                 seed=seed,
                 repair=repair,
             )
-    return job.finish(*job.carried_out(makers, budget))
+    return job.finish(*job.carried_out(makers, budget), budget=budget)
 
 
 @together

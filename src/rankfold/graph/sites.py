@@ -19,8 +19,8 @@ from rankfold.graph.probe import observe, paths_of
 from rankfold.graph.refusals import Context, why_entangled, why_unfit
 from rankfold.graph.trace import Batch, Graph, split_batch, trace
 from rankfold.layers import Geometry, adapter_for, forms, stages
-from rankfold.metrics.cost import Cost
-from rankfold.metrics.counted import count_bytes, count_macs, count_params
+from rankfold.metrics.cost import Cost, Holding
+from rankfold.metrics.counted import Counted, count_bytes, count_params, counted, holdings
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Sites(Sequence[Site]):
         fingerprint: SHA-256 over the names, shapes and dtypes of the model's state.
         model: Name of the model's class.
         fixed: Layers among the skips that can lose channels, though no other module can take their place.
+        holdings: What each module holds and multiplies itself, by path, in the order of the model's modules.
+        uncounted: Operators that multiply matrices, or may, and are in no count of MACs, with where they are called.
     """
 
     sites: tuple[Site, ...]
@@ -102,6 +104,8 @@ class Sites(Sequence[Site]):
     fingerprint: str
     model: str
     fixed: tuple[Site, ...] = ()
+    holdings: tuple[Holding, ...] = ()
+    uncounted: tuple[str, ...] = ()
 
     def with_fixed(self) -> Sites:
         """The same with the fixed layers among the sites, for the removal of channels."""
@@ -174,7 +178,7 @@ def find_sites(
         for _, module, _ in paths_of(model)
         if why_unfit(module) is None and (adapter := adapter_for(module)) is not None
     }
-    macs = _macs(model, example)
+    macs = _counted(model, example)
     seen = observe(model, example, layers)
     graph = trace(model, example)
     context = Context.of(model, graph, seen)
@@ -200,10 +204,12 @@ def find_sites(
         tuple(sites),
         tuple(skips),
         graph,
-        Cost(count_params(model), macs, count_bytes(model)),
+        Cost(count_params(model), macs.macs, count_bytes(model)),
         fingerprint(model),
         type(model).__name__,
         tuple(fixed),
+        holdings(model, macs.by_module),
+        macs.missed,
     )
     return select(found, only=only, exclude=exclude)
 
@@ -385,7 +391,7 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _macs(model: nn.Module, example: Batch) -> int:
+def _counted(model: nn.Module, example: Batch) -> Counted:
     """MACs per sample of the whole model, on a first run that also shows whether the model runs at all."""
     handles = [
         module.register_forward_pre_hook(_refuse_lazy(path), prepend=True)
@@ -393,7 +399,7 @@ def _macs(model: nn.Module, example: Batch) -> int:
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False))
     ]
     try:
-        return count_macs(model, example)
+        return counted(model, example)
     except ModelError:
         raise
     except Exception as cause:

@@ -105,6 +105,7 @@ class Problem:
         Raises:
             BudgetError: The cheapest options together are over a bound; the smallest reachable values are named.
         """
+        budget.check_counted(curves.sites.uncounted)
         whole = budget.bounds(curves.sites.cost)
         fixed = curves.fixed_cost()
         bounds = {name: bound - fixed.amounts()[name] for name, bound in whole.items()}
