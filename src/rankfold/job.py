@@ -18,8 +18,9 @@ from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError
+from rankfold.graph.models import COMPILED, check_model, is_compiled
 from rankfold.graph.refusals import BY_BATCH
-from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.graph.sites import Sites, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
 from rankfold.graph.values import Spill
 from rankfold.metrics.compare import Comparison, compare
@@ -111,10 +112,12 @@ class Job:
         limit: int | None = None,
     ) -> Job:
         """Check the inputs and find the sites."""
-        check_model(model)
+        given, model = model, check_model(model)
         spill = Spill(None if limit is None else limit // 2)
         batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
         example = first_of(batches)
+        if is_compiled(given):
+            notes.append(COMPILED)
         if digest(first_of(batches)) != digest(example):
             notes.append(SHUFFLED)
         with progress("trace", None):

@@ -16,7 +16,8 @@ from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.errors import OptionError, PlanError, shown
-from rankfold.graph.sites import Skip, check_module, check_selection
+from rankfold.graph.models import check_module
+from rankfold.graph.sites import Skip, check_selection
 from rankfold.graph.trace import device_of
 from rankfold.graph.values import Memory, parse_memory
 from rankfold.job import Compressed, Job
@@ -129,6 +130,7 @@ def compress(
     check_progress(progress)
     limit = parse_memory(memory)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
+    model = job.model
     budget.check_counted(job.sites.uncounted)
     if any(isinstance(method, Interpolative) for method in families):
         job.sites = job.sites.with_fixed()
@@ -214,12 +216,12 @@ def execute(
         PlanError: It is no plan, or does not fit the model.
         SiteError: It decides on a layer that is no site.
     """
-    check_module(model)
+    plain = check_module(model)
     if not isinstance(plan, Plan):
         raise PlanError("plan", law="an instance of Plan", got=shown(plan), cure="read a file with rankfold.Plan.load")
     check_progress(progress)
     budget = budget_of(plan.budget, "plan")
-    check_plan(model, plan)
+    check_plan(plain, plan)
     job = Job.start(model, data, progress, limit=parse_memory(memory))
     if plan.cuts:
         job.sites = job.sites.with_fixed()

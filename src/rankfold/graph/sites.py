@@ -9,12 +9,12 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rankfold.errors import ModelError, OptionError, SiteError, TraceError, near_matches, shown
 from rankfold.factors import Rank
+from rankfold.graph.models import check_model, check_module
 from rankfold.graph.probe import observe, paths_of
 from rankfold.graph.refusals import Context, why_entangled, why_unfit
 from rankfold.graph.trace import Batch, Graph, split_batch, trace
@@ -171,7 +171,7 @@ def find_sites(
         OptionError: A selection is no list of strings.
         SiteError: A pattern matches nothing, and near matches are named; or the selection leaves no site.
     """
-    check_model(model)
+    model = check_model(model)
     check_selection(only, exclude)
     layers = {
         id(module): (module, adapter)
@@ -285,15 +285,18 @@ def check_selection(only: Sequence[str] | None, exclude: Sequence[str]) -> None:
         )
 
 
-def check_sites(model: nn.Module, sites: Sites) -> None:
+def check_sites(model: nn.Module, sites: Sites) -> nn.Module:
     """Refuse sites that are not this model's.
+
+    Returns:
+        The plain model; see `check_module`.
 
     Raises:
         OptionError: They are not what `find_sites` returns.
         ModelError: The model is no module, or has tensors on meta.
         SiteError: They are of another model; the first layer that is missing is named.
     """
-    check_module(model)
+    model = check_module(model)
     if not isinstance(sites, Sites):
         raise OptionError(
             "sites",
@@ -318,67 +321,7 @@ def check_sites(model: nn.Module, sites: Sites) -> None:
             got=f"fingerprint {sites.fingerprint[:12]} against {own[:12]} of this {type(model).__name__}",
             cure="find the sites of this model",
         )
-
-
-def check_module(model: nn.Module, place: str = "model") -> None:
-    """Refuse what is no module, or has tensors on meta.
-
-    Args:
-        model: What was given as a model.
-        place: The argument, named where it is no module.
-
-    Raises:
-        ModelError: Naming the tensor.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(place, law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            place,
-            law="an nn.Module with its Python code",
-            got=type(model).__name__,
-            cure="pass the module that was scripted or traced, and script what comes back",
-        )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ModelError(
-                name,
-                law="every tensor is on a real device",
-                got="a tensor on meta",
-                cure="load the weights on a device first (model.to_empty holds no weights)",
-            )
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse what is no module, has tensors on meta, or weights that are not finite.
-
-    Raises:
-        ModelError: Naming the tensor.
-    """
-    check_module(model)
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            raise ModelError(
-                f"{path}.weight" if path else "weight",
-                law="a forward leaves every parameter as it is",
-                got=f"max_norm={module.max_norm}, by which it rescales the rows that it reads",
-                cure="set max_norm to None; a trained table keeps its rows",
-            )
-    for name, parameter in model.named_parameters():
-        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-        if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:
-            continue
-        # 8-bit floats know no isfinite
-        weight = parameter.detach()
-        finite = torch.isfinite(weight.float() if weight.element_size() == 1 else weight)
-        if not bool(finite.all()):
-            bad = int((~finite).sum())
-            raise ModelError(
-                name,
-                law="every weight is finite",
-                got=f"{bad} of {parameter.numel()} NaN or infinite",
-                cure="look at how the model was trained or loaded",
-            )
+    return model
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -85,7 +85,7 @@ class Counted:
     missed: tuple[str, ...]
 
 
-class _Tally(TorchDispatchMode):
+class _Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees, below torch's counter, the operators that it takes a forward apart into: whose they are, and whether any
     formula knows them.
     """
@@ -93,7 +93,7 @@ class _Tally(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.root, self.counter = type(model).__name__, counter
         self.flops: dict[str, int] = {}
         self.missed: dict[str, None] = {}

@@ -148,7 +148,7 @@ def _trilinear(
         for axis in sorted(expand):
             shape.insert(axis, 1)
         shapes.append(shape)
-    return 2 * prod(max(sizes) for sizes in zip(*shapes, strict=True))
+    return 2 * prod(int(max(sizes)) for sizes in zip(*shapes, strict=True))
 
 
 def _matrix_vector(matrix: Shape, vector: Shape, *rest: Any, **options: Any) -> int:
