@@ -110,9 +110,23 @@ def test_a_compiled_model_stays_compiled(compiling: Callable[[nn.Module], nn.Mod
 def test_a_compiled_model_is_not_changed_in_place(compiling: Callable[[nn.Module], nn.Module]) -> None:
     model, data = _plain(), _data()
     plan = rf.compress(model, data, budget=BUDGET, weighting=False, repair=None).plan
-    with pytest.raises(ModelError, match=r"^model · what is changed in place is not compiled · .* · .*rankfold\.apply"):
-        rf.apply_(compiling(model), plan, data)
+    message = r"^model · what is changed in place is not compiled · .* · .*rankfold\.apply"
+    compiled = compiling(model)
+    with pytest.raises(ModelError, match=message):
+        rf.apply_(compiled, plan, data)
+    with pytest.raises(ModelError, match=message):
+        rf.merge(compiled, plan, inplace=True)
     assert type(model.first) is nn.Linear
+
+
+@compilings
+def test_a_compiled_compressed_model_is_merged_as_the_plain_one(
+    compiling: Callable[[nn.Module], nn.Module],
+) -> None:
+    model, data = _plain(), _data()
+    out = rf.compress(model, data, budget=BUDGET, families=[rf.SVD()], weighting=False, repair=None)
+    dense = rf.merge(compiling(out.model), out.plan)
+    assert [name for name, _ in dense.named_parameters()] == [name for name, _ in model.named_parameters()]
 
 
 def test_a_compiled_part_is_refused_by_name() -> None:

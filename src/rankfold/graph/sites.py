@@ -95,6 +95,7 @@ class Sites(Sequence[Site]):
         fixed: Layers among the skips that can lose channels, though no other module can take their place.
         holdings: What each module holds and multiplies itself, by path, in the order of the model's modules.
         uncounted: Operators that multiply matrices, or may, and are in no count of MACs, with where they are called.
+        original: Cost of the model before any channel went, where these are the sites of a narrowed one.
     """
 
     sites: tuple[Site, ...]
@@ -106,6 +107,12 @@ class Sites(Sequence[Site]):
     fixed: tuple[Site, ...] = ()
     holdings: tuple[Holding, ...] = ()
     uncounted: tuple[str, ...] = ()
+    original: Cost | None = None
+
+    @property
+    def whole(self) -> Cost:
+        """Cost of the whole original model, which every share is a share of."""
+        return self.cost if self.original is None else self.original
 
     def with_fixed(self) -> Sites:
         """The same with the fixed layers among the sites, for the removal of channels."""
