@@ -74,7 +74,7 @@ def apply_(
     Raises:
         ModelError: The model is compiled; its code may hold on to the layers that are replaced.
     """
-    check_in_place(model)
+    check_in_place(model, instead="rankfold.apply")
     model = check_model(model)
     return _apply(model, model, plan, data, stats)
 

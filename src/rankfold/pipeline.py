@@ -72,7 +72,8 @@ def compress(
     process that fails ends the others.
 
     Args:
-        model: The trained network; left untouched, its training mode too.
+        model: The trained network; left untouched, its training mode too. Of a compiled one the plain model inside is
+            compressed, and what comes back is not compiled.
         data: Calibration inputs, a re-iterable of batches (tensor, tuple whose first item is the input, or dict of
             keyword arguments). Labels are not needed.
         budget: How large the whole model may be.
@@ -104,7 +105,8 @@ def compress(
 
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
-        BudgetError: The budget cannot be met; the smallest reachable value is named.
+        BudgetError: The budget cannot be met; the smallest reachable value is named, and what blocks it. Or it bounds
+            MACs that cannot be counted; or what was made is over it when counted.
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
         DistributedError: Another process failed or is gone, or was given other arguments.
     """

@@ -420,7 +420,7 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         PlanError: The model is not what the plan makes.
     """
     if inplace:
-        check_in_place(model)
+        check_in_place(model, instead="rankfold.merge with inplace=False")
     model = check_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for decision in plan.changes:

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 import rankfold as rf
 from rankfold.errors import BudgetError
 from rankfold.metrics.counted import count_macs, counted, run_one
+from rankfold.metrics.operators import FORMULAS, PRODUCTS
 
 STEPS, INPUTS, HIDDEN = 7, 16, 12
 GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1, nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
@@ -115,6 +117,37 @@ def test_macs_are_shared_out_among_the_modules_that_do_them() -> None:
     model = Applied(lambda self, x: self.mix(x, x, x)[0], mix=attention)
     found = counted(model, torch.randn(3, 5, 8))
     assert found.by_module == {"mix": found.macs} != {}
+
+
+def test_a_fused_recurrent_kernel_of_a_gpu_counts_as_the_layer_does_here() -> None:
+    rnn = nn.LSTM(INPUTS, HIDDEN, num_layers=2, bidirectional=True, proj_size=5, batch_first=True, dtype=torch.float64)
+    shapes = [tuple(weight.shape) for weight in rnn._flat_weights]
+    flops = FORMULAS[torch.ops.aten._cudnn_rnn]((3, STEPS, INPUTS), shapes, 5, None, (4, 3, 5), out_shape=None)
+    assert flops == 2 * 3 * count_macs(rnn, torch.randn(3, STEPS, INPUTS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "ends", "macs"),
+    [
+        ((12, 16), (3, 16, 8), [4, 8, 12], 12 * 16 * 8),
+        ((3, 4, 16), (3, 16, 8), None, 3 * 4 * 16 * 8),
+        ((4, 24), (24, 8), [8, 16, 24], 4 * 24 * 8),
+        ((3, 4, 16), (16, 24), [8, 16, 24], 4 * 16 * 24),
+    ],
+    ids=["rows", "batches", "inner", "columns"],
+)
+def test_products_in_groups_are_counted(first: Any, second: Any, ends: Any, macs: int) -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        offsets = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+        return torch._grouped_mm(torch.ones(first, dtype=x.dtype), torch.ones(second, dtype=x.dtype), offs=offsets)
+
+    found = counted(Applied(forward), torch.zeros(1, 1, dtype=torch.bfloat16))
+    assert (found.macs, found.missed) == (macs, ())
+
+
+def test_an_operator_is_counted_or_missed_and_not_both() -> None:
+    counted_ones = {packet.__name__ for packet in (*flop_registry, *FORMULAS)}
+    assert not PRODUCTS & counted_ones
 
 
 class _Sparse(nn.Module):

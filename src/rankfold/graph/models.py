@@ -93,8 +93,12 @@ def is_compiled(model: nn.Module) -> bool:
     return _is_wrapper(model) or any(module._compiled_call_impl is not None for module in model.modules())
 
 
-def check_in_place(model: nn.Module) -> None:
+def check_in_place(model: nn.Module, *, instead: str) -> None:
     """Refuse to change a compiled model: its code may hold on to the modules that are replaced.
+
+    Args:
+        model: What would be changed.
+        instead: The call that changes a copy, for the cure.
 
     Raises:
         ModelError: It is compiled.
@@ -104,7 +108,7 @@ def check_in_place(model: nn.Module) -> None:
             "model",
             law="what is changed in place is not compiled",
             got=f"a compiled {type(_unwrapped(model)).__name__}",
-            cure="use rankfold.apply, which takes the plain model inside, and compile what it returns",
+            cure=f"use {instead}, which takes the plain model inside, and compile what it returns",
         )
 
 

@@ -28,7 +28,6 @@ PRODUCTS = frozenset(
         "_dyn_quant_matmul_4bit",
         "_flash_attention_forward_no_dropout_inplace",
         "_foreach_mm",
-        "_grouped_mm",
         "_lstm_mps",
         "_mixed_dtypes_linear",
         "_mps_convolution",
@@ -167,6 +166,14 @@ def _matrices(first: Shape, second: Shape, *rest: Any, **options: Any) -> int:
     return 2 * prod(first) * second[-1]
 
 
+def _grouped(first: Shape, second: Shape, *rest: Any, **options: Any) -> int:
+    """FLOPs of `_grouped_mm`: groups are slices of rows, of the inner axis, or of the columns of a two-axis `second`,
+    and each row (of its group, where `first` has three axes) meets each column once.
+    """
+    rows = first[1:] if len(first) == 3 and len(second) == 2 else first
+    return 2 * prod(rows) * second[-1]
+
+
 def _added_matrices(bias: Shape, first: Shape, second: Shape, *rest: Any, **options: Any) -> int:
     return 2 * prod(first) * second[-1]
 
@@ -178,6 +185,7 @@ _OWN: Mapping[str, Callable[..., int]] = {
     "dot": _dot,
     "vdot": _dot,
     "_int_mm": _matrices,
+    "_grouped_mm": _grouped,
     "addmm_": _added_matrices,
     "addbmm": _added_matrices,
     "addbmm_": _added_matrices,
