@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import BudgetError
+from rankfold.metrics.cost import Cost
 from rankfold.metrics.counted import count
 
 
@@ -65,6 +67,20 @@ def test_a_model_that_runs_over_its_budget_is_not_handed_back(options: dict[str,
         BudgetError, match=r"^Budget\.macs · .* counted .* · got macs at most 614 where it has \d+ \(of 768\)"
     ):
         rf.compress(model, data, budget=budget, families=[rf.SVD()], repair=None, weighting=False, **options)
+
+
+def test_a_candidate_that_runs_over_its_budget_drops_out_while_another_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)), _data(40, 16)
+    counts = iter([10**6])
+
+    def first_is_over(live: nn.Module, example: Any) -> Cost:
+        return replace(count(live, example), macs=next(counts, count(live, example).macs))
+
+    monkeypatch.setattr("rankfold.job.count", first_is_over)
+    out = rf.compress(model, data, budget=rf.Budget(macs=0.6), repair=None, weighting=False)
+    assert sum(" was dropped: Budget.macs · " in note for note in out.report.notes) == 1
+    assert count(out.model, data[0]).macs <= 0.6 * out.report.before.macs
 
 
 def test_a_given_plan_that_runs_over_its_budget_is_handed_back_with_a_note() -> None:

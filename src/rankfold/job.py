@@ -292,7 +292,7 @@ class Job:
         def whole(name: str, plan: Plan) -> Candidate:
             attempt = self.attempt(plan)
             if attempt.cost is not None:
-                self._check_held(attempt.cost, budget)
+                budget.check_held(attempt.cost, self.sites.cost)
             if not best or attempt.comparison.divergence < best[0].comparison.divergence:
                 best[:] = [attempt]  # one compressed model at a time is kept
             return _candidate(name, attempt)
@@ -341,25 +341,6 @@ class Job:
             raise failures[0]
         return done
 
-    def _check_held(self, cost: Cost, budget: Budget) -> None:
-        """Refuse what was counted on a compressed model, if it is over a bound.
-
-        Raises:
-            BudgetError: It is; each resource is named with its bound and count.
-        """
-        got, before = cost.amounts(), self.sites.cost.amounts()
-        over = {name: bound for name, bound in budget.bounds(self.sites.cost).items() if got[name] > bound}
-        if over:
-            raise BudgetError(
-                f"Budget.{next(iter(over))}",
-                law="the compressed model, counted as it would be handed back, is within every bound",
-                got=", ".join(
-                    f"{name} at most {bound} where it has {got[name]} (of {before[name]})"
-                    for name, bound in over.items()
-                ),
-                cure="its forward does other work than the original's did: ask for less, or bound params instead",
-            )
-
     def finish(
         self, best: Attempt, candidates: Sequence[Candidate] = (), *, budget: Budget | None = None
     ) -> Compressed:
@@ -376,7 +357,7 @@ class Job:
         example = first_of(self.batches)
         after = count(best.model, example) if best.cost is None else best.cost
         if budget is not None:
-            self._check_held(after, budget)
+            budget.check_held(after, self.sites.cost)
         with self.progress("latency", None):
             few = example
             if self.sites.graph.program is not None and self.sites.graph.static_batch is None:

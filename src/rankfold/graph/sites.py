@@ -172,8 +172,8 @@ def find_sites(
         The sites and skips, the graph, and the cost of the whole model.
 
     Raises:
-        ModelError: The model is no module, or has tensors on meta, weights that are not finite, or lazy weights that
-            the forward would draw.
+        ModelError: The model is no module, or has tensors on meta, packed weights, compiled parts, weights that are not
+            finite, or lazy weights that the forward would draw.
         TraceError: The forward fails on the example.
         OptionError: A selection is no list of strings.
         SiteError: A pattern matches nothing, and near matches are named; or the selection leaves no site.

@@ -78,6 +78,29 @@ class Budget:
             cure="bound params or bytes, or give torch its formula: torch.utils.flop_counter.register_flop_formula",
         )
 
+    def check_held(self, counted: Cost, original: Cost) -> None:
+        """Refuse a compressed model that is over a bound.
+
+        Args:
+            counted: On the live compressed model.
+            original: Cost of the whole original model.
+
+        Raises:
+            BudgetError: It is over; each resource is named with its bound and count.
+        """
+        got, before = counted.amounts(), original.amounts()
+        over = {name: bound for name, bound in self.bounds(original).items() if got[name] > bound}
+        if over:
+            raise BudgetError(
+                f"Budget.{next(iter(over))}",
+                law="the compressed model, counted as it would be handed back, is within every bound",
+                got=", ".join(
+                    f"{name} at most {bound} where it has {got[name]} (of {before[name]})"
+                    for name, bound in over.items()
+                ),
+                cure="its forward does other work than the original's did: ask for less, or bound params instead",
+            )
+
     def to_json(self) -> dict[str, float | int]:
         """The bounds that are set."""
         return {
