@@ -46,11 +46,14 @@ def _model() -> Text:
     return Text().eval()
 
 
-def test_blockers_are_the_layers_that_stay_with_share_and_reason() -> None:
-    model, x = _model(), _tokens()[0]
-    sites = rf.find_sites(model, x)
-    whole = count(model, x)
-    found = blockers(sites, "params")
+@pytest.fixture(scope="module")
+def text() -> rf.Sites:
+    return rf.find_sites(_model(), _tokens()[0])
+
+
+def test_blockers_are_the_layers_that_stay_with_share_and_reason(text: rf.Sites) -> None:
+    whole = text.cost
+    found = blockers(text, "params")
     assert [(one.path, one.kind, one.amount) for one in found] == [
         ("rnn", "LSTM", 4 * WIDTH * (2 * WIDTH + 2)),
         ("embed", "Embedding", VOCABULARY * WIDTH),
@@ -58,23 +61,22 @@ def test_blockers_are_the_layers_that_stay_with_share_and_reason() -> None:
     ]
     assert [one.share for one in found] == [one.amount / whole.params for one in found]
     assert [one.reason.split(":")[0] for one in found] == ["unsupported", "unsupported", "no matrix"]
-    macs = blockers(sites, "macs")
+    macs = blockers(text, "macs")
     assert [(one.path, one.amount) for one in macs] == [
         ("rnn", 5 * 4 * WIDTH * 2 * WIDTH),
         ("head", 5 * VOCABULARY * WIDTH),
     ]
     assert macs[1].reason.startswith("tied: the weight is also embed.weight")
-    assert blockers(sites, "macs", most=1) == macs[:1]
+    assert blockers(text, "macs", most=1) == macs[:1]
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_blockers_and_what_can_be_cut_are_the_whole(seed: int) -> None:
-    model, x = random_network(seed)
-    for sites in (rf.find_sites(model, x), rf.find_sites(_model(), _tokens()[0])):
-        part, whole = cuttable(sites).amounts(), sites.cost.amounts()
-        for name in whole:
-            assert sum(one.amount for one in blockers(sites, name, most=None)) + part[name] == whole[name]
-            assert reach(sites)[name] == part[name] / whole[name]
+@pytest.mark.parametrize("seed", [None, 0, 1, 2, 3])
+def test_blockers_and_what_can_be_cut_are_the_whole(seed: int | None, text: rf.Sites) -> None:
+    sites = text if seed is None else rf.find_sites(*random_network(seed))
+    part, whole = cuttable(sites).amounts(), sites.cost.amounts()
+    for name in whole:
+        assert sum(one.amount for one in blockers(sites, name, most=None)) + part[name] == whole[name]
+        assert reach(sites)[name] == part[name] / whole[name]
 
 
 def test_a_budget_that_cannot_be_met_names_what_blocks_it() -> None:
@@ -94,6 +96,27 @@ def test_layers_that_were_not_selected_are_named_as_such() -> None:
     model, data = _model(), _tokens()
     with pytest.raises(BudgetError, match=r"up \(Linear, 0\.\d+, not selected: .*, or select more layers"):
         rf.compress(model, data, budget=rf.Budget(params=0.5), only=["down"], weighting=False)
+
+
+class Reader(nn.Module):
+    """Reads the weight of one of its layers by itself, so that no other module can take its place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.free = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.thin = nn.Conv1d(16, 16, 3, groups=16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.free(self.read(x).relu()) + self.read.weight.sum()
+        return self.thin(hidden[..., None].expand(-1, -1, 4))  # type: ignore[no-any-return]
+
+
+def test_a_site_that_the_families_cannot_cut_is_named_too() -> None:
+    model, data = Reader().eval(), [torch.randn(40, 16)]
+    with pytest.raises(BudgetError) as caught:
+        rf.compress(model, data, budget=rf.Budget(params=0.05), families=[rf.SVD(), rf.Interpolative()])
+    assert "read (Linear, " in str(caught.value)
+    assert "read elsewhere" in str(caught.value)
 
 
 def _stock(*, wide: int) -> nn.Sequential:

@@ -12,6 +12,7 @@ from rankfold.metrics.cost import RESOURCES, Cost, Holding, dense_cost
 
 NO_MATRIX = "no matrix: its tensors have fewer than two axes, or are no weights"
 NO_WEIGHT = "no weight: it multiplies activations with each other, or weights of other modules"
+NOTHING_SMALLER = "no smaller form: none of the families given makes it smaller"
 NO_CHANNELS = "frozen: no channels of it can be removed, and no other family was given"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from rankfold.decompositions import Decomposition
 from rankfold.factors import Rank
-from rankfold.graph.reach import unreachable
+from rankfold.graph.reach import NOTHING_SMALLER, unreachable
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.cost import Cost, dense_cost
 from rankfold.ranks.budget import Budget
@@ -136,7 +136,9 @@ class Problem:
         }
         whole = {name: bound + fixed[name] for name, bound in self.bounds.items()}
         if any(smallest[name] > bound for name, bound in whole.items()):
-            raise unreachable(self.original, whole, smallest, sites=self.found)
+            dense = [site for site, each in zip(self.sites, self.options, strict=True) if len(each) == 1]
+            frozen = {site.path: site.fixed or NOTHING_SMALLER for site in dense}
+            raise unreachable(self.original, whole, smallest, sites=self.found, frozen=frozen)
         return self
 
     def restricted(self, keep: Callable[[Option], bool]) -> Problem:
