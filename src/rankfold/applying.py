@@ -12,8 +12,9 @@ from torch import nn
 from rankfold.channels.narrowing import fold_and_cut_
 from rankfold.curves import needed
 from rankfold.errors import DataError, PlanError, SiteError, shown
+from rankfold.graph.models import check_in_place, check_model
 from rankfold.graph.regions import find_calls
-from rankfold.graph.sites import Site, Sites, check_model, find_sites
+from rankfold.graph.sites import Site, Sites, find_sites
 from rankfold.graph.trace import Batch, device_of, evaluating, run, to_device
 from rankfold.graph.values import Spill
 from rankfold.plan import Decision, Plan
@@ -54,6 +55,7 @@ def apply(
         PlanError: The plan does not fit the model.
         DataError: Statistics are needed and there is no data.
     """
+    model = check_model(model)
     return _apply(model, copied(model), plan, data, stats)
 
 
@@ -68,7 +70,12 @@ def apply_(
 
     Returns:
         The root: the same object, or a new module where the model itself is the one layer.
+
+    Raises:
+        ModelError: The model is compiled; its code may hold on to the layers that are replaced.
     """
+    check_in_place(model, instead="rankfold.apply")
+    model = check_model(model)
     return _apply(model, model, plan, data, stats)
 
 
@@ -243,7 +250,6 @@ def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: 
 
 def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: Statistics | None) -> nn.Module:
     """Check the plan, collect what it reads where that was not done before, and carry it out."""
-    check_model(model)
     check_plan(model, plan)
     if stats is not None and not isinstance(stats, Statistics):
         raise DataError("stats", law="a rankfold.Statistics, or None", got=shown(stats), cure="pass what collect gave")

@@ -75,7 +75,7 @@ def measure(
     """
     check_families(families)
     check_progress(progress)
-    check_sites(model, sites)
+    model = check_sites(model, sites)
     if stats is not None and not isinstance(stats, Statistics):
         raise OptionError(
             "stats", law="an instance of Statistics, or None", got=shown(stats), cure="pass what rankfold.collect gave"

@@ -17,12 +17,14 @@ from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import NumericsError, PlanError, SelfCheckError, SiteError
+from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError
+from rankfold.graph.models import COMPILED, check_model, is_compiled
 from rankfold.graph.refusals import BY_BATCH
-from rankfold.graph.sites import Sites, check_model, find_sites
+from rankfold.graph.sites import Sites, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
 from rankfold.graph.values import Spill
 from rankfold.metrics.compare import Comparison, compare
+from rankfold.metrics.cost import Cost
 from rankfold.metrics.counted import count
 from rankfold.metrics.latency import latency_ratio
 from rankfold.plan import Plan
@@ -66,12 +68,21 @@ class Compressed:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """One plan carried out."""
+    """One plan carried out.
+
+    Attributes:
+        comparison: On the held-out samples.
+        model: The compressed model.
+        plan: The plan.
+        remarks: For the report.
+        cost: Counted on the compressed model; None for a trial on a part of the samples, which nobody gets.
+    """
 
     comparison: Comparison
     model: nn.Module
     plan: Plan
     remarks: tuple[str, ...]
+    cost: Cost | None = None
 
 
 @dataclass(eq=False)
@@ -103,10 +114,12 @@ class Job:
         held_out: int | None = None,
     ) -> Job:
         """Check the inputs and find the sites; one sample in `held_out` is held out, None goes by their number."""
-        check_model(model)
+        given, model = model, check_model(model)
         spill = Spill(None if limit is None else limit // 2)
         batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
         example = first_of(batches)
+        if is_compiled(given):
+            notes.append(COMPILED)
         if digest(first_of(batches)) != digest(example):
             notes.append(SHUFFLED)
         with progress("trace", None):
@@ -117,6 +130,8 @@ class Job:
             notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
+        if sites.uncounted:
+            notes.append(f"not counted in MACs: {', '.join(sites.uncounted[:5])}")
         held_out = held_out_of(batches) if held_out is None else held_out
         judged: Iterable[Batch] = Split(batches, held_out, held_out=True)
         if not any(True for _ in judged):
@@ -257,7 +272,8 @@ class Job:
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
             comparison = compare(self.model, compressed, self.judged, world=world())
-            return Attempt(comparison, compressed, plan, remarks)
+            cost = count(compressed, first_of(self.batches)) if part is None else None
+            return Attempt(comparison, compressed, plan, remarks, cost)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
@@ -280,6 +296,8 @@ class Job:
 
         def whole(name: str, plan: Plan) -> Candidate:
             attempt = self.attempt(plan)
+            if attempt.cost is not None:
+                budget.check_held(attempt.cost, self.sites.cost)
             if not best or attempt.comparison.divergence < best[0].comparison.divergence:
                 best[:] = [attempt]  # one compressed model at a time is kept
             return _candidate(name, attempt)
@@ -309,7 +327,7 @@ class Job:
     ) -> list[Candidate]:
         """Some work for every plan, or for as many as are wanted; one that fails drops out while another is left."""
         done: list[Candidate] = []
-        failures: list[SelfCheckError | PlanError | NumericsError] = []
+        failures: list[SelfCheckError | PlanError | NumericsError | BudgetError] = []
         wanted = len(plans) if wanted is None else min(wanted, len(plans))
         with self.progress(stage, wanted) as advance:
             for name, plan in plans.items():
@@ -317,7 +335,7 @@ class Job:
                     break
                 try:
                     done.append(work(name, plan))
-                except (SelfCheckError, PlanError, NumericsError) as cause:
+                except (SelfCheckError, PlanError, NumericsError, BudgetError) as cause:
                     if len(plans) == 1 or world().size > 1:
                         raise
                     failures.append(cause)
@@ -328,14 +346,23 @@ class Job:
             raise failures[0]
         return done
 
-    def finish(self, best: Attempt, candidates: Sequence[Candidate] = ()) -> Compressed:
+    def finish(
+        self, best: Attempt, candidates: Sequence[Candidate] = (), *, budget: Budget | None = None
+    ) -> Compressed:
         """Report on the attempt that is taken.
 
         Args:
             best: The attempt.
             candidates: All that were tried.
+            budget: What the model that is handed back must keep to; None where a plan is carried out as it is.
+
+        Raises:
+            BudgetError: It does not.
         """
         example = first_of(self.batches)
+        after = count(best.model, example) if best.cost is None else best.cost
+        if budget is not None:
+            budget.check_held(after, self.sites.cost)
         with self.progress("latency", None):
             few = example
             if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
@@ -345,7 +372,7 @@ class Job:
             self.sites.model,
             rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts)),
             self.sites.cost,
-            count(best.model, example),
+            after,
             best.plan.budget,
             latency,
             best.comparison,

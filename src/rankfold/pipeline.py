@@ -16,7 +16,8 @@ from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.errors import OptionError, PlanError, shown
-from rankfold.graph.sites import Skip, check_module, check_selection
+from rankfold.graph.models import check_module
+from rankfold.graph.sites import Skip, check_selection
 from rankfold.graph.trace import device_of
 from rankfold.graph.values import Memory, parse_memory
 from rankfold.job import Compressed, Job
@@ -72,7 +73,8 @@ def compress(
     process that fails ends the others.
 
     Args:
-        model: The trained network; left untouched, its training mode too.
+        model: The trained network; left untouched, its training mode too. Of a compiled one the plain model inside is
+            compressed, and what comes back is not compiled.
         data: Calibration inputs, a re-iterable of batches (tensor, tuple whose first item is the input, or dict of
             keyword arguments). Labels are not needed.
         budget: How large the whole model may be.
@@ -104,7 +106,8 @@ def compress(
 
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
-        BudgetError: The budget cannot be met; the smallest reachable value is named.
+        BudgetError: The budget cannot be met; the smallest reachable value is named, and what blocks it. Or it bounds
+            MACs that cannot be counted; or what was made is over it when counted.
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
         DistributedError: Another process failed or is gone, or was given other arguments.
     """
@@ -130,6 +133,8 @@ def compress(
     check_progress(progress)
     limit = parse_memory(memory)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
+    model = job.model
+    budget.check_counted(job.sites.uncounted)
     if any(isinstance(method, Interpolative) for method in families):
         job.sites = job.sites.with_fixed()
     if job.sites.graph.program is None:
@@ -182,7 +187,7 @@ def compress(
                 seed=seed,
                 repair=repair,
             )
-    return job.finish(*job.carried_out(makers, budget))
+    return job.finish(*job.carried_out(makers, budget), budget=budget)
 
 
 @together
@@ -214,12 +219,12 @@ def execute(
         PlanError: It is no plan, or does not fit the model.
         SiteError: It decides on a layer that is no site.
     """
-    check_module(model)
+    plain = check_module(model)
     if not isinstance(plan, Plan):
         raise PlanError("plan", law="an instance of Plan", got=shown(plan), cure="read a file with rankfold.Plan.load")
     check_progress(progress)
     budget = budget_of(plan.budget, "plan")
-    check_plan(model, plan)
+    check_plan(plain, plan)
     job = Job.start(model, data, progress, limit=parse_memory(memory), held_out=held_out_in(plan))
     if plan.cuts:
         job.sites = job.sites.with_fixed()

@@ -16,6 +16,7 @@ from rankfold.curves import moments_of
 from rankfold.decompositions import factorise
 from rankfold.errors import ModelError, PlanError, near_matches, shown
 from rankfold.factors import Factors
+from rankfold.graph.models import check_in_place, check_module
 from rankfold.graph.sites import Site, fingerprint
 from rankfold.graph.trace import Batch
 from rankfold.layers import Geometry, adapter_for, build_shell, dense_geometry, fill_shell, stages, tensor
@@ -432,8 +433,12 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         channels stay narrow.
 
     Raises:
+        ModelError: The model is no module, or is to be changed in place and is compiled.
         PlanError: The model is not what the plan makes.
     """
+    if inplace:
+        check_in_place(model, instead="rankfold.merge with inplace=False")
+    model = check_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for decision in plan.changes:
         shell = modules.get(decision.site)

@@ -116,13 +116,15 @@ def test_a_lazy_layer_that_is_reached_is_refused_and_stays_lazy() -> None:
     assert not model[1]._forward_pre_hooks or len(model[1]._forward_pre_hooks) == 1
 
 
-def test_dynamically_quantised_layers_are_skipped() -> None:
-    from torch.ao.nn.quantized import dynamic
+def test_a_weight_that_is_a_method_is_packed() -> None:
+    class Packed(nn.Module):
+        def weight(self) -> Tensor:
+            return torch.eye(8)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        packed = dynamic.Linear(8, 8)
-    assert _reasons(_pair(packed, nn.Linear(8, 8))) == {"0": "quantised: the weight is packed"}
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight())
+
+    assert _reasons(_pair(Packed(), nn.Linear(8, 8))) == {"0": "quantised: the weight is packed"}
 
 
 def test_a_weight_kept_as_an_integer_buffer_is_quantised() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from rankfold.channels.elimination import RemovalCurve
 from rankfold.errors import BudgetError
 from rankfold.graph.channels import ChannelGroup
+from rankfold.graph.reach import NO_CHANNELS, unreachable
 from rankfold.graph.sites import Sites
 from rankfold.metrics.cost import Cost, dense_cost
 
@@ -50,7 +51,7 @@ class Widths:
         stacks: Sequence[Stack],
     ) -> None:
         self.curves, self.bounds, self.stacks = tuple(curves), dict(bounds), tuple(stacks)
-        self._ledger = _Ledger(model, curves, sites)
+        self._ledger, self._sites = _Ledger(model, curves, sites), sites
         self.left = [self.units(s) for s in range(len(self.stacks))]
 
     def units(self, stack: int) -> int:
@@ -106,15 +107,15 @@ class Widths:
 
     def impossible(self) -> BudgetError:
         """The error for bounds that are broken where no step is left."""
-        reached, broken = self.cost.amounts(), self.broken()
-        return BudgetError(
-            f"Budget.{broken[0]}",
-            law="the smallest reachable model is within every bound",
-            got=", ".join(
-                f"{name} at most {self.bounds[name]} where the smallest is {reached[name]}" for name in broken
-            ),
-            cure="raise the bound, allow families that shrink layers without channel groups, or ask for no multiples",
-            smallest={name: reached[name] for name in self.bounds},
+        reached = self.cost.amounts()
+        touched = {path for curve in self.curves for path in (*curve.group.made, *curve.group.read)}
+        return unreachable(
+            self._sites.whole,
+            self.bounds,
+            {name: reached[name] for name in self.bounds},
+            sites=self._sites,
+            frozen={site.path: NO_CHANNELS for site in self._sites if site.path not in touched},
+            cure="allow families that shrink layers without channel groups, or ask for no multiples",
         )
 
 

@@ -226,6 +226,7 @@ class Remover:
             self.sites,
             sites=narrowed_sites(self.model, self.sites, cuts),
             cost=count(narrow, self.example),
+            original=self.sites.whole,
             fingerprint=fingerprint(narrow),
         )
         return measure(narrow, stats, sites=sites, families=families, world=world)

@@ -7,8 +7,10 @@ would break. The stand-in is what the replacement will be, an `nn.Sequential`, a
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -149,13 +151,21 @@ def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module
     try:
         for parent, name, child in places:
             parent._modules[name] = stand_ins[id(child)]
-        samples = run_one(stand_ins.get(id(model), model), example)
+        samples = run_one(stand_ins.get(id(model), model), example, watched=partial(_afresh, seen))
     finally:
         for parent, name, child in places:
             parent._modules[name] = child
     for each in seen.values():
         each.calls = [(size, max(1, round(count / samples))) for size, count in each.calls]
     return seen
+
+
+@contextmanager
+def _afresh(seen: dict[int, Seen]) -> Iterator[None]:
+    """Inside, a try of which nothing that an earlier one showed is left."""
+    for each in seen.values():
+        each.calls, each.misuse = [], None
+    yield
 
 
 def paths_of(model: nn.Module) -> Iterable[tuple[str, nn.Module, tuple[str, ...]]]:

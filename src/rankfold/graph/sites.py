@@ -9,18 +9,18 @@ from fnmatch import fnmatchcase
 from math import prod
 from typing import Any, overload
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rankfold.errors import ModelError, OptionError, SiteError, TraceError, near_matches, shown
 from rankfold.factors import Rank
+from rankfold.graph.models import check_model, check_module
 from rankfold.graph.probe import observe, paths_of
 from rankfold.graph.refusals import Context, why_entangled, why_unfit
 from rankfold.graph.trace import Batch, Graph, split_batch, trace
 from rankfold.layers import Geometry, adapter_for, forms, stages
-from rankfold.metrics.cost import Cost
-from rankfold.metrics.counted import count_bytes, count_macs, count_params
+from rankfold.metrics.cost import Cost, Holding
+from rankfold.metrics.counted import Counted, count_bytes, count_params, counted, holdings
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ class Sites(Sequence[Site]):
         fingerprint: SHA-256 over the names, shapes and dtypes of the model's state.
         model: Name of the model's class.
         fixed: Layers among the skips that can lose channels, though no other module can take their place.
+        holdings: What each module holds and multiplies itself, by path, in the order of the model's modules.
+        uncounted: Operators that multiply matrices, or may, and are in no count of MACs, with where they are called.
+        original: Cost of the model before any channel went, where these are the sites of a narrowed one.
     """
 
     sites: tuple[Site, ...]
@@ -102,6 +105,14 @@ class Sites(Sequence[Site]):
     fingerprint: str
     model: str
     fixed: tuple[Site, ...] = ()
+    holdings: tuple[Holding, ...] = ()
+    uncounted: tuple[str, ...] = ()
+    original: Cost | None = None
+
+    @property
+    def whole(self) -> Cost:
+        """Cost of the whole original model, which every share is a share of."""
+        return self.cost if self.original is None else self.original
 
     def with_fixed(self) -> Sites:
         """The same with the fixed layers among the sites, for the removal of channels."""
@@ -161,20 +172,20 @@ def find_sites(
         The sites and skips, the graph, and the cost of the whole model.
 
     Raises:
-        ModelError: The model is no module, or has tensors on meta, weights that are not finite, or lazy weights that
-            the forward would draw.
+        ModelError: The model is no module, or has tensors on meta, packed weights, compiled parts, weights that are not
+            finite, or lazy weights that the forward would draw.
         TraceError: The forward fails on the example.
         OptionError: A selection is no list of strings.
         SiteError: A pattern matches nothing, and near matches are named; or the selection leaves no site.
     """
-    check_model(model)
+    model = check_model(model)
     check_selection(only, exclude)
     layers = {
         id(module): (module, adapter)
         for _, module, _ in paths_of(model)
         if why_unfit(module) is None and (adapter := adapter_for(module)) is not None
     }
-    macs = _macs(model, example)
+    macs = _counted(model, example)
     seen = observe(model, example, layers)
     graph = trace(model, example)
     context = Context.of(model, graph, seen)
@@ -200,10 +211,12 @@ def find_sites(
         tuple(sites),
         tuple(skips),
         graph,
-        Cost(count_params(model), macs, count_bytes(model)),
+        Cost(count_params(model), macs.macs, count_bytes(model)),
         fingerprint(model),
         type(model).__name__,
         tuple(fixed),
+        holdings(model, macs.by_module),
+        macs.missed,
     )
     return select(found, only=only, exclude=exclude)
 
@@ -279,15 +292,18 @@ def check_selection(only: Sequence[str] | None, exclude: Sequence[str]) -> None:
         )
 
 
-def check_sites(model: nn.Module, sites: Sites) -> None:
+def check_sites(model: nn.Module, sites: Sites) -> nn.Module:
     """Refuse sites that are not this model's.
+
+    Returns:
+        The plain model; see `check_module`.
 
     Raises:
         OptionError: They are not what `find_sites` returns.
         ModelError: The model is no module, or has tensors on meta.
         SiteError: They are of another model; the first layer that is missing is named.
     """
-    check_module(model)
+    model = check_module(model)
     if not isinstance(sites, Sites):
         raise OptionError(
             "sites",
@@ -312,67 +328,7 @@ def check_sites(model: nn.Module, sites: Sites) -> None:
             got=f"fingerprint {sites.fingerprint[:12]} against {own[:12]} of this {type(model).__name__}",
             cure="find the sites of this model",
         )
-
-
-def check_module(model: nn.Module, place: str = "model") -> None:
-    """Refuse what is no module, or has tensors on meta.
-
-    Args:
-        model: What was given as a model.
-        place: The argument, named where it is no module.
-
-    Raises:
-        ModelError: Naming the tensor.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError(place, law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError(
-            place,
-            law="an nn.Module with its Python code",
-            got=type(model).__name__,
-            cure="pass the module that was scripted or traced, and script what comes back",
-        )
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_meta:
-            raise ModelError(
-                name,
-                law="every tensor is on a real device",
-                got="a tensor on meta",
-                cure="load the weights on a device first (model.to_empty holds no weights)",
-            )
-
-
-def check_model(model: nn.Module) -> None:
-    """Refuse what is no module, has tensors on meta, or weights that are not finite.
-
-    Raises:
-        ModelError: Naming the tensor.
-    """
-    check_module(model)
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            raise ModelError(
-                f"{path}.weight" if path else "weight",
-                law="a forward leaves every parameter as it is",
-                got=f"max_norm={module.max_norm}, by which it rescales the rows that it reads",
-                cure="set max_norm to None; a trained table keeps its rows",
-            )
-    for name, parameter in model.named_parameters():
-        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-        if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:
-            continue
-        # 8-bit floats know no isfinite
-        weight = parameter.detach()
-        finite = torch.isfinite(weight.float() if weight.element_size() == 1 else weight)
-        if not bool(finite.all()):
-            bad = int((~finite).sum())
-            raise ModelError(
-                name,
-                law="every weight is finite",
-                got=f"{bad} of {parameter.numel()} NaN or infinite",
-                cure="look at how the model was trained or loaded",
-            )
+    return model
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -385,7 +341,7 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _macs(model: nn.Module, example: Batch) -> int:
+def _counted(model: nn.Module, example: Batch) -> Counted:
     """MACs per sample of the whole model, on a first run that also shows whether the model runs at all."""
     handles = [
         module.register_forward_pre_hook(_refuse_lazy(path), prepend=True)
@@ -393,7 +349,7 @@ def _macs(model: nn.Module, example: Batch) -> int:
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False))
     ]
     try:
-        return count_macs(model, example)
+        return counted(model, example)
     except ModelError:
         raise
     except Exception as cause:

@@ -133,18 +133,23 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, no gradients; outside, every module's own mode and every buffer as it was."""
+    """Eval mode inside, no gradients, nothing compiled; outside, every module's own mode and every buffer as it was."""
     modes = [(module, module.training) for module in model.modules()]
+    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     buffers = [
         (module, name, buffer, buffer.detach().clone() if buffer is not None and _is_plain(buffer) else None)
         for module in model.modules()
         for name, buffer in module._buffers.items()
     ]
     model.eval()
+    for module, _ in compiled:  # what `model.compile()` left behind
+        module._compiled_call_impl = None
     try:
         with torch.no_grad():
             yield
     finally:
+        for module, implementation in compiled:
+            module._compiled_call_impl = implementation
         for module, training in modes:
             module.training = training
         for module, name, buffer, value in buffers:  # some models count or cache in their forward

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankfold.errors import DataError, NumericsError, RankfoldError, TraceError
-from rankfold.graph.sites import check_module
+from rankfold.graph.models import check_module
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, split_batch, take, to_device
 from rankfold.statistics.data import as_batches, numbered
 from rankfold.statistics.distributed import ALONE, World
@@ -209,8 +209,8 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: Wor
         TraceError: A model does not run on a batch; the batch is named.
         NumericsError: An output of either model is not finite; the batch is named.
     """
-    check_module(original, "original")
-    check_module(compressed, "compressed")
+    original = check_module(original, "original")
+    compressed = check_module(compressed, "compressed")
     tally = _Tally()
     with evaluating(original), evaluating(compressed):
         for number, batch in _shares(as_batches(data), tally, world):

@@ -43,6 +43,22 @@ class Cost:
         return {name: getattr(self, name) for name in RESOURCES}
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What one module has of its own, its children left out.
+
+    Attributes:
+        path: Dotted path of the module, its first.
+        kind: Name of its class.
+        cost: Its parameters and persistent buffers, a shared one at the module that comes first, and the MACs that its
+            own code does, all calls together.
+    """
+
+    path: str
+    kind: str
+    cost: Cost
+
+
 def dense_cost(site: Site) -> Cost:
     """What the site costs as it is."""
     params = site.geometry.n_params

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankfold.errors import DataError, OptionError, shown
-from rankfold.graph.sites import check_module
+from rankfold.graph.models import check_module
 from rankfold.graph.trace import Batch, device_of, evaluating, split_batch, to_device
 from rankfold.metrics.compare import check_finite, check_shapes, labels_of, output_tensor, run_on
 from rankfold.metrics.corruptions import CORRUPTIONS, Corruption
@@ -126,8 +126,8 @@ def decisions(
         Goodfellow, Shlens, Szegedy, ICLR 2015 (FGSM). We differ in attacking the model's own decision, so that no label
         is needed.
     """
-    check_module(original, "original")
-    check_module(compressed, "compressed")
+    original = check_module(original, "original")
+    compressed = check_module(compressed, "compressed")
     check_seed(seed)
     _check(corruptions, fgsm)
     tally = _Tally()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from rankfold.errors import BudgetError, shown
@@ -58,6 +59,47 @@ class Budget:
             if bound is not None:
                 result[name] = int(bound * whole + 1e-9) if isinstance(bound, float) else bound
         return result
+
+    def check_counted(self, missed: Sequence[str]) -> None:
+        """Refuse a bound on MACs where no count knows all of them.
+
+        Args:
+            missed: Operators of the model that nothing counts.
+
+        Raises:
+            BudgetError: Naming them.
+        """
+        if self.macs is None or not missed:
+            return
+        raise BudgetError(
+            "Budget.macs",
+            law="every operator of the model that multiplies matrices is counted, so that the bound can be held",
+            got=", ".join(missed[:5]) + (f" and {len(missed) - 5} more" if len(missed) > 5 else ""),
+            cure="bound params or bytes, or give torch its formula: torch.utils.flop_counter.register_flop_formula",
+        )
+
+    def check_held(self, counted: Cost, original: Cost) -> None:
+        """Refuse a compressed model that is over a bound.
+
+        Args:
+            counted: On the live compressed model.
+            original: Cost of the whole original model.
+
+        Raises:
+            BudgetError: It is over; each resource is named with its bound and count.
+        """
+        got, before = counted.amounts(), original.amounts()
+        over = {name: bound for name, bound in self.bounds(original).items() if got[name] > bound}
+        if over:
+            raise BudgetError(
+                f"Budget.{next(iter(over))}",
+                law="the compressed model, counted as it would be handed back, is within every bound",
+                got=", ".join(
+                    f"{name} at most {bound} where it has {got[name]} (of {before[name]})"
+                    for name, bound in over.items()
+                ),
+                cure="its forward does other work than the original's did: ask for less, or bound params instead",
+            )
 
     def to_json(self) -> dict[str, float | int]:
         """The bounds that are set."""

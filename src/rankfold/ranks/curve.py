@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from rankfold.decompositions import Decomposition
-from rankfold.errors import BudgetError
 from rankfold.factors import Rank
+from rankfold.graph.reach import NOTHING_SMALLER, unreachable
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.cost import Cost, dense_cost
 from rankfold.ranks.budget import Budget
@@ -90,6 +90,7 @@ class Problem:
         bounds: Absolute bounds on the sites' summed cost, by resource: the model's bound less the fixed cost.
         fixed: Cost of all that no decision changes.
         original: Cost of the whole original model.
+        found: The sites with the model around them, to name what blocks a budget; None for a problem without a model.
     """
 
     sites: tuple[Site, ...]
@@ -97,6 +98,7 @@ class Problem:
     bounds: dict[str, int]
     fixed: Cost
     original: Cost
+    found: Sites | None = None
 
     @classmethod
     def of(cls, curves: Curves, budget: Budget) -> Problem:
@@ -105,6 +107,7 @@ class Problem:
         Raises:
             BudgetError: The cheapest options together are over a bound; the smallest reachable values are named.
         """
+        budget.check_counted(curves.sites.uncounted)
         whole = budget.bounds(curves.sites.cost)
         fixed = curves.fixed_cost()
         bounds = {name: bound - fixed.amounts()[name] for name, bound in whole.items()}
@@ -118,7 +121,7 @@ class Problem:
                 if any(cost.amounts()[name] < dense.cost.amounts()[name] for name in bounds)
             ]
             options.append((dense, *smaller))
-        return cls(curves.sites.sites, tuple(options), bounds, fixed, curves.sites.cost).checked()
+        return cls(curves.sites.sites, tuple(options), bounds, fixed, curves.sites.whole, curves.sites).checked()
 
     def checked(self) -> Problem:
         """This problem, if the cheapest options together are within every bound.
@@ -126,24 +129,16 @@ class Problem:
         Raises:
             BudgetError: They are not; the smallest reachable value of each resource is named.
         """
-        fixed, original = self.fixed.amounts(), self.original.amounts()
+        fixed = self.fixed.amounts()
         smallest = {
             name: fixed[name] + sum(min(o.cost.amounts()[name] for o in each) for each in self.options)
             for name in self.bounds
         }
-        broken = [name for name, bound in self.bounds.items() if smallest[name] > bound + fixed[name]]
-        if broken:
-            raise BudgetError(
-                f"Budget.{broken[0]}",
-                law="the smallest reachable model is within every bound",
-                got=", ".join(
-                    f"{name} at most {self.bounds[name] + fixed[name]} where the smallest is {smallest[name]}"
-                    f" ({smallest[name] / max(original[name], 1):.4f} of {original[name]})"
-                    for name in broken
-                ),
-                cure="raise the bound, or allow more families or layers",
-                smallest=smallest,
-            )
+        whole = {name: bound + fixed[name] for name, bound in self.bounds.items()}
+        if any(smallest[name] > bound for name, bound in whole.items()):
+            dense = [site for site, each in zip(self.sites, self.options, strict=True) if len(each) == 1]
+            frozen = {site.path: site.fixed or NOTHING_SMALLER for site in dense}
+            raise unreachable(self.original, whole, smallest, sites=self.found, frozen=frozen)
         return self
 
     def restricted(self, keep: Callable[[Option], bool]) -> Problem:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from rankfold.errors import DataError, NumericsError
+from rankfold.graph.models import check_module
 from rankfold.graph.trace import device_of, evaluating, run, to_device
 from rankfold.linalg.precision import widen
 from rankfold.statistics.data import as_batches
@@ -34,9 +35,11 @@ def reestimate_batch_norms(model: nn.Module, data: Any, *, world: World = ALONE)
         Paths of the norms that were changed: those with running moments that the data reaches.
 
     Raises:
+        ModelError: The model is no module, or has tensors on meta.
         DataError: No data, or a batch with a single value a channel, which has no variance.
         NumericsError: An input of a norm is not finite.
     """
+    model = check_module(model)
     norms = {
         path: module
         for path, module in model.named_modules()

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from rankfold.graph.sites import Sites
     from rankfold.report.data import Report
 
+WELL_BELOW = 0.8  # where less than this share of the whole can be cut, what is left of that share is said, too
+
 
 def render(report: Report, *, width: int = 110) -> str:
     """Plain text, no colours.
@@ -65,6 +67,7 @@ def _summary(report: Report) -> list[str]:
         asked = report.budget.get(name)
         bound = f" (budget {asked})" if asked is not None else ""
         lines.append(f"{name:<8} {before:>15,} → {after:>15,}   {after / max(before, 1):.3f} kept{bound}")
+    lines += _of_what_can_be_cut(report)
     if report.latency is not None:
         lines.append(f"latency  {report.latency:.2f} of the original's, measured in the same run")
     if report.comparison is not None:
@@ -86,6 +89,17 @@ def _summary(report: Report) -> list[str]:
     if report.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     return lines
+
+
+def _of_what_can_be_cut(report: Report) -> list[str]:
+    """What is left of the layers in the table, of each resource of which they are well below the whole."""
+    parts = []
+    for name, whole in report.before.amounts().items():
+        before = sum(row.before.amounts()[name] for row in report.rows if row.before is not None)
+        after = sum(row.after.amounts()[name] for row in report.rows if row.after is not None)
+        if 0 < before < WELL_BELOW * whole:
+            parts.append(f"{name} {after / before:.3f} kept (it is {before / whole:.2f} of the whole)")
+    return [f"of what can be cut: {', '.join(parts)}"] if parts else []
 
 
 def _change(before: int, after: int) -> str:
@@ -120,9 +134,21 @@ def render_sites(sites: Sites, *, width: int = 110) -> str:
     if sites.skips:
         lines += ["", "left alone:", *(f"  {skip.path or '(the model)'}: {skip.reason}" for skip in sites.skips)]
     lines += ["", f"whole model: {cost.params:,} params, {cost.macs:,} MACs per sample, {cost.bytes:,} bytes"]
+    lines += _reach(sites)
     if sites.graph.reason is not None:
         lines.append(f"note: no graph, module hooks are used instead: {sites.graph.reason}")
     return "\n".join(lines) + "\n"
+
+
+def _reach(sites: Sites) -> list[str]:
+    """Which share can be cut at all, and what no count of MACs knows."""
+    from rankfold.graph.reach import reach
+
+    shares = reach(sites)
+    lines = [f"can be cut: {shares['params']:.3f} of the params, {shares['macs']:.3f} of the MACs"]
+    if sites.uncounted:
+        lines.append(f"note: not counted in MACs: {', '.join(sites.uncounted[:5])}")
+    return lines
 
 
 def render_channels(channels: Channels, *, width: int = 110) -> str:

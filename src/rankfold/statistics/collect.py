@@ -74,7 +74,7 @@ def collect(
         raise OptionError("enough", law="an int of at least 1, or None", got=repr(enough), cure="try 24")
     check_seed(seed)
     check_progress(progress)
-    check_sites(model, sites)
+    model = check_sites(model, sites)
     batches = as_batches(data)
     known = None if enough is None else sample_count(batches)
 

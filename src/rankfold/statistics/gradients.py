@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import NumericsError
+from rankfold.graph.models import check_module
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
@@ -66,6 +67,7 @@ def collect_gradients(
         NumericsError: A gradient is not finite; the site is named.
         DataError: There is no batch.
     """
+    model = check_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     grams = {site.path: GradientGram() for site in sites}
     energies = {site.path: torch.zeros(2, dtype=torch.float64) for site in sites}
