@@ -14,7 +14,7 @@ from rankfold.errors import DataError, NumericsError, OptionError, TraceError, s
 from rankfold.graph.lockstep import micro_batches
 from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
-from rankfold.layers import Adapter, adapter_for
+from rankfold.layers import Adapter, adapter_for, input_of
 from rankfold.linalg.precision import work_dtype
 from rankfold.progress import Progress, check_progress, silent
 from rankfold.registry import lookup
@@ -90,7 +90,7 @@ def collect(
         _Feeder(site, modules[site.path], list(collected[site.path].values()), drawn(site), (seed, index))
         for index, site in enumerate(sites)
     ]
-    handles = [feeder.module.register_forward_hook(feeder) for feeder in feeders] if kinds else []
+    handles = [feeder.module.register_forward_hook(feeder, with_kwargs=True) for feeder in feeders] if kinds else []
     device, samples, looked_at, sha = device_of(model), 0, 0, hashlib.sha256()
     piece = 0
     try:
@@ -200,8 +200,8 @@ class _Feeder:
         if self._positions is not None:
             self._generator = generator(*self._key, piece)
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs: Tensor = args[0]
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        inputs: Tensor = input_of(args, kwargs)
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
         for _, patches, outputs in chunks(self._adapter, layer, inputs, [output] if reads else [], chosen):
