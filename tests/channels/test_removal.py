@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold import surgery
+from rankfold.channels.remover import Remover
 from rankfold.decompositions._interpolative import RULES
 from rankfold.errors import BudgetError, OptionError, PlanError, SiteError
+from rankfold.graph.sites import find_sites
 from rankfold.metrics.counted import count
 from rankfold.plan import Plan
+from rankfold.registry import to_json
+from rankfold.statistics.collect import collect
 
 
 class Residual(nn.Module):
@@ -398,3 +402,33 @@ def test_bad_input_is_refused_by_name() -> None:
     edited["channels"][0]["kept"].append(99999)
     with pytest.raises(PlanError, match="ascending indices of what stays"):
         Plan.from_json(json.dumps(edited))
+
+
+@pytest.mark.parametrize(
+    ("families", "ranks"),
+    [([], None), ([rf.WhitenedSVD()], to_json(rf.Uniform()))],
+    ids=["channels alone", "channels and ranks"],
+)
+def test_the_plan_records_family_widths_and_ranks_that_were_chosen(
+    families: list[rf.Family], ranks: dict[str, object] | None
+) -> None:
+    model, data = _made("residual"), _images()
+    family, widths = rf.Interpolative(rule="magnitude", multiple_of=2, fold=False), rf.SameShare()
+    sites = find_sites(model, data[0]).with_fixed()
+    stats = collect(model, data, sites=sites)
+    remover = Remover.of(model, data[0], sites, stats, family)
+    plan = remover.plan(
+        rf.Budget(params=0.6),
+        share=0.5 if families else 1,
+        sizes=widths,
+        families=[each for each in families if isinstance(each, rf.Decomposition)],
+        selector=rf.Uniform(),
+        seed=0,
+        repair=None,
+    )
+    assert plan.channels
+    again = rf.Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.removal == to_json(family)
+    assert again.width_selector == to_json(widths)
+    assert again.selector == ranks
