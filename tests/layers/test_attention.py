@@ -137,8 +137,11 @@ def test_what_is_frozen_stays_frozen(kind: str, frozen: str) -> None:
     split = SplitAttention(module)
     got = {name for name, parameter in split.named_parameters() if not parameter.requires_grad}
     parts = {"q", "k", "v", "out"}
-    assert got == {
-        "weights": {f"{part}.weight" for part in parts},
-        "biases": {f"{part}.bias" for part in parts},
-        "output": {"out.weight", "out.bias"},
-    }[frozen]
+    assert (
+        got
+        == {
+            "weights": {f"{part}.weight" for part in parts},
+            "biases": {f"{part}.bias" for part in parts},
+            "output": {"out.weight", "out.bias"},
+        }[frozen]
+    )

@@ -40,7 +40,9 @@ class SplitAttention(nn.Module):
         own = [original.q_proj_weight, original.k_proj_weight, original.v_proj_weight]
         rows = [slice(part * width, (part + 1) * width) for part in range(3)]
         self.q, self.k, self.v = (
-            _linear(original.in_proj_weight if packed else weight, original.in_proj_bias, part if packed else None, part)
+            _linear(
+                original.in_proj_weight if packed else weight, original.in_proj_bias, part if packed else None, part
+            )
             for weight, part in zip(own, rows, strict=True)
         )
         self.out = _linear(original.out_proj.weight, original.out_proj.bias)
@@ -93,9 +95,7 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, float("-inf"))
 
 
-def _linear(
-    weight: Tensor, bias: Tensor | None, rows: slice | None = None, entries: slice | None = None
-) -> nn.Module:
+def _linear(weight: Tensor, bias: Tensor | None, rows: slice | None = None, entries: slice | None = None) -> nn.Module:
     """A linear layer of some rows of a weight and some entries of a bias, each trained as what it comes from is."""
     part = weight.detach()[rows or slice(None)]
     geometry = Geometry(part.shape[1], part.shape[0], bias=bias is not None)
