@@ -14,7 +14,7 @@ import rankfold as rf
 from rankfold.errors import OptionError, PlanError, SelfCheckError
 from rankfold.graph.sites import find_sites
 from rankfold.metrics.counted import count
-from rankfold.repair.lockstep import Repaired, install, lockstep, self_check
+from rankfold.repair.lockstep import install, lockstep, self_check
 from rankfold.statistics.collect import collect
 
 
