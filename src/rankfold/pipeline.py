@@ -22,7 +22,7 @@ from rankfold.graph.values import Memory, parse_memory
 from rankfold.job import Compressed, Job
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
-from rankfold.progress import Progress, check_progress, silent
+from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.ranks import Budget, Curves, RankSelector, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
@@ -55,7 +55,7 @@ def compress(
     seed: int = 0,
     work_dir: str | Path | None = None,
     memory: Memory = None,
-    progress: Progress = silent,
+    progress: Progress | Told = silent,
 ) -> Compressed:
     """Compress a trained network under one budget, without training it.
 
@@ -126,7 +126,7 @@ def compress(
     check_selection(only, exclude)
     check_positions(positions)
     check_seed(seed)
-    check_progress(progress)
+    progress = as_progress(progress)
     limit = parse_memory(memory)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     if any(isinstance(method, Interpolative) for method in families):
@@ -191,7 +191,7 @@ def execute(
     plan: Plan,
     *,
     memory: Memory = None,
-    progress: Progress = silent,
+    progress: Progress | Told = silent,
 ) -> Compressed:
     """Carry out a plan that is there already, and report on it as `compress` does.
 
@@ -216,7 +216,7 @@ def execute(
     check_module(model)
     if not isinstance(plan, Plan):
         raise PlanError("plan", law="an instance of Plan", got=shown(plan), cure="read a file with rankfold.Plan.load")
-    check_progress(progress)
+    progress = as_progress(progress)
     budget = budget_of(plan.budget, "plan")
     check_plan(model, plan)
     job = Job.start(model, data, progress, limit=parse_memory(memory))

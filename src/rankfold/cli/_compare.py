@@ -13,9 +13,9 @@ from rankfold.cli._data import DataOptions, DataSpec
 from rankfold.cli._errors import exit_codes, first_line
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean
-from rankfold.cli._progress import Watched, expected, shown
+from rankfold.cli._progress import Watched, expected
 from rankfold.errors import RankfoldError, TraceError
-from rankfold.progress import Progress
+from rankfold.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from rankfold.metrics.compare import Comparison
@@ -77,7 +77,7 @@ def compare(
         options = DataOptions.parse(batch_size=batch_size, limit=limit, size=size, mean=mean, std=std, length=length)
         first, second = _parse(original, compressed, weights=weights, factory=factory)
         source = DataSpec.parse(data, options)
-        with shown() as progress, stdout_kept_clean():
+        with progress_bar() as progress, stdout_kept_clean():
             result = _run((first, second), source, options, device=device, seed=seed, progress=progress)
         if json:
             emit_json(_as_json(result))

@@ -16,10 +16,10 @@ from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_positions
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
-from rankfold.cli._progress import expected, shown, totalled
+from rankfold.cli._progress import expected, totalled
 from rankfold.cli._together import joined
 from rankfold.errors import BudgetError, SiteError
-from rankfold.progress import Progress
+from rankfold.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,7 +215,7 @@ def compress(
         source = DataSpec.parse(data, data_options)
         target = check_out(out, overwrite=overwrite)
         bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
-        with joined(device) as first, shown(wanted=first) as progress, stdout_kept_clean():
+        with joined(device) as first, progress_bar(wanted=first) as progress, stdout_kept_clean():
             choice = Choice(family, selector, repair, weighting, only, exclude)
             request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
             done = _run(spec, source, data_options, request, device=device, progress=progress)

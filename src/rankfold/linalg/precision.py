@@ -78,7 +78,7 @@ def full_products(device: torch.device) -> Iterator[None]:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Sum of outer products of rows, `XᵀX`, accumulated in the work dtype from products in the rows' own, with all its bits.
+    """Sum of outer products of rows, `XᵀX`, in the work dtype, from products in the rows' own with all its bits.
 
     Args:
         rows: `X`, shape (…, positions, features); half precision is widened to float32 first.

@@ -16,7 +16,7 @@ from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import Adapter, adapter_for, input_of
 from rankfold.linalg.precision import work_dtype
-from rankfold.progress import Progress, check_progress, silent
+from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
 from rankfold.statistics.data import as_batches, digest, no_batch, numbered, sample_count
@@ -37,7 +37,7 @@ def collect(
     positions: int | None = None,
     enough: int | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress | Told = silent,
     world: World = ALONE,
 ) -> Statistics:
     """Run the model once over the data and sum up what each site sees.
@@ -73,7 +73,7 @@ def collect(
     if enough is not None and (isinstance(enough, bool) or not isinstance(enough, int) or enough < 1):
         raise OptionError("enough", law="an int of at least 1, or None", got=repr(enough), cure="try 24")
     check_seed(seed)
-    check_progress(progress)
+    progress = as_progress(progress)
     check_sites(model, sites)
     batches = as_batches(data)
     known = None if enough is None else sample_count(batches)
