@@ -111,7 +111,14 @@ def _run(
         first, second = (spec.load(seed=seed, device=place) for spec in specs)
     causal = o.is_causal(first)
     batches = as_batches(
-        source.open(options, tokenizer=specs[0].directory, dtype=o.weight_dtype(first), labels=True, causal=causal)
+        source.open(
+            options,
+            tokenizer=specs[0].directory,
+            dtype=o.weight_dtype(first),
+            labels=True,
+            causal=causal,
+            names=o.forward_names(first),
+        )
     )
     try:
         with progress("compare", expected(batches)) as advance:

@@ -306,7 +306,14 @@ def _run(
     place = o.parse_device(device)
     with progress("load", None):
         network = spec.load(seed=request.seed or 0, device=place)
-    batches = source.open(options, tokenizer=spec.directory, dtype=o.weight_dtype(network), labels=False, causal=False)
+    batches = source.open(
+        options,
+        tokenizer=spec.directory,
+        dtype=o.weight_dtype(network),
+        labels=False,
+        causal=False,
+        names=o.forward_names(network),
+    )
     done = _compressed(network, batches, request, totalled(progress, {"statistics": expected(batches)}))
     return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes)))
 

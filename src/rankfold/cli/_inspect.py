@@ -93,7 +93,14 @@ def _find(
         generator = torch.Generator().manual_seed(seed)
         example: Any = torch.randn(1, *(sample or ()), generator=generator).to(dtype)
     else:
-        batches = source.open(options, tokenizer=spec.directory, dtype=dtype, labels=False, causal=False)
+        batches = source.open(
+            options,
+            tokenizer=spec.directory,
+            dtype=dtype,
+            labels=False,
+            causal=False,
+            names=o.forward_names(network),
+        )
         example = next(iter(as_batches(batches)))
     sites = find_sites(network, example)
     return sites, find_channels(network, sites) if channels else None
