@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from rankfold.cli import _texts
 from rankfold.cli._arrays import array_batches
-from rankfold.cli._data import DataOptions, DataSpec, Limited, spread
+from rankfold.cli._data import DataOptions, DataSpec, Limited, notes_of, spread
 from rankfold.cli._errors import UsageError
 from rankfold.cli._texts import text_batches
 from rankfold.errors import DataError, DependencyError
@@ -65,6 +66,14 @@ def test_one_mean_makes_grey_images(folder: Path) -> None:
 def test_a_limit_takes_evenly_spaced_images(folder: Path) -> None:
     (batch,) = opened(folder, options(limit=5, mean="0,0,0", std="1,1,1"))
     assert (batch.mean((1, 2, 3)) * 255).round().tolist() == [0, 40, 80, 120, 160]
+
+
+@pytest.mark.parametrize(("limit", "used"), [(None, "all of them"), (5, r"5 of them, evenly spaced \(--limit\)")])
+def test_how_many_images_were_found_and_used_is_said(limit: int | None, used: str, folder: Path) -> None:
+    chosen = options(limit=limit)
+    data = DataSpec.parse(str(folder), chosen).open(chosen, tokenizer=None, dtype=FLOAT, labels=False, causal=False)
+    (note,) = notes_of(data)
+    assert re.fullmatch(f"10 images were found in .*images and its sub-folders; {used} were used", note)
 
 
 def test_a_second_pass_gives_the_same_images(folder: Path) -> None:
@@ -217,6 +226,12 @@ def test_a_limit_reads_no_batch_beyond_it() -> None:
     data = Counting()
     assert [len(batch) for batch in Limited(data, 8)] == [4, 4]
     assert data.read == 2
+
+
+def test_a_factory_in_a_file_is_data(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text("import torch\ndef batches():\n    return [torch.ones(4, 2)]\n")
+    (batch,) = opened(f"{tmp_path / 'data.py'}:batches", options())
+    assert batch.shape == (4, 2)
 
 
 def test_a_batch_size_does_not_go_with_a_factory() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfold.cli import _options as o
-from rankfold.cli._data import DataOptions, DataSpec
+from rankfold.cli._data import DataOptions, DataSpec, notes_of
 from rankfold.cli._errors import exit_codes, first_line
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean
@@ -33,17 +33,19 @@ class Result:
         costs: Of the two.
         comparison: On the data.
         latency: Time of the compressed forward over the original's.
+        data: What a reader must know of the data.
     """
 
     specs: tuple[ModelSpec, ModelSpec]
     costs: tuple[Cost, Cost]
     comparison: Comparison
     latency: float
+    data: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """What a reader must know, each thing once."""
-        return list(dict.fromkeys(note for spec in self.specs for note in spec.notes))
+        return list(dict.fromkeys([*(note for spec in self.specs for note in spec.notes), *self.data]))
 
 
 def compare(
@@ -136,7 +138,7 @@ def _run(
             got=first_line(cause),
             cure="check the shape, the names and the kind of the inputs",
         ) from cause
-    return Result(specs, costs, seen, ratio)
+    return Result(specs, costs, seen, ratio, notes_of(batches))
 
 
 def _as_json(result: Result) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfold.cli import _options as o
-from rankfold.cli._data import DataOptions, DataSpec
+from rankfold.cli._data import DataOptions, DataSpec, notes_of
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_positions
@@ -315,7 +315,7 @@ def _run(
         names=o.forward_names(network),
     )
     done = _compressed(network, batches, request, totalled(progress, {"statistics": expected(batches)}))
-    return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes)))
+    return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes, *notes_of(batches))))
 
 
 def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, progress: Progress) -> Compressed:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankfold.cli._errors import UsageError
-from rankfold.cli._names import FACTORY, call, import_factory, parse_numbers
+from rankfold.cli._names import call, import_factory, is_factory, parse_numbers
 
 if TYPE_CHECKING:
     import torch
 
 Kind = Literal["factory", "images", "arrays", "text"]
-CURE = "name package.module:factory, a folder of images, a .npz, a .npy, or a text file"
+CURE = "name package.module:factory, path/to/file.py:factory, a folder of images, a .npz, a .npy, or a text file"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class DataSpec:
             return cls(text, "images")
         if path.is_file():
             return cls(text, "arrays" if path.suffix.lower() in {".npz", ".npy"} else "text")
-        if FACTORY.fullmatch(text) is None:
+        if not is_factory(text):
             raise UsageError(text, law="the name of data", got="no such file or folder", cure=CURE)
         if options.batch_size is not None:
             raise UsageError(
@@ -138,6 +138,12 @@ class DataSpec:
 
         batches = as_batches(call(import_factory(self.text), self.text))
         return batches if options.limit is None else Limited(batches, options.limit)
+
+
+def notes_of(batches: Iterable[Any]) -> tuple[str, ...]:
+    """What a reader must know of where batches come from."""
+    notes: tuple[str, ...] = getattr(batches, "notes", ())
+    return notes if isinstance(notes, tuple) else ()  # a factory's own data may have notes of its own
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 LIMIT = 1024  # samples that calibration looks at unless told otherwise
 MODEL_HELP = (
-    "package.module:factory (the current directory can be imported), a local Hugging Face directory, timm:NAME or "
-    "torchvision:NAME (random weights unless --weights is given; nothing is downloaded), or a rankfold checkpoint "
-    "(with --factory)."
+    "package.module:factory (the current directory can be imported), path/to/file.py:factory, a local Hugging Face "
+    "directory, timm:NAME or torchvision:NAME (random weights unless --weights is given; nothing is downloaded), or a "
+    "rankfold checkpoint (with --factory)."
 )
 DATA_HELP = (
-    "package.module:factory that returns re-iterable batches, a folder of images, a .npz (one array of inputs, or "
-    "arrays named like the model's keyword arguments; optional labels, also as label, target or y), a .npy of inputs, "
-    "or a text file."
+    "package.module:factory or path/to/file.py:factory that returns re-iterable batches, a folder of images, a .npz "
+    "(one array of inputs, or arrays named like the model's keyword arguments; optional labels, also as label, target "
+    "or y), a .npy of inputs, or a text file."
 )
 
 Model: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
