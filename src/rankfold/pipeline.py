@@ -61,7 +61,7 @@ def compress(
 
     One in ten calibration samples is held out and never fitted on. Without a selector several plans are made: ranks by
     `Lagrangian()` and by `Uniform()` and of each family alone, channels removed, and channels for half of the way and
-    ranks for the rest (of channels alone: sizes by four rules). They are tried on one sample in eight (64 at least),
+    ranks for the rest (of channels alone: by four selectors). They are tried on one sample in eight (64 at least),
     and the best two are carried out on all; the one whose outputs on the held-out samples are closest to the original's
     is returned. With fewer than 128 samples to fit on, too few are held out to choose among so many: then only ranks of
     all families, channels, and channels with `Lagrangian()` ranks are made, and all carried out.
@@ -96,7 +96,8 @@ def compress(
         memory: Most bytes that activations may take, as an int or a text such as "512MB" (1 MB is 2²⁰ bytes). Half of
             them are for the values that the repair carries from layer to layer; what is beyond lies in nameless
             temporary files. It changes no bit of the result. None is no limit.
-        progress: Told about every step of every stage.
+        progress: Told about every step of every stage: `progress_bar()` as a context, or a function
+            `f(stage, done, total)`.
 
     Returns:
         The compressed model, the plan and the report.

@@ -188,7 +188,7 @@ def test_repair_beats_the_fold_and_the_fold_beats_cutting() -> None:
 
 
 @pytest.mark.parametrize("repair", [rf.Lockstep(), None], ids=["lockstep", "fold alone"])
-def test_channels_that_others_say_exactly_go_without_an_error(repair: rf.Lockstep | None) -> None:
+def test_channels_that_others_predict_exactly_go_without_an_error(repair: rf.Lockstep | None) -> None:
     model, data = _made("residual"), _images(200)
     twin, norm = model.a1, model.m1
     with torch.no_grad():
