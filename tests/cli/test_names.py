@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -130,6 +131,14 @@ def test_a_module_that_fails_at_import_is_a_failure(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(LoadError, match=message):
         import_factory("failing_at_import:make")
+
+
+def test_a_selector_of_widths_is_known_to_a_process_that_did_nothing_else() -> None:
+    code = (
+        "from rankfold.cli._names import parse_method; from rankfold.ranks import Selector;"
+        "parse_method('same-share', Selector, option='--selector')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 FILE = """

@@ -141,9 +141,10 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
     Raises:
         UsageError: No registered name, an unknown option, or a value the method refuses.
     """
+    import rankfold.channels.widths
     import rankfold.decompositions
     import rankfold.ranks
-    import rankfold.repair  # noqa: F401 - all three fill the registry
+    import rankfold.repair  # noqa: F401 - all four fill the registry
     from rankfold.registry import from_json
     from rankfold.serialization import parse_json
 
