@@ -281,7 +281,7 @@ def test_an_infeasible_budget_names_the_smallest_value_which_is_feasible(resourc
         ({"families": rf.SVD()}, r"^families · a list of methods · got SVD\(.*\) · put it in brackets"),
         ({"families": 3}, r"^families · a list of methods · got 3 · try \[rankfold\.WhitenedSVD"),
         ({"work_dir": 3}, r"^work_dir · the path of a directory, or None · got 3 · pass a path"),
-        ({"progress": None}, r"^progress · a function of a stage's name .* · got None · leave it out"),
+        ({"progress": None}, r"^progress · a function of a stage.* · got None · pass rankfold\.progress_bar\(\)"),
         ({"weighting": 1}, r"^weighting · True or False · got 1 · pass a bool"),
         *(({"seed": seed}, rf"^seed · an int from 0 to 2\*\*63 - 1 · got {seed}") for seed in SEEDS),
         ({"seed": 10**90}, r"^seed · an int from 0 .* · got 10{78}… · leave it out"),
@@ -474,3 +474,17 @@ def test_an_old_weight_norm_can_be_copied_after_the_gradients() -> None:
     with torch.no_grad():
         model(inputs())
     assert rf.compress(model, [inputs(40)], budget=rf.Budget(params=0.8)).report.after.params > 0
+
+
+def test_a_tuple_of_two_inputs_is_told_of_dict_batches() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            y: Tensor = self.layer(a + b)
+            return y
+
+    with pytest.raises(TraceError, match="only the first item is the input: give several inputs as a dict"):
+        rf.compress(Two(), [(torch.ones(12, 4), torch.ones(12, 4))], budget=rf.Budget(params=0.5))

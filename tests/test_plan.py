@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,9 @@ def _remove(key: str) -> Callable[[dict[str, Any]], object]:
         ),
         (_set("fingerprint", to="\ud800"), r"^plan · every string is Unicode text · got half a character, '\\ud800'"),
         (_set("selector", to="uniform"), r"^plan\.selector · a JSON dict · got 'uniform'"),
+        (_set("removal", to={"name": "interpolative", "rule": "x"}), r"^plan\.removal · options within .*rule = 'x'"),
+        (_set("removal", to={"name": "interpolative", "ruler": 1}), r"^plan\.removal · an option of .*mean 'rule'\?"),
+        (_set("removal", to=3), r"^plan\.removal · a JSON dict · got 3"),
         (_set("repair", to=True), r"^plan\.repair · a JSON dict · got True"),
         (_set("skips", 0, "path", to=3), r"^plan\.skips\[0\] · path and reason are strings · got 3"),
     ],
@@ -151,9 +156,29 @@ def test_an_unknown_selector_is_refused_with_near_matches() -> None:
         rf.Plan.from_json(edited(_set("selector", "name", to="unifrom")))
 
 
+def test_a_selector_of_ranks_is_none_of_widths() -> None:
+    with pytest.raises(RegistryError, match="'lagrangian' · the name of a registered WidthSelector"):
+        rf.Plan.from_json(edited(_set("width_selector", to={"name": "lagrangian"})))
+
+
 def test_no_budget_and_no_selector_are_read() -> None:
     plan = rf.Plan.from_json(edited(lambda value: value.update(budget={}, selector=None)))
     assert (plan.budget, plan.selector) == ({}, None)
+
+
+def test_a_plan_without_channels_is_written_as_it_always_was() -> None:
+    assert not {"removal", "width_selector", "channels", "cuts", "attributes"} & set(json.loads(TEXT))
+
+
+def test_an_older_plan_whose_selector_is_that_of_the_widths_is_read() -> None:
+    plan = rf.Plan.from_json(edited(_set("selector", to={"name": "same-share"})))
+    assert (plan.selector, plan.removal, plan.width_selector) == ({"name": "same-share"}, None, None)
+
+
+def test_a_plan_with_a_selector_of_widths_is_read_by_a_process_that_did_nothing_else() -> None:
+    code = "import sys, rankfold; rankfold.Plan.from_json(sys.stdin.read())"
+    text = edited(_set("width_selector", to={"name": "same-share"}))
+    subprocess.run([sys.executable, "-c", code], input=text, text=True, check=True, timeout=60)
 
 
 def test_a_character_written_as_two_escapes_is_read() -> None:

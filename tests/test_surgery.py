@@ -52,7 +52,7 @@ def test_merging_gives_the_outputs_of_the_shell(name: str, form: str, bias: bool
     dense = rf.merge(shell, plan)
     assert isinstance(shell, nn.Sequential)
     assert isinstance(dense, nn.Linear if "Conv1D" in name else type(layer))
-    assert dense.bias is None or layer.bias is not None
+    assert (dense.bias is None) == (layer.bias is None)
     with torch.no_grad():
         torch.testing.assert_close(dense(inputs), shell(inputs), rtol=1e-10, atol=1e-12)
 

@@ -189,3 +189,55 @@ def test_what_is_no_plan_or_no_statistics_is_refused() -> None:
     made_plan, stats = rf.compress(model, data, budget=BUDGET, repair=None).plan, cast(Any, 3)
     with pytest.raises(DataError, match="what collect gave"):
         rf.apply(model, made_plan, data, stats=stats)
+
+
+class Named(nn.Module):
+    """Every layer is called by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.Conv2d(16, 24, 3)
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(input=self.a(input=x)))
+        y: Tensor = self.head(input=F.relu(self.b(input=x)).mean((2, 3)))
+        return y
+
+
+class Positional(Named):
+    """The same, called as usual."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.a(x)))
+        y: Tensor = self.head(F.relu(self.b(x)).mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("repair", [None, rf.Lockstep()], ids=["without repair", "with repair"])
+@pytest.mark.parametrize("families", [[rf.WhitenedSVD()], [rf.Interpolative()]], ids=["ranks", "channels"])
+def test_layers_called_by_keyword_are_compressed_as_those_called_by_position(
+    families: list[rf.Family], repair: rf.Lockstep | None
+) -> None:
+    torch.manual_seed(0)
+    named = Named().eval()
+    positional = Positional().eval()
+    positional.load_state_dict(named.state_dict())
+    x = torch.randn(40, 3, 8, 8)
+    first, second = (
+        rf.compress(model, [x], budget=BUDGET, families=families, repair=repair) for model in (named, positional)
+    )
+    assert first.plan.decisions == second.plan.decisions
+    assert first.plan.cuts == second.plan.cuts
+    assert first.plan.changes or first.plan.cuts
+    assert torch.equal(first.model(x), second.model(x))
+
+
+def test_norms_called_by_keyword_are_estimated_as_those_called_by_position() -> None:
+    torch.manual_seed(0)
+    named = Named().eval()
+    positional = Positional().eval()
+    positional.load_state_dict(named.state_dict())
+    x = torch.randn(40, 3, 8, 8)
+    assert rf.reestimate_batch_norms(named, [x]) == rf.reestimate_batch_norms(positional, [x]) == ["norm"]
+    assert torch.equal(named(x), positional(x))

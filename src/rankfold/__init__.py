@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from rankfold.pipeline import Compressed, compress, execute
     from rankfold.plan import ChannelDecision, Decision, Plan
     from rankfold.planning import make_plan, plan_cost
+    from rankfold.progress import progress_bar
     from rankfold.ranks import Budget, Energy, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
     from rankfold.registry import register
     from rankfold.repair import Lockstep
@@ -77,6 +78,7 @@ _HOME = {
     "rankfold.planning": ("make_plan", "plan_cost"),
     "rankfold.ranks": ("Budget", "Energy", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
     "rankfold.registry": ("register",),
+    "rankfold.progress": ("progress_bar",),
     "rankfold.repair": ("Lockstep",),
     "rankfold.repair.batch_norm": ("reestimate_batch_norms",),
     "rankfold.report": ("Report",),
@@ -149,6 +151,7 @@ __all__ = [
     "merge",
     "needed",
     "plan_cost",
+    "progress_bar",
     "reestimate_batch_norms",
     "register",
     "save",

@@ -24,7 +24,7 @@ from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.layers import adapter_for
 from rankfold.linalg.precision import widen
 from rankfold.metrics.cost import dense_cost, site_cost
-from rankfold.progress import Progress, check_progress, silent
+from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.ranks import RankSelector, Selector
 from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.statistics import Statistics
@@ -46,7 +46,7 @@ def measure(
     *,
     sites: Sites,
     families: Sequence[Decomposition] = DEFAULT_FAMILIES,
-    progress: Progress = silent,
+    progress: Progress | Told = silent,
     world: World = ALONE,
 ) -> Curves:
     """For every site and family that can make it smaller: what each rank costs and what error it makes.
@@ -74,7 +74,7 @@ def measure(
         SiteError: The sites are of another model.
     """
     check_families(families)
-    check_progress(progress)
+    progress = as_progress(progress)
     model = check_sites(model, sites)
     if stats is not None and not isinstance(stats, Statistics):
         raise OptionError(

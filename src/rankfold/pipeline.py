@@ -23,7 +23,7 @@ from rankfold.graph.values import Memory, parse_memory
 from rankfold.job import Compressed, Job
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
-from rankfold.progress import Progress, check_progress, silent
+from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.ranks import Budget, Curves, RankSelector, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
@@ -56,7 +56,7 @@ def compress(
     seed: int = 0,
     work_dir: str | Path | None = None,
     memory: Memory = None,
-    progress: Progress = silent,
+    progress: Progress | Told = silent,
 ) -> Compressed:
     """Compress a trained network under one budget, without training it.
 
@@ -99,7 +99,8 @@ def compress(
         memory: Most bytes that activations may take, as an int or a text such as "512MB" (1 MB is 2²⁰ bytes). Half of
             them are for the values that the repair carries from layer to layer; what is beyond lies in nameless
             temporary files. It changes no bit of the result. None is no limit.
-        progress: Told about every step of every stage.
+        progress: Told about every step of every stage: `progress_bar()` as a context, or a function
+            `f(stage, done, total)`.
 
     Returns:
         The compressed model, the plan and the report.
@@ -130,7 +131,7 @@ def compress(
     check_selection(only, exclude)
     check_positions(positions)
     check_seed(seed)
-    check_progress(progress)
+    progress = as_progress(progress)
     limit = parse_memory(memory)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     model = job.model
@@ -197,7 +198,7 @@ def execute(
     plan: Plan,
     *,
     memory: Memory = None,
-    progress: Progress = silent,
+    progress: Progress | Told = silent,
 ) -> Compressed:
     """Carry out a plan that is there already, and report on it as `compress` does.
 
@@ -222,7 +223,7 @@ def execute(
     plain = check_module(model)
     if not isinstance(plan, Plan):
         raise PlanError("plan", law="an instance of Plan", got=shown(plan), cure="read a file with rankfold.Plan.load")
-    check_progress(progress)
+    progress = as_progress(progress)
     budget = budget_of(plan.budget, "plan")
     check_plan(plain, plan)
     job = Job.start(model, data, progress, limit=parse_memory(memory), held_out=held_out_in(plan))

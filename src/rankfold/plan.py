@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rankfold.decompositions import Decomposition
+from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, PlanError, near_matches, shown
 from rankfold.factors import Rank
 from rankfold.graph.sites import Skip
@@ -117,7 +117,8 @@ class Plan:
         fingerprint: Of the original model's structure.
         model: Name of the original's class, for the reader.
         budget: The bounds that were asked for.
-        selector: The selector, as its JSON; None for a plan written by hand.
+        selector: The selector of the ranks, as its JSON; None where none were chosen, or for a plan written by hand.
+            (In an older plan that removes channels but has no `width_selector`, it may be that one.)
         seed: Seed of everything that was drawn.
         calibration: Manifest of the data.
         repair: The repair at apply time, as its JSON; None for none.
@@ -125,6 +126,8 @@ class Plan:
         cuts: What that leaves of every tensor: parameter or buffer → axis → indices that stay. Decisions are on the
             layers as the cuts leave them.
         attributes: New values of numbers that modules keep about their channels (heads): path → attribute → value.
+        removal: The family that removed the channels, with its options, as its JSON; None where none were removed.
+        width_selector: What chose how many channels stay, as its JSON; None likewise.
     """
 
     decisions: tuple[Decision, ...]
@@ -139,6 +142,8 @@ class Plan:
     channels: tuple[ChannelDecision, ...] = ()
     cuts: Mapping[str, Mapping[int, tuple[int, ...]]] = field(default_factory=dict)
     attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    removal: Mapping[str, Any] | None = None
+    width_selector: Mapping[str, Any] | None = None
 
     def to_json(self) -> str:
         """Canonical JSON text: equal plans give equal bytes."""
@@ -147,9 +152,11 @@ class Plan:
             "cuts": {name: {str(axis): list(kept) for axis, kept in axes.items()} for name, axes in self.cuts.items()},
             "attributes": {path: dict(own) for path, own in self.attributes.items()},
         }
+        chosen = {"removal": self.removal, "width_selector": self.width_selector}
         return canonical_json(
             {
                 **(removed if self.channels or self.cuts else {}),
+                **{key: value for key, value in chosen.items() if value is not None},
                 "version": VERSION,
                 "decisions": [decision.to_json() for decision in self.decisions],
                 "skips": [{"path": skip.path, "reason": skip.reason} for skip in self.skips],
@@ -179,6 +186,8 @@ class Plan:
 
     @classmethod
     def _read(cls, value: Any, place: str) -> Plan:
+        from rankfold.channels.widths import WidthSelector  # above this module; and its classes must be registered
+
         if isinstance(value, dict) and (type(value.get("version")) is not int or value["version"] != VERSION):
             raise PlanError(
                 place,
@@ -187,7 +196,7 @@ class Plan:
                 cure="write it again with this release, or read it with the release that wrote it",
             )
         optional = {"model", "budget", "selector", "seed", "calibration", "skips", "repair", "channels", "cuts"}
-        optional |= {"attributes"}
+        optional |= {"attributes", "removal", "width_selector"}
         keys = _object(value, place, required={"version", "decisions", "fingerprint"}, optional=optional)
         kinds = {
             "decisions": list,
@@ -202,9 +211,11 @@ class Plan:
             "channels": list,
             "cuts": dict,
             "attributes": dict,
+            "removal": dict,
+            "width_selector": dict,
         }
         for key, kind in kinds.items():
-            if keys.get(key) is None and key in {"selector", "repair"}:
+            if keys.get(key) is None and key in {"selector", "repair", "removal", "width_selector"}:
                 continue
             if key in keys and (not isinstance(keys[key], kind) or isinstance(keys[key], bool)):
                 raise PlanError(
@@ -230,6 +241,10 @@ class Plan:
         budget_of(keys.get("budget", {}), place)
         if keys.get("selector") is not None:
             from_json(keys["selector"], Selector, place=f"{place}.selector")
+        if keys.get("width_selector") is not None:
+            from_json(keys["width_selector"], WidthSelector, place=f"{place}.width_selector")
+        if keys.get("removal") is not None:
+            from_json(keys["removal"], Interpolative, place=f"{place}.removal")
         if not is_seed(keys.get("seed", 0)):
             raise PlanError(f"{place}.seed", law=SEED_LAW, got=shown(keys["seed"]), cure="correct it")
         samples = keys.get("calibration", {}).get("gradient_samples", 1)
@@ -256,6 +271,8 @@ class Plan:
             ),
             {name: _axes(value, f"{place}.cuts.{name}") for name, value in keys.get("cuts", {}).items()},
             {path: _numbers(value, f"{place}.attributes.{path}") for path, value in keys.get("attributes", {}).items()},
+            keys.get("removal"),
+            keys.get("width_selector"),
         )
 
     def at(self, site: str) -> Decision:

@@ -22,7 +22,8 @@ def register(name: str) -> Callable[[T], T]:
         name: Lower-case words joined by hyphens, e.g. ``"whitened-svd"``.
 
     Raises:
-        RegistryError: Another class bears the name, or the class is no frozen dataclass.
+        RegistryError: Another class bears the name, or the class is no frozen dataclass. (A statistic need not be
+            frozen: it is a sum that grows, and has no options.)
     """
 
     def decorate(cls: T) -> T:
@@ -34,11 +35,28 @@ def register(name: str) -> Callable[[T], T]:
                 got=f"{cls.__qualname__} beside {other.__qualname__}",
                 cure="choose another name",
             )
+        _check_dataclass(name, cls)
         _BY_NAME[name] = cls
         _NAMES[cls] = name
         return cls
 
     return decorate
+
+
+def _check_dataclass(name: str, cls: type) -> None:
+    """Refuse a class whose options cannot be read off its fields, or may change after they were written."""
+    own = vars(cls).get("__dataclass_params__")  # a subclass inherits the attribute, but its own options are no fields
+    if own is not None and own.frozen:
+        return
+    bases = [vars(base).get("__dataclass_params__") for base in cls.__mro__[1:]]
+    if any(base is not None and not base.frozen for base in bases):  # a statistic
+        return
+    raise RegistryError(
+        name,
+        law="a frozen dataclass",
+        got=f"{cls.__qualname__.rpartition('.')[2]}, which is {'no dataclass' if own is None else 'not frozen'}",
+        cure="write @dataclass(frozen=True) between @register and the class",
+    )
 
 
 def name_of(method: object) -> str:

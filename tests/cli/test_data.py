@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 from rankfold.cli import _texts
-from rankfold.cli._arrays import npz_batches
-from rankfold.cli._data import DataOptions, DataSpec, Limited, spread
+from rankfold.cli._arrays import array_batches
+from rankfold.cli._data import DataOptions, DataSpec, Limited, notes_of, spread
 from rankfold.cli._errors import UsageError
 from rankfold.cli._texts import text_batches
 from rankfold.errors import DataError, DependencyError
@@ -67,6 +68,14 @@ def test_a_limit_takes_evenly_spaced_images(folder: Path) -> None:
     assert (batch.mean((1, 2, 3)) * 255).round().tolist() == [0, 40, 80, 120, 160]
 
 
+@pytest.mark.parametrize(("limit", "used"), [(None, "all of them"), (5, r"5 of them, evenly spaced \(--limit\)")])
+def test_how_many_images_were_found_and_used_is_said(limit: int | None, used: str, folder: Path) -> None:
+    chosen = options(limit=limit)
+    data = DataSpec.parse(str(folder), chosen).open(chosen, tokenizer=None, dtype=FLOAT, labels=False, causal=False)
+    (note,) = notes_of(data)
+    assert re.fullmatch(f"10 images were found in .*images and its sub-folders; {used} were used", note)
+
+
 def test_a_second_pass_gives_the_same_images(folder: Path) -> None:
     chosen = options(batch_size=3)
     data = DataSpec.parse(str(folder), chosen).open(chosen, tokenizer=None, dtype=FLOAT, labels=False, causal=False)
@@ -116,6 +125,54 @@ def test_several_arrays_of_an_npz_are_keyword_arguments(tmp_path: Path) -> None:
     assert sorted(batch) == ["labels", "left", "right"]
 
 
+@pytest.mark.parametrize("name", ["labels", "label", "targets", "target", "y"])
+@pytest.mark.parametrize("names", [None, ("image",), ("x",)], ids=str)
+def test_whole_numbers_named_as_labels_are_the_labels_of_the_one_array(
+    name: str, names: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "data.npz", x=np.ones((5, 2)), **{name: np.arange(5)})
+    ((inputs, labels),) = opened(tmp_path / "data.npz", options(), names=names)
+    assert inputs.shape == (5, 2)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    (bare,) = opened(tmp_path / "data.npz", options(), names=names, labels=False)
+    assert torch.equal(bare, inputs)
+
+
+def test_arrays_named_as_arguments_of_the_forward_are_keywords_whatever_they_hold(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.ones((5, 2)), y=np.arange(5))
+    (batch,) = opened(tmp_path / "data.npz", options(), names=("x", "y"))
+    assert sorted(batch) == ["x", "y"]
+
+
+def test_one_array_that_is_no_argument_of_the_forward_is_its_input(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", photographs=np.ones((5, 2)))
+    (batch,) = opened(tmp_path / "data.npz", options(), names=("pixels",))
+    assert batch.shape == (5, 2)
+
+
+def test_an_array_beside_others_that_is_no_argument_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=np.ones((5, 2)), y=np.ones((5, 2)))
+    with pytest.raises(DataError, match=r"like arguments of the model's forward · got 'y' beside 'x' · .* takes x\."):
+        opened(tmp_path / "data.npz", options(), names=("x",))
+
+
+def test_a_npy_is_one_array_of_inputs(tmp_path: Path) -> None:
+    np.save(tmp_path / "data.npy", np.arange(10.0)[:, None] * np.ones(3))
+    batches = opened(tmp_path / "data.npy", options(batch_size=4))
+    assert [tuple(batch.shape) for batch in batches] == [(4, 3), (4, 3), (2, 3)]
+    assert batches[0].dtype == FLOAT
+
+
+@pytest.mark.parametrize("array", [np.array([None, {}], dtype=object), None], ids=["objects", "no array"])
+def test_a_npy_of_something_else_is_refused_and_never_unpickled(array: Any, tmp_path: Path) -> None:
+    if array is None:
+        (tmp_path / "data.npy").write_bytes(b"no array")
+    else:
+        np.save(tmp_path / "data.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=r"a \.npy of one plain array · .* · write it with numpy\.save"):
+        opened(tmp_path / "data.npy", options())
+
+
 def test_a_limit_takes_evenly_spaced_rows(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=np.arange(9))
     assert opened(tmp_path / "data.npz", options(limit=3))[0].tolist() == [0, 3, 6]
@@ -123,7 +180,7 @@ def test_a_limit_takes_evenly_spaced_rows(tmp_path: Path) -> None:
 
 def test_floats_of_an_npz_take_the_dtype_of_the_weights_and_ints_stay(tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", left=np.ones((5, 2)), right=np.ones((5, 2), dtype=np.int32))
-    (batch,) = npz_batches(tmp_path / "data.npz", options(), torch.bfloat16, labels=False)
+    (batch,) = array_batches(tmp_path / "data.npz", options(), torch.bfloat16, labels=False)
     assert (batch["left"].dtype, batch["right"].dtype) == (torch.bfloat16, torch.int32)
 
 
@@ -169,6 +226,12 @@ def test_a_limit_reads_no_batch_beyond_it() -> None:
     data = Counting()
     assert [len(batch) for batch in Limited(data, 8)] == [4, 4]
     assert data.read == 2
+
+
+def test_a_factory_in_a_file_is_data(tmp_path: Path) -> None:
+    (tmp_path / "data.py").write_text("import torch\ndef batches():\n    return [torch.ones(4, 2)]\n")
+    (batch,) = opened(f"{tmp_path / 'data.py'}:batches", options())
+    assert batch.shape == (4, 2)
 
 
 def test_a_batch_size_does_not_go_with_a_factory() -> None:

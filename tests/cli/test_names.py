@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rankfold import Lagrangian, Rounded, SpatialSVD, Uniform, WhitenedSVD
 from rankfold.cli._errors import LoadError, UsageError
+from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import import_factory, parse_bound, parse_method, parse_numbers, parse_positions
 from rankfold.decompositions import Decomposition
 from rankfold.ranks import RankSelector
@@ -128,3 +131,61 @@ def test_a_module_that_fails_at_import_is_a_failure(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(LoadError, match=message):
         import_factory("failing_at_import:make")
+
+
+def test_a_selector_of_widths_is_known_to_a_process_that_did_nothing_else() -> None:
+    code = (
+        "from rankfold.cli._names import parse_method; from rankfold.ranks import Selector;"
+        "parse_method('same-share', Selector, option='--selector')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+FILE = """
+from dataclasses import dataclass
+import torch
+from beside_it import WIDTH
+
+CALLS = []
+
+@dataclass
+class Wide:
+    width: int = WIDTH
+
+def model():
+    CALLS.append(1)
+    return torch.nn.Linear(WIDTH, 3)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets").mkdir()
+    (tmp_path / "nets" / "beside_it.py").write_text("WIDTH = 5")
+    (tmp_path / "nets" / "torch.py").write_text(FILE)  # the name of a file hides no module
+    return tmp_path / "nets" / "torch.py"
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_factory_in_a_file_is_found_once_with_what_lies_beside_it(absolute: bool, file: Path) -> None:
+    spec = f"{file if absolute else file.relative_to(Path.cwd())}:model"
+    assert ModelSpec.parse(spec).kind == "factory"
+    factory = import_factory(spec)
+    assert factory().weight.shape == (3, 5)
+    assert import_factory(f"{file}:model") is factory
+
+
+def test_a_file_that_is_not_there_names_those_that_are(file: Path) -> None:
+    with pytest.raises(UsageError, match=r"the name of a file · got no file 'nets/torhc.py' · did you mean 'torch.py'"):
+        import_factory("nets/torhc.py:model")
+    with pytest.raises(UsageError, match="no 'modle' there · did you mean 'model'"):
+        import_factory("nets/torch.py:modle")
+
+
+def test_a_file_that_fails_is_named_and_tried_anew(file: Path) -> None:
+    file.write_text("import not_there_at_all")
+    for _ in range(2):
+        with pytest.raises(LoadError, match=r"torch\.py can be imported · got ModuleNotFoundError"):
+            import_factory(f"{file}:model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,25 @@ def test_a_failure_prints_nothing_on_standard_output(cli: Any) -> None:
     done = cli("inspect", "rankfold.digits:trained", "--shape", "1,2", "--json")
     assert (done.code, done.out) == (1, "")
     assert done.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", "rankfold.digits:trained", "--shape", "1,28,28", "--json"),
+        ("compress", "--list-methods"),
+        ("--version",),
+        ("--help",),
+    ],
+    ids=["json", "methods", "version", "help"],
+)
+def test_a_reader_that_has_read_enough_ends_the_command_without_a_line(words: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "rankfold", *words], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

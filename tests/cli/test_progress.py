@@ -10,8 +10,8 @@ import cli_networks
 import pytest
 
 from rankfold.cli._data import Limited
-from rankfold.cli._progress import Watched, expected, shown, totalled
-from rankfold.progress import silent
+from rankfold.cli._progress import Watched, expected, totalled
+from rankfold.progress import progress_bar, silent
 
 
 class Terminal(io.StringIO):
@@ -24,7 +24,7 @@ def test_a_terminal_gets_bars_with_time_left(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with shown() as progress, progress("statistics", 3) as advance:
+    with progress_bar() as progress, progress("statistics", 3) as advance:
         advance()
     written = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
     assert "statistics" in written
@@ -37,7 +37,7 @@ def test_a_pipe_and_a_dumb_terminal_get_none(stream: type[io.StringIO], monkeypa
     monkeypatch.setattr(sys, "stderr", written)
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with shown() as progress, progress("statistics", 3) as advance:
+    with progress_bar() as progress, progress("statistics", 3) as advance:
         advance()
     assert progress is silent
     assert written.getvalue() == ""

@@ -46,7 +46,7 @@ def test_chosen_positions_are_a_part_of_all(name: str) -> None:
         some = read(layer, tensor, index)
         expected = every.unflatten(1, (samples, positions))[:, :, index].flatten(1, 2)
         assert torch.equal(some, expected)
-    assert geometry.output_size(adapter.sample_size(layer, inputs)[0]) == outputs.shape[2:] or not geometry.kernel
+    assert geometry.output_size(adapter.sample_size(layer, inputs)[0]) == (outputs.shape[2:] if geometry.kernel else ())
 
 
 @pytest.mark.parametrize("name", LAYERS)

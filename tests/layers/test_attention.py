@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold.errors import ModelError
 from rankfold.layers.attention import SplitAttention
+from rankfold.testing.devices import generator_states, same_states
 
 KINDS: dict[str, Callable[[], nn.MultiheadAttention]] = {
     "packed": lambda: nn.MultiheadAttention(12, 3, batch_first=True),
@@ -117,3 +118,30 @@ def test_modules_that_look_inside_stay_and_keys_of_its_own_are_refused() -> None
         rf.split_attention(3)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="keys and values come from the inputs alone"):
         rf.split_attention(nn.Sequential(nn.MultiheadAttention(12, 3, add_bias_kv=True)))
+
+
+def test_splitting_draws_nothing() -> None:
+    model = nn.Sequential(_made("packed"))
+    before = generator_states()
+    rf.split_attention(model)
+    assert same_states(before, generator_states())
+
+
+@pytest.mark.parametrize("kind", ["packed", "other keys and values"])
+@pytest.mark.parametrize("frozen", ["weights", "biases", "output"])
+def test_what_is_frozen_stays_frozen(kind: str, frozen: str) -> None:
+    module = _made(kind)
+    for name, parameter in module.named_parameters():
+        hit = {"weights": "weight" in name, "biases": "bias" in name, "output": name.startswith("out_proj")}[frozen]
+        parameter.requires_grad_(not hit)
+    split = SplitAttention(module)
+    got = {name for name, parameter in split.named_parameters() if not parameter.requires_grad}
+    parts = {"q", "k", "v", "out"}
+    assert (
+        got
+        == {
+            "weights": {f"{part}.weight" for part in parts},
+            "biases": {f"{part}.bias" for part in parts},
+            "output": {"out.weight", "out.bias"},
+        }[frozen]
+    )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rankfold.linalg.precision import cross, gram, power_of_two_scale, total, widen, work_dtype
+from rankfold.linalg.precision import cross, full_products, gram, power_of_two_scale, total, widen, work_dtype
 from rankfold.testing.matrices import normal
 
 
@@ -112,3 +117,114 @@ def test_values_that_are_not_finite_are_not_hidden() -> None:
         rows = normal(4, 3, seed=7)
         rows[1, 1] = value
         assert not bool(torch.isfinite(gram(rows)).all())
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes the precision in which each product on the CPU would be taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.dtype]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.seen.append((torch.backends.mkldnn.matmul.fp32_precision, args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
+def _legacy(value: str) -> Callable[[], None]:
+    return lambda: torch.set_float32_matmul_precision(value)
+
+
+def _new(**values: str) -> Callable[[], None]:
+    def choose() -> None:
+        for place, value in values.items():
+            holder = torch.backends if place == "all" else getattr(torch.backends, place).matmul
+            holder.fp32_precision = value
+
+    return choose
+
+
+SETTINGS = {
+    "highest": _legacy("highest"),
+    "high": _legacy("high"),
+    "medium": _legacy("medium"),
+    "one backend": _new(mkldnn="bf16", cuda="tf32"),
+    "all backends": _new(all="tf32"),
+}
+
+
+def _places() -> list[str]:
+    return [
+        torch.backends.fp32_precision,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
+    ]
+
+
+@pytest.fixture
+def setting(request: pytest.FixtureRequest) -> Iterator[None]:
+    SETTINGS[request.param]()
+    yield
+    torch.backends.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    _new(cuda="none", mkldnn="none")()
+
+
+@pytest.mark.parametrize("setting", SETTINGS, indirect=True)
+@pytest.mark.parametrize("features", [40, 300])
+@pytest.mark.usefixtures("setting")
+def test_products_in_float32_carry_all_its_bits_whatever_the_user_allows(features: int) -> None:
+    x, y = normal(500, features, seed=1).float(), normal(500, 7, seed=2).float()
+    before = _places()
+    with _Recorder() as recorder:
+        own, paired = gram(x), cross(x, y)
+    assert recorder.seen
+    assert all(precision in ("ieee", "none") and dtype == torch.float32 for precision, dtype in recorder.seen)
+    for got, expected in ((own, x.double().T @ x.double()), (paired, x.double().T @ y.double())):
+        assert float((got - expected).norm() / expected.norm()) < 1e-6
+    assert _places() == before
+
+
+@pytest.mark.parametrize("setting", SETTINGS, indirect=True)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.usefixtures("setting")
+def test_the_setting_is_given_back_after_an_error_too(device: str) -> None:
+    before = _places()
+    with suppress(KeyError), full_products(torch.device(device)):
+        backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
+        assert backend.matmul.fp32_precision in ("ieee", "none")
+        raise KeyError
+    assert _places() == before
+
+
+def test_an_inherited_setting_stays_inherited() -> None:
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with full_products(torch.device("cuda")):
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_the_legacy_setting_can_still_be_read_inside_and_after() -> None:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_products(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_products_inside_autocast_are_no_narrower() -> None:
+    x, y = normal(500, 30, seed=1).float(), normal(500, 7, seed=2).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        own, paired = gram(x), cross(x, y)
+    assert torch.equal(own, gram(x))
+    assert torch.equal(paired, cross(x, y))

@@ -98,8 +98,7 @@ def test_uniform_spares_the_smallest_sites_where_the_budget_lets_it(seed: int) -
     smallest = min(range(6), key=costs.__getitem__)
     chosen = Uniform(spared=costs[smallest] / sum(costs) + 1e-9).select(problem)
     others = sum(min(o.cost.params for o in options) for i, options in enumerate(problem.options) if i != smallest)
-    if others + costs[smallest] <= problem.bounds["params"]:
-        assert chosen[smallest].method is None
+    assert (chosen[smallest].method is None) == (others + costs[smallest] <= problem.bounds["params"])
     assert problem.fits(problem.total(chosen))
 
 

@@ -14,7 +14,7 @@ import rankfold as rf
 from rankfold.errors import OptionError, PlanError, SelfCheckError
 from rankfold.graph.sites import find_sites
 from rankfold.metrics.counted import count
-from rankfold.repair.lockstep import Repaired, install, lockstep, self_check
+from rankfold.repair.lockstep import install, lockstep, self_check
 from rankfold.statistics.collect import collect
 
 
@@ -120,9 +120,9 @@ def test_sequences_by_keyword_go_through_lockstep() -> None:
 def test_a_layer_without_bias_gets_none_and_the_norm_takes_the_shift() -> None:
     model, data = seeded(Net()), images()
     out = rf.compress(model, data, budget=rf.Budget(params=0.6))
-    for name, parameter in out.model.named_parameters():
-        if ".conv" in name:
-            assert not name.endswith("bias"), parameter.shape
+    factors = [name for name, _ in out.model.named_parameters() if ".conv" in name]
+    assert any(decision.method is not None and ".conv" in decision.site for decision in out.plan.decisions)
+    assert [name for name in factors if name.endswith("bias")] == []
     before = dict(model.named_buffers())
     moved = [
         name
@@ -177,20 +177,38 @@ def test_a_module_that_computes_something_else_fails_the_self_check() -> None:
         self_check(result, repaired)
 
 
-def test_a_repair_that_hurts_on_held_out_samples_is_not_used() -> None:
-    """With fewer fitted positions than features least squares fits noise; the guard must see it."""
+def test_a_layer_is_never_worse_on_held_out_samples_than_without_its_repair() -> None:
+    """The first layer loses `b` of `(a, b)`. Fitted samples have `b = a`, held-out ones `b = −a`: what least squares
+    learns of `b` from `a` doubles the error where it was not fitted.
+    """
     generator = torch.Generator().manual_seed(0)
-    model = seeded(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)))
-    data = [torch.randn(30, 64, generator=generator)]
-    out = rf.compress(
-        model, data, budget=rf.Budget(params=0.6), repair=rf.Lockstep(ridge=1e-3), selector=rf.Lagrangian()
+    half = torch.randn(400, 4, generator=generator)
+    held = torch.arange(400) % 10 == 9
+    x = torch.cat([half, torch.where(held[:, None], -half, half)], 1)
+    model = seeded(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.diag(torch.tensor([2.0] * 4 + [1.0] * 4)))
+    sites = find_sites(model, x)
+    plan = rf.Plan(
+        (rf.Decision("0", rf.SVD(), 4), rf.Decision("1")), sites.skips, sites.fingerprint, repair={"name": "lockstep"}
     )
-    sites = find_sites(model, data[0])
-    stats = collect(model, data, sites=sites)
-    repaired: Repaired = lockstep(model, sites, out.plan, data, options=rf.Lockstep(), stats=stats, every=10)
-    assert repaired.errors
-    for unrepaired, returned in repaired.errors.values():
-        assert returned <= unrepaired
+    stats = collect(model, [x], sites=sites)
+    repaired = lockstep(model, sites, plan, [x], options=rf.Lockstep(), stats=stats, every=10)
+    assert torch.equal(torch.cat([each.cpu() for each in repaired.held]), held)
+
+    with torch.no_grad():
+        seen, target = repaired.layers["0"](x).double(), model(x).double()
+        returned = repaired.layers.get("1", model[1])(seen.float()).double()
+        unrepaired = model[1](seen.float()).double()
+    columns = torch.cat([seen, torch.ones(400, 1, dtype=torch.float64)], 1)
+    fitted = columns @ torch.linalg.lstsq(columns[~held], target[~held], driver="gelsd").solution
+
+    def missed(outputs: Tensor, rows: Tensor) -> float:
+        return float((outputs - target)[rows].square().sum())
+
+    assert missed(fitted, ~held) < 0.01 * missed(unrepaired, ~held)  # worth it where it was fitted,
+    assert missed(fitted, held) > 2 * missed(unrepaired, held)  # and harmful where it was not
+    assert missed(returned, held) <= missed(unrepaired, held) * (1 + 1e-6)
 
 
 def test_absorbing_the_skip_lowers_the_error_of_a_deep_residual_network() -> None:

@@ -63,11 +63,10 @@ def test_the_text_names_every_row_with_its_reason_and_every_amount() -> None:
     text = out.report.text(width=200)
     assert str(out.report) == out.report.text()
     for row in out.report.rows:
-        lines = [line for line in text.splitlines() if line.strip().startswith(row.path)]
         if row.before is None or row.after is None:
-            assert any(row.why in line for line in lines)  # beside its own row, where its channels must stay
+            assert row.why in text
         else:
-            line = lines[0]
+            line = next(line for line in text.splitlines() if line.startswith(row.path))
             assert row.form in line
             assert f"{row.before.params:,}" in line
             assert f"{row.after.macs:,}" in line
@@ -130,3 +129,45 @@ def test_a_list_of_sites_names_every_site_skip_and_the_whole_cost() -> None:
         assert any(line.startswith(site.path) and f"{site.macs:,}" in line for line in text.splitlines())
     assert all(f"  {skip.path}: {skip.reason}" in text for skip in sites.skips)
     assert f"whole model: {sites.cost.params:,} params, {sites.cost.macs:,} MACs" in text
+
+
+LONG = "encoder.layers.11.attention.output.projection_of_the_values"
+
+
+def _row(path: str, after: Cost | None, why: str = "") -> Row:
+    before = None if after is None else Cost(4_000_000, 4_000_000, 16_000_000)
+    return Row(path, "linear", (2000, 2000), "skipped" if after is None else "dense", "", None, before, after, why)
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 200])
+def test_no_path_is_broken_and_lines_keep_to_the_width_where_they_can(width: int) -> None:
+    _, out = compressed()
+    rows = tuple(_row(f"{LONG}.{number}", Cost(2_000_000, 2_000_000, 8_000_000)) for number in range(3))
+    lines = replace(out.report, rows=rows, notes=(), candidates=()).text(width=width).splitlines()
+    table = lines[: lines.index("")]
+    for row in rows:
+        (line,) = [line for line in table if row.path in line]
+        assert "4,000,000 → 2,000,000" in (line if width == 200 else table[table.index(line) + 1])
+    assert max(map(len, table)) <= max(width, 80)
+
+
+def test_left_alone_names_no_layer_that_the_table_shows_as_changed_and_each_reason_once() -> None:
+    _, out = compressed()
+    same = Cost(4_000_000, 4_000_000, 16_000_000)
+    rows = (
+        _row("cut", Cost(1, 1, 4)),
+        _row("kept", same),
+        *(_row(f"tied.{number}", None, "tied: the weight is shared") for number in range(12)),
+        _row("cut", None, "channels frozen: they are the outputs"),
+        _row("kept", None, "channels frozen: they are the outputs"),
+        _row("other", None, "too small"),
+    )
+    text = replace(out.report, rows=rows).text(width=200)
+    left = text.split("left alone:\n")[1].split("\n\n")[0].splitlines()
+    assert left == [
+        "  12 layers (tied.0, tied.1, tied.2 and 9 more): tied: the weight is shared",
+        "  kept: channels frozen: they are the outputs",
+        "  other: too small",
+    ]
+    smaller = text.split("made smaller, but their channels stay:\n")[1].split("\n\n")[0].splitlines()
+    assert smaller == ["  cut: channels frozen: they are the outputs"]

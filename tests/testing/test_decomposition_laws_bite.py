@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rankfold.decompositions import SVD, Decomposition, Moments, WhitenedSVD
+from rankfold.errors import DataError
 from rankfold.factors import Factors, MatrixFactors, Rank
 from rankfold.testing import DecompositionConformance
 
@@ -204,7 +205,7 @@ def test_unstated_needs_are_caught() -> None:
     def decompose(self: Broken, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
         return WhitenedSVD().decompose(weight, rank, moments)
 
-    with pytest.raises(Exception, match="input moments"):
+    with pytest.raises(DataError, match="input moments"):
         suite(breaking(decompose=decompose)).test_missing_moments_are_named("cpu")
 
 

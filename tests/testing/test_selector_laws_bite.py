@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankfold.errors import BudgetError
+from rankfold.errors import BudgetError, CheckpointError
 from rankfold.ranks import Lagrangian, Option, Problem, RankSelector
 from rankfold.statistics import InputGram, Statistic
 from rankfold.testing import SelectorConformance, StatisticConformance, random_problem
@@ -132,5 +132,5 @@ def test_kept_inputs_mixed_groups_and_narrow_sums_are_caught(tmp_path: Path) -> 
     ):
         with pytest.raises((AssertionError, RuntimeError)):
             broken()
-    with pytest.raises(Exception, match="keeping"):
+    with pytest.raises(CheckpointError, match="keeping"):
         cases.test_saved_and_loaded_it_has_the_same_bits("cpu", tmp_path)

@@ -227,7 +227,7 @@ def fold_(
     *,
     damping: float = FOLD_DAMPING,
 ) -> None:
-    """Fold into every layer that reads removed channels what the others say of them.
+    """Fold into every layer that reads removed channels their linear prediction from the others.
 
     `W ← W Tᵀ`, `T = A_JJ⁻¹ A_J`, from `folded`, is the least-squares weight on the channels `J` that stay, in the
     metric of the layer's own inputs: covariances where a bias, or a batch norm right behind, takes up the mean; raw

@@ -174,7 +174,7 @@ class Remover:
                         curve.group.name,
                         units,
                         kept,
-                        f"sizes by {name_of(sizes)}: the others say what these said",
+                        f"width by {name_of(sizes)}; the others are predicted linearly from these",
                         self.method.fold,
                     )
                 )
@@ -202,7 +202,6 @@ class Remover:
                 self.sites.skips,
                 self.sites.fingerprint,
                 self.sites.model,
-                selector=to_json(sizes),
                 seed=seed,
                 calibration=dict(self.stats.manifest),
                 repair=None if repair is None else to_json(repair),
@@ -215,6 +214,8 @@ class Remover:
             channels=tuple(decided),
             cuts=cuts,
             attributes=attributes,
+            removal=to_json(self.method) if decided else None,
+            width_selector=to_json(sizes) if decided else None,
         )
 
     def _curves(self, cuts: Cuts, attributes: Attributes, families: Sequence[Decomposition], world: World) -> Curves:

@@ -17,7 +17,7 @@ from rankfold.cli._output import emit
 app = typer.Typer(
     name="rankfold",
     help="Make a trained PyTorch network smaller and faster under one budget, without retraining it.",
-    epilog="Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped by Ctrl-C.",
+    epilog="Exit codes: 0 done, 1 failed, 2 bad usage, 130 stopped by Ctrl-C, 141 the reader of the output is gone.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -1,8 +1,9 @@
-"""A `.npz` as data."""
+"""Arrays in a file as data: a `.npz` of several, a `.npy` of one."""
 
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,23 +12,34 @@ from rankfold.cli._errors import first_line
 from rankfold.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
-
-INPUTS = ("inputs", "x", "images")
-
-
-def npz_batches(path: Path, options: DataOptions, dtype: torch.dtype, *, labels: bool) -> list[Any]:
-    """Batches of a `.npz`: one array of inputs (and labels), or keyword arguments by the names of the arrays."""
     import numpy as np
     import torch
 
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as cause:
-        raise DataError(
-            str(path), law="a .npz of plain arrays", got=first_line(cause), cure="write it with numpy.savez"
-        ) from cause
+INPUTS = ("inputs", "x", "images")
+ANSWERS = ("labels", "label", "targets", "target", "y")
+
+
+def array_batches(
+    path: Path, options: DataOptions, dtype: torch.dtype, *, labels: bool, names: Collection[str] | None = None
+) -> list[Any]:
+    """Batches of a `.npy` (the inputs), or of a `.npz`.
+
+    Of a `.npz`, arrays named as arguments of the model's forward are keyword arguments. An array of whole numbers that
+    is named as one of `ANSWERS`, and is no argument, is the labels; one array beside it is the input, by whatever name.
+
+    Args:
+        path: The file.
+        options: Of the batches.
+        dtype: Floating inputs are brought to it.
+        labels: Whether labels are wanted.
+        names: The arguments that the model's forward takes; None takes any.
+
+    Raises:
+        DataError: It cannot be read, or holds something else.
+    """
+    import torch
+
+    arrays = _read(path)
     counts = {name: array.shape[0] if array.ndim else 0 for name, array in arrays.items()}
     if not arrays or len(set(counts.values())) != 1 or min(counts.values()) == 0:
         raise DataError(
@@ -43,9 +55,9 @@ def npz_batches(path: Path, options: DataOptions, dtype: torch.dtype, *, labels:
         raise DataError(
             str(path), law="arrays of numbers", got=first_line(cause), cure="write numbers, not text or objects"
         ) from cause
+    answers = _answers(tensors, names)
+    name = _input_name(path, tensors, names)
     tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    answers = tensors.pop("labels", None)
-    name = next(iter(tensors)) if len(tensors) == 1 and set(tensors) <= set(INPUTS) else None
     pieces: list[Any] = []
     for start in range(0, len(chosen), options.step):
         part = slice(start, start + options.step)
@@ -57,3 +69,57 @@ def npz_batches(path: Path, options: DataOptions, dtype: torch.dtype, *, labels:
         else:
             pieces.append(tensors[name][part])
     return pieces
+
+
+def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    import numpy as np
+
+    single = path.suffix.lower() == ".npy"
+    try:
+        with path.open("rb") as opened:
+            if single:
+                return {INPUTS[0]: np.lib.format.read_array(opened, allow_pickle=False)}
+            with np.load(opened, allow_pickle=False) as file:
+                return {name: file[name] for name in file.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as cause:
+        raise DataError(
+            str(path),
+            law="a .npy of one plain array" if single else "a .npz of plain arrays",
+            got=first_line(cause),
+            cure=f"write it with {'numpy.save' if single else 'numpy.savez'}",
+        ) from cause
+
+
+def _answers(tensors: dict[str, torch.Tensor], names: Collection[str] | None) -> torch.Tensor | None:
+    """The labels, taken out of the arrays."""
+    for name in ANSWERS:
+        if len(tensors) > 1 and name in tensors and (name == ANSWERS[0] or _is_label(name, tensors, names)):
+            return tensors.pop(name)
+    return None
+
+
+def _is_label(name: str, tensors: dict[str, torch.Tensor], names: Collection[str] | None) -> bool:
+    tensor = tensors[name]
+    whole = not tensor.is_floating_point() and not tensor.is_complex()
+    return whole and (len(tensors) == 2 if names is None else name not in names)
+
+
+def _input_name(path: Path, tensors: dict[str, torch.Tensor], names: Collection[str] | None) -> str | None:
+    """The one array that is the input by position; None where all are keyword arguments.
+
+    Raises:
+        DataError: There are several, and one of them is no argument of the model's forward.
+    """
+    (first, *others) = tensors
+    if not others and (first in INPUTS or (names is not None and first not in names)):
+        return first
+    unknown = [] if names is None else [name for name in tensors if name not in names]
+    if unknown:
+        raise DataError(
+            str(path),
+            law="several arrays are named like arguments of the model's forward",
+            got=f"{unknown[0]!r} beside {', '.join(map(repr, (name for name in tensors if name != unknown[0])))}",
+            cure=f"rename them; the forward takes {', '.join(names or ())}. Labels are whole numbers named"
+            f" {ANSWERS[0]!r} or {ANSWERS[-1]!r}",
+        )
+    return None

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfold.cli import _options as o
-from rankfold.cli._data import DataOptions, DataSpec
+from rankfold.cli._data import DataOptions, DataSpec, notes_of
 from rankfold.cli._errors import exit_codes, first_line
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean
-from rankfold.cli._progress import Watched, expected, shown
+from rankfold.cli._progress import Watched, expected
 from rankfold.errors import RankfoldError, TraceError
-from rankfold.progress import Progress
+from rankfold.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from rankfold.metrics.compare import Comparison
@@ -33,17 +33,19 @@ class Result:
         costs: Of the two.
         comparison: On the data.
         latency: Time of the compressed forward over the original's.
+        data: What a reader must know of the data.
     """
 
     specs: tuple[ModelSpec, ModelSpec]
     costs: tuple[Cost, Cost]
     comparison: Comparison
     latency: float
+    data: tuple[str, ...] = ()
 
     @property
     def notes(self) -> list[str]:
         """What a reader must know, each thing once."""
-        return list(dict.fromkeys(note for spec in self.specs for note in spec.notes))
+        return list(dict.fromkeys([*(note for spec in self.specs for note in spec.notes), *self.data]))
 
 
 def compare(
@@ -77,7 +79,7 @@ def compare(
         options = DataOptions.parse(batch_size=batch_size, limit=limit, size=size, mean=mean, std=std, length=length)
         first, second = _parse(original, compressed, weights=weights, factory=factory)
         source = DataSpec.parse(data, options)
-        with shown() as progress, stdout_kept_clean():
+        with progress_bar() as progress, stdout_kept_clean():
             result = _run((first, second), source, options, device=device, seed=seed, progress=progress)
         if json:
             emit_json(_as_json(result))
@@ -111,7 +113,14 @@ def _run(
         first, second = (spec.load(seed=seed, device=place) for spec in specs)
     causal = o.is_causal(first)
     batches = as_batches(
-        source.open(options, tokenizer=specs[0].directory, dtype=o.weight_dtype(first), labels=True, causal=causal)
+        source.open(
+            options,
+            tokenizer=specs[0].directory,
+            dtype=o.weight_dtype(first),
+            labels=True,
+            causal=causal,
+            names=o.forward_names(first),
+        )
     )
     try:
         with progress("compare", expected(batches)) as advance:
@@ -129,7 +138,7 @@ def _run(
             got=first_line(cause),
             cure="check the shape, the names and the kind of the inputs",
         ) from cause
-    return Result(specs, costs, seen, ratio)
+    return Result(specs, costs, seen, ratio, notes_of(batches))
 
 
 def _as_json(result: Result) -> dict[str, Any]:

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfold.cli import _options as o
-from rankfold.cli._data import DataOptions, DataSpec
+from rankfold.cli._data import DataOptions, DataSpec, notes_of
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_positions
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
-from rankfold.cli._progress import expected, shown, totalled
+from rankfold.cli._progress import expected, totalled
 from rankfold.cli._together import joined
 from rankfold.errors import BudgetError, SiteError
-from rankfold.progress import Progress
+from rankfold.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from torch import nn
@@ -215,7 +215,7 @@ def compress(
         source = DataSpec.parse(data, data_options)
         target = check_out(out, overwrite=overwrite)
         bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
-        with joined(device) as first, shown(wanted=first) as progress, stdout_kept_clean():
+        with joined(device) as first, progress_bar(wanted=first) as progress, stdout_kept_clean():
             choice = Choice(family, selector, repair, weighting, only, exclude)
             request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
             done = _run(spec, source, data_options, request, device=device, progress=progress)
@@ -306,9 +306,16 @@ def _run(
     place = o.parse_device(device)
     with progress("load", None):
         network = spec.load(seed=request.seed or 0, device=place)
-    batches = source.open(options, tokenizer=spec.directory, dtype=o.weight_dtype(network), labels=False, causal=False)
+    batches = source.open(
+        options,
+        tokenizer=spec.directory,
+        dtype=o.weight_dtype(network),
+        labels=False,
+        causal=False,
+        names=o.forward_names(network),
+    )
     done = _compressed(network, batches, request, totalled(progress, {"statistics": expected(batches)}))
-    return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes)))
+    return replace(done, report=replace(done.report, notes=(*done.report.notes, *spec.notes, *notes_of(batches))))
 
 
 def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, progress: Progress) -> Compressed:

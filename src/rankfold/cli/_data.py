@@ -1,20 +1,20 @@
-"""Data by name: a factory, a folder of images, a `.npz`, a text file."""
+"""Data by name: a factory, a folder of images, a `.npz` or `.npy`, a text file."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rankfold.cli._errors import UsageError
-from rankfold.cli._names import FACTORY, call, import_factory, parse_numbers
+from rankfold.cli._names import call, import_factory, is_factory, parse_numbers
 
 if TYPE_CHECKING:
     import torch
 
-Kind = Literal["factory", "images", "npz", "text"]
-CURE = "name package.module:factory, a folder of images, a .npz, or a text file"
+Kind = Literal["factory", "images", "arrays", "text"]
+CURE = "name package.module:factory, path/to/file.py:factory, a folder of images, a .npz, a .npy, or a text file"
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class DataSpec:
         if path.is_dir():
             return cls(text, "images")
         if path.is_file():
-            return cls(text, "npz" if path.suffix.lower() == ".npz" else "text")
-        if FACTORY.fullmatch(text) is None:
+            return cls(text, "arrays" if path.suffix.lower() in {".npz", ".npy"} else "text")
+        if not is_factory(text):
             raise UsageError(text, law="the name of data", got="no such file or folder", cure=CURE)
         if options.batch_size is not None:
             raise UsageError(
@@ -98,7 +98,14 @@ class DataSpec:
         return cls(text, "factory")
 
     def open(
-        self, options: DataOptions, *, tokenizer: Path | None, dtype: torch.dtype, labels: bool, causal: bool
+        self,
+        options: DataOptions,
+        *,
+        tokenizer: Path | None,
+        dtype: torch.dtype,
+        labels: bool,
+        causal: bool,
+        names: Collection[str] | None = None,
     ) -> Iterable[Any]:
         """The batches, re-iterable.
 
@@ -108,6 +115,7 @@ class DataSpec:
             dtype: Of the model's weights; floating inputs that are read from files are brought to it.
             labels: Whether labels are wanted.
             causal: Whether a text's tokens are their own labels.
+            names: The arguments that the model's forward takes, for arrays; None takes any.
 
         Raises:
             DataError: There is nothing in it, or it cannot be read.
@@ -118,10 +126,10 @@ class DataSpec:
             from rankfold.cli._images import ImageFolder
 
             return ImageFolder.of(Path(self.text), options, dtype)
-        if self.kind == "npz":
-            from rankfold.cli._arrays import npz_batches
+        if self.kind == "arrays":
+            from rankfold.cli._arrays import array_batches
 
-            return npz_batches(Path(self.text), options, dtype, labels=labels)
+            return array_batches(Path(self.text), options, dtype, labels=labels, names=names)
         if self.kind == "text":
             from rankfold.cli._texts import text_batches
 
@@ -130,6 +138,12 @@ class DataSpec:
 
         batches = as_batches(call(import_factory(self.text), self.text))
         return batches if options.limit is None else Limited(batches, options.limit)
+
+
+def notes_of(batches: Iterable[Any]) -> tuple[str, ...]:
+    """What a reader must know of where batches come from."""
+    notes: tuple[str, ...] = getattr(batches, "notes", ())
+    return notes if isinstance(notes, tuple) else ()  # a factory's own data may have notes of its own
 
 
 @dataclass(frozen=True, eq=False)

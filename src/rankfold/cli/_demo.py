@@ -11,7 +11,7 @@ from rankfold.cli import _options as o
 from rankfold.cli._errors import FAILED, exit_codes
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, stdout_kept_clean
-from rankfold.cli._progress import shown
+from rankfold.progress import progress_bar
 
 
 def demo(
@@ -23,7 +23,7 @@ def demo(
 ) -> None:
     """Compress a small trained network to half its size, compare it on held-out digits, save it and load it again."""
     with exit_codes(show_traceback=traceback):
-        with shown() as progress, stdout_kept_clean():
+        with progress_bar() as progress, stdout_kept_clean():
             from rankfold.digits.demo import run
 
             result = run(None if out is None else check_out(out, overwrite=None), progress=progress)

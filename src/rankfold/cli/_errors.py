@@ -12,6 +12,7 @@ import typer
 from rankfold.errors import RankfoldError
 
 FAILED, BAD_USAGE, STOPPED = 1, 2, 130
+CLOSED = 141  # of a shell: 128 + SIGPIPE
 
 
 class UsageError(RankfoldError, ValueError):

@@ -22,12 +22,17 @@ CACHE_BYTES = 2**30  # most bytes of decoded images kept for a second pass
 class ImageFolder:
     """Images of a folder and its sub-folders, in the order of their names, decoded when they are needed.
 
+    `notes` says how many were found, and how many of them are used.
+
     The shorter side is brought to `size`, the middle square is cut out, pixels are scaled to 0 … 1 and normalised.
     """
 
-    def __init__(self, files: list[Path], options: DataOptions, dtype: torch.dtype) -> None:
+    def __init__(
+        self, files: list[Path], options: DataOptions, dtype: torch.dtype, notes: tuple[str, ...] = ()
+    ) -> None:
         import torch
 
+        self.notes = notes
         self._files, self._options, self._dtype = files, options, dtype
         self._mean, self._std = (torch.tensor(values).view(-1, 1, 1) for values in (options.mean, options.std))
         self._decoded: dict[Path, Tensor] = {}
@@ -49,7 +54,10 @@ class ImageFolder:
                 got="none",
                 cure="check the path",
             )
-        return cls([files[index] for index in spread(len(files), options.limit)], options, dtype)
+        chosen = [files[index] for index in spread(len(files), options.limit)]
+        few = "all of them" if len(chosen) == len(files) else f"{len(chosen):,} of them, evenly spaced (--limit)"
+        note = f"{len(files):,} images were found in {folder} and its sub-folders; {few} were used"
+        return cls(chosen, options, dtype, (note,))
 
     def __len__(self) -> int:
         """Batches."""

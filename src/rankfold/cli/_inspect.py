@@ -12,7 +12,7 @@ from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_numbers
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
-from rankfold.cli._progress import shown
+from rankfold.progress import progress_bar
 
 if TYPE_CHECKING:
     from rankfold.graph.channels import Channels
@@ -57,7 +57,7 @@ def inspect(
             )
         source = None if data is None else DataSpec.parse(data, options)
         sample = None if shape is None else parse_numbers(shape, int, option="--shape")
-        with shown() as progress, stdout_kept_clean(), progress("trace", None):
+        with progress_bar() as progress, stdout_kept_clean(), progress("trace", None):
             sites, groups = _find(spec, source, sample, options, channels=channels, device=device, seed=seed)
         if json:
             found = _as_json(sites) if groups is None else {**_as_json(sites), **_groups_as_json(groups)}
@@ -93,7 +93,14 @@ def _find(
         generator = torch.Generator().manual_seed(seed)
         example: Any = torch.randn(1, *(sample or ()), generator=generator).to(dtype)
     else:
-        batches = source.open(options, tokenizer=spec.directory, dtype=dtype, labels=False, causal=False)
+        batches = source.open(
+            options,
+            tokenizer=spec.directory,
+            dtype=dtype,
+            labels=False,
+            causal=False,
+            names=o.forward_names(network),
+        )
         example = next(iter(as_batches(batches)))
     sites = find_sites(network, example)
     return sites, find_channels(network, sites) if channels else None

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Literal
 
 from rankfold.cli._errors import LoadError, UsageError
 from rankfold.cli._libraries import load_huggingface, make_timm, make_torchvision
-from rankfold.cli._names import FACTORY, call, import_factory
+from rankfold.cli._names import call, import_factory, is_factory
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 Kind = Literal["factory", "timm", "torchvision", "huggingface", "checkpoint"]
-CURE = "name package.module:factory, timm:NAME, torchvision:NAME, or the directory of a model"
+CURE = "name package.module:factory, path/to/file.py:factory, timm:NAME, torchvision:NAME, or the directory of a model"
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _kind(text: str) -> Kind:
     for prefix in ("timm", "torchvision"):
         if text.startswith(f"{prefix}:"):
             return "timm" if prefix == "timm" else "torchvision"
-    if FACTORY.fullmatch(text):
+    if is_factory(text):
         return "factory"
     got = "a file" if path.is_file() else "no such name" if ":" in text else "no such directory"
     raise UsageError(text, law="the name of a model", got=got, cure=CURE)

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rankfold.cli._errors import LoadError, UsageError, first_line
 from rankfold.errors import OptionError, RankfoldError, near_matches
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+FILE = re.compile(r"(.+\.py):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 _CALL = re.compile(r"\s*([\w-]+)\s*(?:\((.*)\)\s*)?", re.DOTALL)
 _WORDS = {"true": True, "false": False, "null": None}
 
 
 def import_factory(spec: str) -> Callable[[], Any]:
-    """The function that `package.module:factory` names; modules of the current directory can be imported.
+    """The function that `package.module:factory` or `path/to/file.py:factory` names.
+
+    Modules of the current directory can be imported, and by a file those beside it.
 
     Raises:
-        UsageError: There is no such module or name, or it cannot be called; near matches are named.
+        UsageError: There is no such module, file or name, or it cannot be called; near matches are named.
         LoadError: The module fails at import.
     """
-    module_name, _, path = spec.partition(":")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    module_name, _, path = spec.rpartition(":")
+    _look_in(os.getcwd())
+    in_file = FILE.fullmatch(spec) is not None
+    if in_file and not Path(module_name).is_file():
+        near = near_matches(Path(module_name).name, [file.name for file in Path(module_name).parent.glob("*.py")])
+        raise UsageError(spec, law="the name of a file", got=f"no file {module_name!r}", cure=near)
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = _module_in(Path(module_name)) if in_file else importlib.import_module(module_name)
     except ModuleNotFoundError as cause:
         missing = cause.name or ""
         if module_name != missing and not module_name.startswith(f"{missing}."):
@@ -61,6 +69,36 @@ def import_factory(spec: str) -> Callable[[], Any]:
             spec, law="the name of a function", got=f"a {type(found).__name__}", cure="name a function that returns it"
         )
     return found  # type: ignore[no-any-return]
+
+
+def is_factory(text: str) -> bool:
+    """Whether a word is written like the name of a factory."""
+    return (FILE.fullmatch(text) or FACTORY.fullmatch(text)) is not None
+
+
+def _look_in(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+def _module_in(file: Path) -> ModuleType:
+    """The module that a file holds, once however often it is named; its name is its path, which hides no other."""
+    file = file.resolve()
+    name = str(file)
+    if name in sys.modules:
+        return sys.modules[name]
+    _look_in(str(file.parent))
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def call(factory: Callable[[], Any], spec: str) -> Any:
@@ -103,9 +141,10 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
     Raises:
         UsageError: No registered name, an unknown option, or a value the method refuses.
     """
+    import rankfold.channels.widths
     import rankfold.decompositions
     import rankfold.ranks
-    import rankfold.repair  # noqa: F401 - all three fill the registry
+    import rankfold.repair  # noqa: F401 - all four fill the registry
     from rankfold.registry import from_json
     from rankfold.serialization import parse_json
 

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
 
 LIMIT = 1024  # samples that calibration looks at unless told otherwise
 MODEL_HELP = (
-    "package.module:factory (the current directory can be imported), a local Hugging Face directory, timm:NAME or "
-    "torchvision:NAME (random weights unless --weights is given; nothing is downloaded), or a rankfold checkpoint "
-    "(with --factory)."
+    "package.module:factory (the current directory can be imported), path/to/file.py:factory, a local Hugging Face "
+    "directory, timm:NAME or torchvision:NAME (random weights unless --weights is given; nothing is downloaded), or a "
+    "rankfold checkpoint (with --factory)."
 )
 DATA_HELP = (
-    "package.module:factory that returns re-iterable batches, a folder of images, a .npz (one array named inputs, x or "
-    "images, or arrays named like the model's keyword arguments; optional labels), or a text file."
+    "package.module:factory or path/to/file.py:factory that returns re-iterable batches, a folder of images, a .npz "
+    "(one array of inputs, or arrays named like the model's keyword arguments; optional labels, also as label, target "
+    "or y), a .npy of inputs, or a text file."
 )
 
 Model: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
@@ -110,6 +111,17 @@ def weight_dtype(model: nn.Module) -> torch.dtype:
     import torch
 
     return next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+
+
+def forward_names(model: nn.Module) -> tuple[str, ...] | None:
+    """The arguments that a model's forward takes by name; None where it takes any."""
+    from inspect import Parameter, signature
+
+    parameters = signature(model.forward).parameters.values()
+    if any(each.kind is Parameter.VAR_KEYWORD for each in parameters):
+        return None
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return tuple(each.name for each in parameters if each.kind in named)
 
 
 def is_causal(model: nn.Module) -> bool:

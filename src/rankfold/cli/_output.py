@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import Any
 
+import typer
+
+from rankfold.cli._errors import CLOSED
 from rankfold.errors import WriteError
 
 PIPE_WIDTH = 110
@@ -24,20 +27,22 @@ def emit(text: str) -> None:
     """Write to stdout now, so that a closed pipe or a full disk is noticed here and not at the interpreter's end.
 
     Raises:
-        WriteError: It cannot be written; a closed pipe is no error.
+        WriteError: It cannot be written.
+        typer.Exit: Who reads it has read enough (`| head`): the command ends as by SIGPIPE, without a line.
     """
     try:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
         sys.stdout.flush()
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as cause:
+        drop_stdout()
+        raise typer.Exit(CLOSED) from cause
     except OSError as cause:
         raise unwritable(cause) from cause
 
 
 def unwritable(cause: OSError) -> WriteError:
     """The error of a stdout that takes nothing; what it still holds is dropped."""
-    _drop_stdout()
+    drop_stdout()
     return WriteError(
         "standard output",
         law="the result can be written",
@@ -46,7 +51,7 @@ def unwritable(cause: OSError) -> WriteError:
     )
 
 
-def _drop_stdout() -> None:
+def drop_stdout() -> None:
     """Send what stdout still holds nowhere, or the interpreter fails on it once more at its end."""
     with suppress(OSError):  # a stdout that is no file
         nowhere = os.open(os.devnull, os.O_WRONLY)

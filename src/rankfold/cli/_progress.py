@@ -1,47 +1,12 @@
-"""Progress bars with time left, on a terminal only."""
+"""How far a reader of data is, and how many steps are to come."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rankfold.cli._data import Limited
-from rankfold.progress import Progress, silent
-
-
-@contextmanager
-def shown(*, wanted: bool = True) -> Iterator[Progress]:
-    """A `Progress` that draws bars on stderr where they are wanted and that is a terminal; the silent one elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not wanted or not sys.stderr.isatty() or console.is_dumb_terminal:
-        yield silent
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("time left"),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console, transient=True, redirect_stdout=False) as bars:
-
-        @contextmanager
-        def stage(name: str, steps: int | None) -> Iterator[Callable[[], None]]:
-            task = bars.add_task(name, total=steps)
-            try:
-                yield lambda: bars.advance(task)
-            finally:
-                bars.remove_task(task)
-
-        yield stage
+from rankfold.progress import Progress
 
 
 class Watched:

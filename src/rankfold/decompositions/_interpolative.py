@@ -1,4 +1,4 @@
-"""Removal of channels: those that the others say, with the saying folded into whoever reads them."""
+"""Removal of channels that the others predict linearly; the prediction is folded into the layers that read them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
-from rankfold.layers import Adapter
+from rankfold.layers import Adapter, input_of
 from rankfold.metrics.counted import run_one
 
 Calls = list[tuple[tuple[int, ...], int]]
@@ -48,7 +48,7 @@ class _StandIn(nn.Sequential):
 
     def forward(self, *args: Any, **options: Any) -> Any:
         """Note the size of the input, and pass it on."""
-        inputs = args[0] if args else options.get("input")
+        inputs = input_of(args, options)
         alone = len(args) + len(options) == 1
         if alone and isinstance(inputs, Tensor) and not inputs.is_nested and inputs.layout is torch.strided:
             self._seen.calls.append(self._adapter.sample_size(self._layer, inputs))

@@ -360,11 +360,18 @@ def _counted(model: nn.Module, example: Batch) -> Counted:
             type(model).__name__,
             law="the model runs on a batch of the data",
             got=f"{cause} for inputs {shapes}",
-            cure="check the shape, dtype and argument names of the data",
+            cure="check the shape, dtype and argument names of the data" + _several(example),
         ) from cause
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _several(batch: Batch) -> str:
+    """What to do where a batch seems to be meant as several inputs."""
+    if not isinstance(batch, (tuple, list)) or sum(isinstance(value, Tensor) for value in batch) < 2:
+        return ""
+    return "; of a tuple only the first item is the input: give several inputs as a dict of keyword arguments"
 
 
 def _refuse_lazy(path: str) -> Callable[[nn.Module, Any], None]:

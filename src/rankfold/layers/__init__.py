@@ -1,6 +1,7 @@
 """The only place that knows torch layer kinds."""
 
 from rankfold.layers.adapters import Adapter, adapter_for, why_no_adapter
+from rankfold.layers.calls import input_of
 from rankfold.layers.geometry import Geometry, tensor
 from rankfold.layers.resizing import resize
 from rankfold.layers.shells import build_shell, dense_geometry, fill_shell, forms, stages
@@ -13,6 +14,7 @@ __all__ = [
     "dense_geometry",
     "fill_shell",
     "forms",
+    "input_of",
     "resize",
     "stages",
     "tensor",

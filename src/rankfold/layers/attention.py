@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import ModelError
+from rankfold.layers.geometry import Geometry, tensor
 
 
 class SplitAttention(nn.Module):
@@ -35,12 +36,15 @@ class SplitAttention(nn.Module):
         self.num_heads, self.head_dim = original.num_heads, original.head_dim
         self.batch_first = original.batch_first
         width = original.embed_dim
-        if original._qkv_same_embed_dim:
-            weights = list(torch.split(original.in_proj_weight, width))
-        else:
-            weights = [original.q_proj_weight, original.k_proj_weight, original.v_proj_weight]
-        biases = [None] * 3 if original.in_proj_bias is None else list(torch.split(original.in_proj_bias, width))
-        self.q, self.k, self.v = (_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        packed = original._qkv_same_embed_dim
+        own = [original.q_proj_weight, original.k_proj_weight, original.v_proj_weight]
+        rows = [slice(part * width, (part + 1) * width) for part in range(3)]
+        self.q, self.k, self.v = (
+            _linear(
+                original.in_proj_weight if packed else weight, original.in_proj_bias, part if packed else None, part
+            )
+            for weight, part in zip(own, rows, strict=True)
+        )
         self.out = _linear(original.out_proj.weight, original.out_proj.bias)
         self.train(original.training)
 
@@ -91,14 +95,15 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill(mask, float("-inf"))
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+def _linear(weight: Tensor, bias: Tensor | None, rows: slice | None = None, entries: slice | None = None) -> nn.Module:
+    """A linear layer of some rows of a weight and some entries of a bias, each trained as what it comes from is."""
+    part = weight.detach()[rows or slice(None)]
+    geometry = Geometry(part.shape[1], part.shape[0], bias=bias is not None)
+    layer = geometry.build(device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
-        layer.weight.copy_(weight)
+        tensor(layer, "weight").copy_(part).requires_grad_(weight.requires_grad)
         if bias is not None:
-            layer.bias.copy_(bias)
-    for parameter in layer.parameters():
-        parameter.requires_grad_(weight.requires_grad)
+            tensor(layer, "bias").copy_(bias[entries or slice(None)]).requires_grad_(bias.requires_grad)
     return layer
 
 

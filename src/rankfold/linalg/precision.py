@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
 LARGE = 256  # features from which a Gram is computed in blocks
+FULL = ("ieee", "none")  # settings of torch under which products in float32 carry all its bits
+_ONE_AT_A_TIME = threading.RLock()  # the setting is the process's, so two threads must not give it back to each other
 NEAR_ONE = 2.0**20  # products of numbers below it, and sums of many of them, are far from the range of float32
 
 
@@ -31,8 +38,47 @@ def power_of_two_scale(tensor: Tensor) -> Tensor:
     return torch.where(usable, torch.exp2(exponent.to(work_dtype(tensor.device))), 1.0)
 
 
+@contextmanager
+def full_products(device: torch.device) -> Iterator[None]:
+    """Within it, products of float32 tensors carry all 24 bits, whatever the user allows his own network.
+
+    TF32 and bfloat16 products (`torch.set_float32_matmul_precision`, `torch.backends.….fp32_precision`, autocast) carry
+    eleven and eight: enough for a forward pass, but a covariance would lose every direction below a thousandth of the
+    largest. The user's settings are as they were afterwards. They belong to the process: products of other threads are
+    exact meanwhile too.
+
+    Args:
+        device: Of the tensors; on devices other than CPU and CUDA only autocast is turned off.
+    """
+    with torch.autocast(device.type, enabled=False), _ONE_AT_A_TIME:
+        backends: Any = torch.backends  # whose members torch does not annotate
+        both = {"cuda": backends.cuda.matmul, "cpu": backends.mkldnn.matmul}
+        matmul = both.get(device.type)
+        if matmul is None or matmul.fp32_precision in FULL:
+            yield
+            return
+        allowed = {each: each.fp32_precision for each in both.values()}
+        try:
+            legacy = torch.get_float32_matmul_precision()
+        except RuntimeError:  # torch refuses to say where the newer settings were used, and then reads those alone
+            legacy = None
+        if legacy is None:
+            matmul.fp32_precision = "ieee"
+        else:
+            torch.set_float32_matmul_precision("highest")  # which sets both, so that torch may go on reading either
+        try:
+            yield
+        finally:
+            if legacy is not None:
+                torch.set_float32_matmul_precision(legacy)
+            for each, precision in allowed.items():
+                each.fp32_precision = "none"  # if that gives the same, it was inherited
+                if each.fp32_precision != precision:
+                    each.fp32_precision = precision
+
+
 def gram(rows: Tensor) -> Tensor:
-    """Sum of outer products of rows, `XᵀX`, accumulated in the work dtype from products in the rows' own dtype.
+    """Sum of outer products of rows, `XᵀX`, in the work dtype, from products in the rows' own with all its bits.
 
     Args:
         rows: `X`, shape (…, positions, features); half precision is widened to float32 first.
@@ -42,14 +88,15 @@ def gram(rows: Tensor) -> Tensor:
     """
     wide, scale = _scaled(rows, torch.promote_types(rows.dtype, torch.float32))
     half = wide.shape[-1] // 2
-    if half < LARGE // 2:
-        return _unscaled(wide.mT @ wide, scale, scale)
-    # The block below the diagonal is the one above it, transposed: a quarter of the products less.
-    product = wide.new_empty(*wide.shape[:-2], wide.shape[-1], wide.shape[-1])
-    upper = wide[..., :half].mT @ wide
-    product[..., :half, :] = upper
-    product[..., half:, :half] = upper[..., half:].mT
-    product[..., half:, half:] = wide[..., half:].mT @ wide[..., half:]
+    with full_products(wide.device):
+        if half < LARGE // 2:
+            return _unscaled(wide.mT @ wide, scale, scale)
+        # The block below the diagonal is the one above it, transposed: a quarter of the products less.
+        product = wide.new_empty(*wide.shape[:-2], wide.shape[-1], wide.shape[-1])
+        upper = wide[..., :half].mT @ wide
+        product[..., :half, :] = upper
+        product[..., half:, :half] = upper[..., half:].mT
+        product[..., half:, half:] = wide[..., half:].mT @ wide[..., half:]
     return _unscaled(product, scale, scale)
 
 
@@ -72,7 +119,8 @@ def cross(left: Tensor, right: Tensor) -> Tensor:
     shared = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
     a, scale_left = _scaled(left, shared)
     b, scale_right = _scaled(right, shared)
-    return _unscaled(a.mT @ b, scale_left, scale_right)
+    with full_products(a.device):
+        return _unscaled(a.mT @ b, scale_left, scale_right)
 
 
 def _scaled(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rankfold.errors import DataError, NumericsError
 from rankfold.graph.models import check_module
 from rankfold.graph.trace import device_of, evaluating, run, to_device
+from rankfold.layers import input_of
 from rankfold.linalg.precision import widen
 from rankfold.statistics.data import as_batches
 from rankfold.statistics.distributed import ALONE, World
@@ -47,7 +48,7 @@ def reestimate_batch_norms(model: nn.Module, data: Any, *, world: World = ALONE)
     }
     sums = {path: _Sums(norm) for path, norm in norms.items()}
     batches, device = as_batches(data), device_of(model)
-    handles = [norm.register_forward_pre_hook(sums[path]) for path, norm in norms.items()]
+    handles = [norm.register_forward_pre_hook(sums[path], with_kwargs=True) for path, norm in norms.items()]
     try:
         with evaluating(model):  # which gives every buffer back as it was
             for norm in norms.values():
@@ -87,8 +88,8 @@ class _Sums:
         zeros = widen(torch.zeros_like(_moment(norm.running_mean)))
         self.count, self.first, self.second = zeros.new_zeros(1), zeros, zeros.clone()
 
-    def __call__(self, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        values = widen(args[0]).movedim(1, 0).flatten(1)
+    def __call__(self, norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        values = widen(input_of(args, kwargs)).movedim(1, 0).flatten(1)
         self.count += values.shape[1]
         self.first += values.sum(1)
         self.second += values.square().sum(1)

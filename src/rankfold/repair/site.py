@@ -18,6 +18,7 @@ from rankfold.graph.lockstep import Arrival
 from rankfold.graph.regions import channel_scale
 from rankfold.graph.trace import device_of, evaluating, run
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
+from rankfold.layers.calls import input_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.repair.gather import Gather, Share
@@ -302,7 +303,7 @@ class _LaterCalls:
     def __call__(self, _layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
         self._calls += 1
         if self._calls > 1:
-            inputs = args[0] if args else options["input"]
+            inputs = input_of(args, options)
             self._gather.add(self._index, inputs, output, call=self._calls)
 
 

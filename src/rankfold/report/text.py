@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from rich.console import Console
-from rich.table import Table
 
 from rankfold.plan import ERROR
 
 if TYPE_CHECKING:
     from rankfold.graph.channels import Channels
     from rankfold.graph.sites import Sites
-    from rankfold.report.data import Report
+    from rankfold.report.data import Report, Row
+
+FEW = 3  # paths that are named of many
+GAP = 1  # columns of blanks between two of a table
+COLUMNS = (
+    ("layer", False),
+    ("shape", False),
+    ("becomes", False),
+    ("rank", True),
+    ("params", True),
+    ("MACs", True),
+    ("error", True),
+)
+SITE_COLUMNS = (
+    ("site", False),
+    ("kind", False),
+    ("weight", False),
+    ("params", True),
+    ("MACs", True),
+    ("also at", False),
+)
+GROUP_COLUMNS = (("group", False), ("units", True), ("made by", False), ("read by", False))
 
 WELL_BELOW = 0.8  # where less than this share of the whole can be cut, what is left of that share is said, too
 
@@ -25,35 +43,25 @@ def render(report: Report, *, width: int = 110) -> str:
         report: The report.
         width: Columns.
     """
-    table = Table(title=f"{report.model}: every layer before and after", title_justify="left", box=None, pad_edge=False)
-    for name, right in (
-        ("layer", 0),
-        ("shape", 0),
-        ("becomes", 0),
-        ("rank", 1),
-        ("params", 1),
-        ("MACs", 1),
-        ("error", 1),
-    ):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    table: list[list[str]] = []
     for row in report.rows:
         if row.before is None or row.after is None:
             continue
         rank = "" if row.rank is None else str(row.rank)
         error = row.why.removeprefix(ERROR) if row.why.startswith(ERROR) else ""
-        table.add_row(
-            row.path or "(the model)",
-            "×".join(map(str, row.shape)),
-            row.form,
-            rank,
-            _change(row.before.params, row.after.params),
-            _change(row.before.macs, row.after.macs),
-            error,
+        table.append(
+            [
+                row.path or "(the model)",
+                "×".join(map(str, row.shape)),
+                row.form,
+                rank,
+                _change(row.before.params, row.after.params),
+                _change(row.before.macs, row.after.macs),
+                error,
+            ]
         )
-    lines = [_print(table, width)]
-    skipped = [row for row in report.rows if row.before is None]
-    if skipped:
-        lines += ["", "left alone:", *(f"  {row.path or '(the model)'}: {row.why}" for row in skipped)]
+    lines = _laid_out(f"{report.model}: every layer before and after", COLUMNS, table, width)
+    lines += _left_alone(report.rows)
     lines += ["", *_summary(report)]
     lines += [f"note: {note}" for note in report.notes]
     lines += [f"WARNING: {warning}" for warning in report.warnings]
@@ -106,31 +114,71 @@ def _change(before: int, after: int) -> str:
     return f"{before:,}" if before == after else f"{before:,} → {after:,}"
 
 
-def _print(table: Table, width: int) -> str:
-    console = Console(
-        file=io.StringIO(), width=width, color_system=None, force_terminal=False, markup=False, emoji=False
+def _left_alone(rows: Sequence[Row]) -> list[str]:
+    """The layers that nothing was done to, and those that were made smaller but keep their channels, by reason."""
+    changed = {row.path for row in rows if row.before is not None and row.before != row.after}
+    lines: list[str] = []
+    for title, there in (("left alone:", False), ("made smaller, but their channels stay:", True)):
+        reasons: dict[str, list[str]] = {}
+        for row in rows:
+            if row.before is None and (row.path in changed) == there:
+                reasons.setdefault(row.why, []).append(row.path)
+        if reasons:
+            lines += ["", title, *(f"  {_many(paths)}: {why}" for why, paths in reasons.items())]
+    return lines
+
+
+def _many(paths: list[str]) -> str:
+    """Some layers of one reason: all of them where they are few."""
+    return _few(paths) if len(paths) <= FEW else f"{len(paths)} layers ({_few(paths)})"
+
+
+def _laid_out(title: str, columns: Sequence[tuple[str, bool]], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """A table in which no cell is broken. Where it is too wide, each row's first cell, a path, has a line of its own.
+
+    Args:
+        title: Line above it.
+        columns: Their names, and whether numbers stand in them.
+        rows: One text a column.
+        width: Columns of text there are; a table whose other cells need more is wider.
+    """
+    sizes = [max(map(len, column)) for column in zip([name for name, _ in columns], *rows, strict=True)]
+    apart = sum(sizes) + GAP * (len(columns) - 1) > width
+    start = 1 if apart else 0
+    header, *lines = (
+        (" " * GAP)
+        .join(
+            cell.rjust(size) if number else cell.ljust(size)
+            for cell, size, (_, number) in list(zip(row, sizes, columns, strict=True))[start:]
+        )
+        .rstrip()
+        for row in ([name for name, _ in columns], *rows)
     )
-    console.print(table)
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() for line in text.rstrip().splitlines())
+    if not apart:
+        return [title, header, *lines]
+    return [
+        title,
+        f"{columns[0][0]}:",
+        f"  {header}",
+        *(line for row, rest in zip(rows, lines, strict=True) for line in (row[0], f"  {rest}")),
+    ]
 
 
 def render_sites(sites: Sites, *, width: int = 110) -> str:
     """Sites and skips of a model as text, for `rankfold inspect`."""
-    table = Table(title=f"{sites.model}: {len(sites)} sites", title_justify="left", box=None, pad_edge=False)
-    for name, right in (("site", 0), ("kind", 0), ("weight", 0), ("params", 1), ("MACs", 1), ("also at", 0)):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for site in sites:
-        table.add_row(
+    table = [
+        [
             site.path or "(the model)",
             site.kind,
             "×".join(map(str, site.weight_shape)),
             f"{site.geometry.n_params:,}",
             f"{site.macs:,}",
             ", ".join(site.aliases),
-        )
+        ]
+        for site in sites
+    ]
     cost = sites.cost
-    lines = [_print(table, width)]
+    lines = _laid_out(f"{sites.model}: {len(sites)} sites", SITE_COLUMNS, table, width)
     if sites.skips:
         lines += ["", "left alone:", *(f"  {skip.path or '(the model)'}: {skip.reason}" for skip in sites.skips)]
     lines += ["", f"whole model: {cost.params:,} params, {cost.macs:,} MACs per sample, {cost.bytes:,} bytes"]
@@ -153,18 +201,17 @@ def _reach(sites: Sites) -> list[str]:
 
 def render_channels(channels: Channels, *, width: int = 110) -> str:
     """Channel groups of a model as text, for `rankfold inspect --channels`."""
-    table = Table(title=f"{len(channels)} channel groups", title_justify="left", box=None, pad_edge=False)
-    for name, right in (("group", 0), ("units", 1), ("made by", 0), ("read by", 0)):
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
-    for group in channels:
-        table.add_row(group.name or "(the model)", str(group.units), _few(list(group.made)), _few(list(group.read)))
-    lines = [_print(table, width)]
+    table = [
+        [group.name or "(the model)", str(group.units), _few(list(group.made)), _few(list(group.read))]
+        for group in channels
+    ]
+    lines = _laid_out(f"{len(channels)} channel groups", GROUP_COLUMNS, table, width)
     if channels.skips:
         lines += ["", "channels that stay:"]
         lines += [f"  {skip.path or '(the model)'}: {skip.reason}" for skip in channels.skips]
     return "\n".join(lines) + "\n"
 
 
-def _few(paths: list[str], most: int = 3) -> str:
+def _few(paths: list[str], most: int = FEW) -> str:
     shown = ", ".join(path or "(the model)" for path in paths[:most])
     return shown if len(paths) <= most else f"{shown} and {len(paths) - most} more"

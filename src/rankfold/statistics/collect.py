@@ -14,9 +14,9 @@ from rankfold.errors import DataError, NumericsError, OptionError, TraceError, s
 from rankfold.graph.lockstep import micro_batches
 from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
-from rankfold.layers import Adapter, adapter_for
+from rankfold.layers import Adapter, adapter_for, input_of
 from rankfold.linalg.precision import work_dtype
-from rankfold.progress import Progress, check_progress, silent
+from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
 from rankfold.statistics.data import as_batches, digest, no_batch, numbered, sample_count
@@ -37,7 +37,7 @@ def collect(
     positions: int | None = None,
     enough: int | None = None,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress | Told = silent,
     world: World = ALONE,
 ) -> Statistics:
     """Run the model once over the data and sum up what each site sees.
@@ -73,7 +73,7 @@ def collect(
     if enough is not None and (isinstance(enough, bool) or not isinstance(enough, int) or enough < 1):
         raise OptionError("enough", law="an int of at least 1, or None", got=repr(enough), cure="try 24")
     check_seed(seed)
-    check_progress(progress)
+    progress = as_progress(progress)
     model = check_sites(model, sites)
     batches = as_batches(data)
     known = None if enough is None else sample_count(batches)
@@ -90,7 +90,7 @@ def collect(
         _Feeder(site, modules[site.path], list(collected[site.path].values()), drawn(site), (seed, index))
         for index, site in enumerate(sites)
     ]
-    handles = [feeder.module.register_forward_hook(feeder) for feeder in feeders] if kinds else []
+    handles = [feeder.module.register_forward_hook(feeder, with_kwargs=True) for feeder in feeders] if kinds else []
     device, samples, looked_at, sha = device_of(model), 0, 0, hashlib.sha256()
     piece = 0
     try:
@@ -212,8 +212,8 @@ class _Feeder:
         if self._positions is not None:
             self._generator = generator(*self._key, piece)
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        inputs: Tensor = args[0]
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        inputs: Tensor = input_of(args, kwargs)
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
         labels = labels_of_rows(self._first, rows_of(self._adapter, layer, inputs)).to(inputs.device)

@@ -1,0 +1,20 @@
+"""What a layer is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The input of a layer that takes one: `layer(x)` and `layer(input=x)` are the same call.
+
+    Args:
+        args: Positional arguments, as a hook with `with_kwargs=True` gets them.
+        kwargs: Keyword arguments.
+
+    Returns:
+        The first positional argument, or else the argument named `input`, as torch names it in linear layers,
+        convolutions, norms and `nn.Sequential`; None where there is neither.
+    """
+    return args[0] if args else kwargs.get("input")
