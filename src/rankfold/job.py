@@ -24,7 +24,8 @@ from rankfold.graph.trace import Batch, batch_size, take
 from rankfold.graph.values import Spill
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
-from rankfold.metrics.latency import latency_ratio
+from rankfold.metrics.latency import Latency, latency_ratio
+from rankfold.metrics.outputs import Outputs, Taken, outputs_to_json, settled
 from rankfold.plan import Plan
 from rankfold.progress import Progress
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
@@ -88,6 +89,8 @@ class Job:
     progress: Progress
     spill: Spill
     work: Work = field(default_factory=Work)
+    held_out: bool = True  # whether what is judged on was fitted on by nothing
+    outputs: Taken | None = None  # what the model's outputs are, once that is settled
 
     @classmethod
     def start(
@@ -116,12 +119,13 @@ class Job:
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
         judged: Iterable[Batch] = Split(batches, HELD_OUT, held_out=True)
-        if not any(True for _ in judged):
+        held_out = any(True for _ in judged)
+        if not held_out:
             judged = batches
             notes.append(
                 f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
             )
-        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill)
+        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill, held_out=held_out)
 
     def collect(
         self,
@@ -131,8 +135,9 @@ class Job:
         enough: int | None,
         seed: int,
         gradient_samples: int | None,
+        outputs: Outputs = None,
     ) -> None:
-        """Collect on the samples that are fitted on."""
+        """Settle what the outputs are, and collect on the samples that are fitted on."""
         fit = Split(self.batches, HELD_OUT, held_out=False)
 
         def moments() -> Statistics:
@@ -149,6 +154,11 @@ class Job:
             )
 
         self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
+        taken = self.outputs = settled(self.model, fit, outputs)
+        if taken.passed:
+            self.notes.append(f"outputs that were not looked at: {', '.join(taken.passed)}")
+        if outputs is not None:
+            self.stats.manifest["outputs"] = outputs_to_json(outputs)
         if gradient_samples is None:
             return
 
@@ -159,6 +169,7 @@ class Job:
                 self.stats,
                 sites=self.sites,
                 samples=gradient_samples,
+                outputs=taken,
                 seed=seed,
                 progress=self.progress,
                 world=world(),
@@ -251,7 +262,7 @@ class Job:
                 world=world(),
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
-            comparison = compare(self.model, compressed, self.judged, world=world())
+            comparison = compare(self.model, compressed, self.judged, outputs=self.outputs, world=world())
             return Attempt(comparison, compressed, plan, remarks)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
@@ -259,7 +270,8 @@ class Job:
     def carried_out(self, makers: Sequence[Maker], budget: Budget) -> tuple[Attempt, list[Candidate]]:
         """The candidate closest to the original on held-out samples, and how all of them did.
 
-        With a repair, where there are many, all are carried out on a part of the samples first, and the best on all.
+        With a repair, where there are many, all are carried out on a part of the samples first, and the best on all;
+        these are told of twice.
 
         Args:
             makers: Of the candidates.
@@ -288,11 +300,7 @@ class Job:
             ranked = {one.selector: plans[one.selector] for one in tried}
             done = self._each("candidates", ranked, whole, wanted=FINALISTS)
         least = min(done, key=lambda one: one.divergence)
-        names = {one.selector for one in done}
-        return best[0], [
-            *(replace(one, taken=one is least) for one in done),
-            *(one for one in tried if one.selector not in names),
-        ]
+        return best[0], [*(replace(one, taken=one is least) for one in done), *tried]
 
     def _each(
         self,
@@ -342,13 +350,16 @@ class Job:
             self.sites.cost,
             count(best.model, example),
             best.plan.budget,
-            latency,
+            latency.ratio,
             best.comparison,
             tuple(candidates) if len(candidates) > 1 else (),
             self.clock.seconds,
             (*self.notes, *best.remarks, *self._uncalled(best.plan)),
             best.plan.seed,
             environment(),
+            (latency.lower, latency.upper),
+            self.held_out,
+            self.stats.manifest.get("samples"),
         )
         return Compressed(best.model, best.plan, report)
 
@@ -367,14 +378,15 @@ def _candidate(name: str, attempt: Attempt, samples: int | None = None) -> Candi
     return Candidate(name, attempt.comparison.divergence, attempt.comparison.agreement, False, samples)
 
 
-def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:
+def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> Latency:
     """Measured by the first process while all others wait, so that none disturbs it."""
     together_with = world()
-    latency = torch.zeros(1, dtype=torch.float64)
+    latency = torch.zeros(3, dtype=torch.float64)
     if together_with.owns(0):
-        latency[0] = latency_ratio(original, compressed, example)
+        measured = latency_ratio(original, compressed, example)
+        latency = torch.tensor([measured.ratio, measured.lower, measured.upper], dtype=torch.float64)
     together_with.broadcast_([latency], 0)
-    return float(latency)
+    return Latency(*latency.tolist())
 
 
 class _Clock:

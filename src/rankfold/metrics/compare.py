@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +15,62 @@ from torch import Tensor, nn
 from rankfold.errors import DataError, NumericsError, RankfoldError, TraceError
 from rankfold.graph.sites import check_module
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, split_batch, take, to_device
-from rankfold.statistics.data import as_batches, numbered
+from rankfold.metrics.outputs import (
+    LOOKED_AT,
+    Embedding,
+    Logits,
+    Opened,
+    Outputs,
+    Taken,
+    check_outputs,
+    opened,
+    settle,
+    settled,
+)
+from rankfold.statistics.data import as_batches, no_batch, numbered
 from rankfold.statistics.distributed import ALONE, World
+
+_Pair: TypeAlias = tuple[int, Batch, Any, Any]  # number of a batch, the batch, what both models returned
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """How alike one output of two models is.
+
+    Attributes:
+        name: The way to the tensor: "output" where it is the only one, "logits", "feats[0]".
+        kind: What it is taken for: "logits", "values" or "embedding".
+        guessed: Whether that was guessed.
+        divergence: By what it is taken for: of logits the relative error of each row centred over its classes, so that
+            a shift of all counts nothing; of values the relative error; of embeddings the mean of 1 − cos.
+        relative_error: `‖compressed − original‖² / ‖original‖²`.
+        agreement: Fraction of rows with the same arg-max over the classes; None where it is no logits.
+        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` a row, in nats; None likewise.
+        cosine: Mean cosine; None where it is no embedding.
+    """
+
+    name: str
+    kind: str
+    guessed: bool
+    divergence: float
+    relative_error: float
+    agreement: float | None = None
+    kl: float | None = None
+    cosine: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """How alike two models are on some data.
 
-    An example is one row of logits: an image, or one position of a sequence.
+    An example is one row of the first logits: an image, one position of a sequence, or a pixel of a map; without logits
+    one row of the first output.
 
     Attributes:
         samples: Samples looked at.
-        examples: Rows of logits looked at.
-        agreement: Fraction of examples with the same arg-max.
-        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` an example, in nats.
+        examples: Examples looked at.
+        agreement: Fraction of examples with the same arg-max over the classes; None where no output is logits.
+        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` an example, in nats; None likewise.
         relative_error: `‖compressed − original‖² / ‖original‖²`; the mean of it over the output tensors.
         max_difference: Largest absolute difference of an output.
         top1: Fraction of labelled examples whose arg-max is the label, (original, compressed); None without labels.
@@ -36,15 +78,15 @@ class Comparison:
         perplexity: `exp` of the mean cross-entropy against the labels, (original, compressed), for sequence outputs;
             labels that are the input tokens themselves are predicted from the position before. At most e^700.
         changed: Indices of the examples whose arg-max differs, in the order of the data.
-        logits: Whether the output looks like logits (named so, or one row a sample), so that KL means something.
-        output_errors: The relative error of each output tensor, where the model gives several; agreement, KL and the
-            labels are about the first.
+        logits: Whether an output is logits; agreement, KL and the labels are about the first that is.
+        outputs: Every output tensor that counts.
+        passed: Of the original's outputs what was not looked at, with the reason.
     """
 
     samples: int
     examples: int
-    agreement: float
-    kl: float
+    agreement: float | None
+    kl: float | None
     relative_error: float
     max_difference: float
     top1: tuple[float, float] | None
@@ -52,62 +94,28 @@ class Comparison:
     perplexity: tuple[float, float] | None
     changed: tuple[int, ...]
     logits: bool
-    output_errors: tuple[float, ...] = ()
+    outputs: tuple[OutputComparison, ...] = ()
+    passed: tuple[str, ...] = ()
 
     @property
     def divergence(self) -> float:
-        """What candidates are ranked by: the relative error of the outputs.
+        """What candidates are ranked by: the mean over the outputs of the divergence of each.
 
         Not the KL: a network is so sure of the images it was trained on that their KL says little about others.
         """
-        return self.relative_error
+        if not self.outputs:
+            return self.relative_error
+        return sum(each.divergence for each in self.outputs) / len(self.outputs)
+
+    @property
+    def taken_for(self) -> str:
+        """What the outputs were taken for, in words, such as `logits (guessed)`."""
+        parts = {each.name: each.kind + " (guessed)" * each.guessed for each in self.outputs}
+        return next(iter(parts.values())) if len(parts) == 1 else ", ".join(f"{n}: {part}" for n, part in parts.items())
 
     def to_json(self) -> dict[str, Any]:
         """As a dict of JSON values."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-
-def output_tensors(output: Any) -> tuple[list[Tensor], bool]:
-    """The tensors of an output that are compared, and whether the first is logits.
-
-    The entry named "logits" of a mapping, else every floating tensor that the output holds itself (what is nested in
-    it, such as a cache, is left out). One of two axes and several columns counts as logits.
-
-    Raises:
-        DataError: The output holds no floating tensor.
-    """
-    if names_logits(output):
-        return [output["logits"]], True
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    found = [
-        value
-        for value in ((output,) if isinstance(output, Tensor) else values)
-        if isinstance(value, Tensor) and value.is_floating_point()
-    ]
-    if not found:
-        raise DataError(
-            "output",
-            law="the model returns a floating tensor, or a tuple or mapping that holds one",
-            got=type(output).__name__,
-            cure="wrap the model so that it returns its logits",
-        )
-    return found, looks_like_logits(found[0])
-
-
-def names_logits(output: Any) -> bool:
-    """Whether an output is a mapping with an entry "logits"."""
-    return isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor)
-
-
-def looks_like_logits(output: Tensor) -> bool:
-    """Whether an output has one row a sample, and several columns."""
-    return output.ndim == 2 and output.shape[1] > 1
-
-
-def output_tensor(output: Any) -> tuple[Tensor, bool]:
-    """The first of `output_tensors`, and whether it is logits."""
-    found, logits = output_tensors(output)
-    return found[0], logits
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -189,15 +197,26 @@ def check_finite(whose: str, output: Tensor, number: int) -> None:
         )
 
 
-def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: World = ALONE) -> Comparison:
+def compare(
+    original: nn.Module,
+    compressed: nn.Module,
+    data: Any,
+    *,
+    outputs: Outputs | Taken = None,
+    world: World = ALONE,
+) -> Comparison:
     """Run both models over data and compare their outputs.
 
-    Both run in eval mode and are left as they were. Memory is one batch of outputs. Comparison is in float64.
+    Both run in eval mode and are left as they were. Memory is one batch of outputs (32 samples of them at first, where
+    it is guessed what they are). Comparison is in float64. Every floating tensor of a nested output counts, by name;
+    what does not (caches and other auxiliary entries, see `Comparison.passed`) is named.
 
     Args:
         original: The original model.
         compressed: Another with outputs of the same shape.
         data: A re-iterable of batches, as for `compress`; labels, where there are any, give top-1 and top-5.
+        outputs: What the outputs are: `Logits()`, `Values()` or `Embedding()`, or a dict of them by name (None leaves
+            one out). None guesses: see `rankfold.metrics.outputs.settle`.
         world: The processes that share the data, sample by sample; all get the whole comparison.
 
     Returns:
@@ -206,19 +225,63 @@ def compare(original: nn.Module, compressed: nn.Module, data: Any, *, world: Wor
     Raises:
         ModelError: One of the two is no module, or has tensors on meta.
         DataError: No data, outputs of different shapes, labels that are no class of the output, or not one a sample.
+        OptionError: `outputs` is something else.
         TraceError: A model does not run on a batch; the batch is named.
         NumericsError: An output of either model is not finite; the batch is named.
     """
     check_module(original, "original")
     check_module(compressed, "compressed")
-    tally = _Tally()
+    check_outputs(outputs)
+    batches = as_batches(data)
+    if world.size > 1:  # each process has a part only, and all must guess alike
+        outputs = settled(original, batches, outputs)
+    parts: list[int] = []
     with evaluating(original), evaluating(compressed):
-        for number, batch in _shares(as_batches(data), tally, world):
-            first, logits = output_tensors(run_on("original", original, batch, number))
-            second, _ = output_tensors(run_on("compressed", compressed, batch, number))
-            tally.add(number, batch, first, [mine.to(first[0].device) for mine in second], logits)
+        pairs = (
+            (
+                number,
+                batch,
+                run_on("original", original, batch, number),
+                run_on("compressed", compressed, batch, number),
+            )
+            for number, batch in _shares(batches, parts, world)
+        )
+        first = [] if isinstance(outputs, Taken) else _head(pairs)
+        taken = outputs if isinstance(outputs, Taken) else _settle(first, outputs)
+        tally = _Tally(taken, parts)
+        for number, batch, mine, theirs in itertools.chain(first, pairs):
+            firsts, seconds = taken.of(mine, number), taken.of(theirs, number)
+            tally.add(number, batch, firsts, [each.to(firsts[0].device) for each in seconds])
     tally.sum_over(world)
     return tally.result()
+
+
+def _head(pairs: Iterator[_Pair]) -> list[_Pair]:
+    """The first pairs of outputs, of 32 samples at least where there are so many."""
+    result: list[_Pair] = []
+    samples = 0
+    for pair in pairs:
+        result.append(pair)
+        samples += batch_size(pair[1])
+        if samples >= LOOKED_AT:
+            break
+    if not result:
+        raise no_batch()
+    return result
+
+
+def _settle(pairs: Sequence[_Pair], outputs: Outputs) -> Taken:
+    """What the outputs are, by their first 32 samples, as `settled` has it."""
+    seen, labels, left = [], [], LOOKED_AT
+    for _, batch, output, _ in pairs:
+        found = opened(output)
+        size = batch_size(batch)
+        if left < size:
+            found = Opened({n: t[:left] if t.ndim and len(t) == size else t for n, t in found.tensors.items()})
+        left -= size
+        seen.append(found)
+        labels.append(labels_of(batch))
+    return settle(seen, outputs, labels)
 
 
 def run_on(whose: str, model: nn.Module, batch: Batch, number: int) -> Any:
@@ -240,15 +303,18 @@ def run_on(whose: str, model: nn.Module, batch: Batch, number: int) -> Any:
         ) from cause
 
 
-def _shares(batches: Iterable[Batch], tally: _Tally, world: World) -> Iterator[tuple[int, Batch]]:
-    """This process's samples of every batch, an even, consecutive part of each, and the batch's number."""
+def _shares(batches: Iterable[Batch], opened_parts: list[int], world: World) -> Iterator[tuple[int, Batch]]:
+    """This process's samples of every batch, an even, consecutive part of each, and the batch's number.
+
+    Where there are several processes, a 0 is added to `opened_parts` for each part that some process looks at.
+    """
     for number, batch in numbered(batches):
         if world.size == 1:
             yield number, batch
             continue
         parts = torch.arange(batch_size(batch)).tensor_split(world.size)
         for rank, part in enumerate(parts):
-            tally.open_part()
+            opened_parts.append(0)
             if rank == world.rank and len(part):
                 yield number, _with_labels(batch, part)
 
@@ -262,66 +328,85 @@ def _with_labels(batch: Batch, rows: Tensor) -> Batch:
 
 
 class _Tally:
-    """Running sums of a comparison."""
+    """Running sums of a comparison.
 
-    def __init__(self) -> None:
-        self.samples = self.examples = self.agree = self.labelled = 0
-        self.kl = self.largest = 0.0
-        self.squares = torch.zeros(0, 2, dtype=torch.float64)  # of the error and of the original, for every output
+    Args:
+        taken: What the outputs are.
+        parts: Examples of each part of the data, where several processes share it; others add parts.
+    """
+
+    def __init__(self, taken: Taken, parts: list[int]) -> None:
+        count = len(taken.kinds)
+        self.taken, self.parts = taken, parts
+        kinds = list(taken.kinds.values())
+        self.decided = next((i for i, kind in enumerate(kinds) if isinstance(kind, Logits)), None)
+        self.samples = self.examples = self.labelled = 0
+        self.largest = 0.0
+        self.squares = torch.zeros(count, 2, dtype=torch.float64)  # of the error and of the original
+        self.own = torch.zeros(count, 2, dtype=torch.float64)  # the same by what the output is
+        self.alike = torch.zeros(count, 3, dtype=torch.float64)  # rows, rows of equal arg-max, KL
         self.hits = [[0, 0], [0, 0]]  # top-1, top-5 of original, compressed
         self.cross_entropy = [0.0, 0.0]
         self.changed: list[int] = []
-        self.parts: list[int] = []  # examples of each part, where several processes share the data
-        self.logits, self.sequence, self.wide = True, False, True
+        self.sequence, self.wide = False, True
 
-    def add(self, number: int, batch: Batch, firsts: list[Tensor], seconds: list[Tensor], logits: bool) -> None:
+    def add(self, number: int, batch: Batch, firsts: list[Tensor], seconds: list[Tensor]) -> None:
         """Add one batch of outputs."""
-        if len(firsts) != len(seconds) or len(self.squares) not in (0, len(firsts)):
-            raise DataError(
-                "output",
-                law="both models give the same number of tensors on every batch",
-                got=f"{len(firsts)} and {len(seconds)} in batch {number}",
-                cure="compare a model with its own compression",
-            )
-        if not len(self.squares):
-            self.squares = torch.zeros(len(firsts), 2, dtype=torch.float64)
-        for i, (mine, theirs) in enumerate(zip(seconds, firsts, strict=True)):
-            self._add_squares(number, i, theirs, mine)
-        first, second = firsts[0], seconds[0]
-        a, b = (x.double().reshape(-1, x.shape[-1] if x.ndim > 1 else 1) for x in (first, second))
-        self.logits &= logits
+        for i, (kind, first, second) in enumerate(zip(self.taken.kinds.values(), firsts, seconds, strict=True)):
+            check_shapes(first, second)
+            check_finite("original", first, number)
+            check_finite("compressed", second, number)
+            wide, other = first.double(), second.double()
+            error = wide - other
+            self.squares[i] += torch.stack([error.square().sum(), wide.square().sum()]).cpu()
+            self.own[i] += kind.error(wide, other).cpu()
+            self.largest = max(self.largest, float(error.abs().amax()) if error.numel() else 0.0)
+            if isinstance(kind, Logits):
+                a, b = kind.rows(wide), kind.rows(other)
+                log_a, log_b = F.log_softmax(a, 1), F.log_softmax(b, 1)
+                same = a.argmax(1) == b.argmax(1)
+                kl = float((log_a.exp() * (log_a - log_b)).sum())
+                self.alike[i] += torch.tensor([len(a), int(same.sum()), kl], dtype=torch.float64)
+                if i == self.decided:
+                    self._add_decisions(number, batch, kind.example_shape(first), same, (log_a, log_b))
         self.samples += batch_size(batch)
-        same = a.argmax(1) == b.argmax(1)
-        self.changed += (torch.nonzero(~same).flatten() + self.examples).tolist()
-        self.examples += len(a)
+        if self.decided is None:
+            if (labels := labels_of(batch)) is not None:
+                _check_number(labels, batch_size(batch), number)
+            self._add_examples(firsts[0].numel() // (firsts[0].shape[-1] if firsts[0].ndim > 1 else 1))
+
+    def _add_examples(self, count: int) -> None:
+        self.examples += count
         if self.parts:
-            self.parts[-1] += len(a)
-        self.agree += int(same.sum())
-        log_a, log_b = F.log_softmax(a, 1), F.log_softmax(b, 1)
-        self.kl += float((log_a.exp() * (log_a - log_b)).sum())
+            self.parts[-1] += count
+
+    def _add_decisions(
+        self, number: int, batch: Batch, shape: torch.Size, same: Tensor, logs: tuple[Tensor, Tensor]
+    ) -> None:
+        """Add the rows of the first logits of a batch.
+
+        Args:
+            number: Of the batch.
+            batch: With its labels, where it has some.
+            shape: Of the logits, without the classes.
+            same: Whether the arg-max is the same, a row.
+            logs: Logarithms of the probabilities, rows × classes, of both models.
+        """
+        self.changed += (torch.nonzero(~same).flatten() + self.examples).tolist()
+        self._add_examples(len(same))
         labels = labels_of(batch)
         if labels is None:
             return
-        if labels.shape != first.shape[:-1]:
+        if labels.shape != shape:
             _check_number(labels, batch_size(batch), number)
             return
-        _check_labels(labels, first.shape[-1], number)
-        rows = torch.arange(len(a)).reshape(labels.shape)
-        if first.ndim > 2:
-            self.sequence = True
+        _check_labels(labels, logs[0].shape[1], number)
+        rows = torch.arange(len(same)).reshape(labels.shape)
+        if labels.ndim > 1:
+            self.sequence |= labels.ndim == 2
             if _are_inputs(batch, labels):  # a causal language model: position t predicts token t + 1
                 rows, labels = rows[:, :-1], labels[:, 1:]
-        self._add_labels(labels.flatten().to(a.device), rows.flatten().to(a.device), (log_a, log_b))
-
-    def _add_squares(self, number: int, output: int, first: Tensor, second: Tensor) -> None:
-        """Add one tensor of the outputs of a batch."""
-        check_shapes(first, second)
-        check_finite("original", first, number)
-        check_finite("compressed", second, number)
-        wide = first.double()
-        error = wide - second.double()
-        self.squares[output] += torch.stack([error.square().sum(), wide.square().sum()]).cpu()
-        self.largest = max(self.largest, float(error.abs().amax()) if error.numel() else 0.0)
+        self._add_labels(labels.flatten().to(same.device), rows.flatten().to(same.device), logs)
 
     def _add_labels(self, labels: Tensor, rows: Tensor, logs: tuple[Tensor, Tensor]) -> None:
         usable = labels >= 0  # -100 marks padding
@@ -335,10 +420,6 @@ class _Tally:
             self.hits[1][which] += int(top.any(1).sum())
             self.cross_entropy[which] -= float(chosen.gather(1, labels[:, None]).sum())
 
-    def open_part(self) -> None:
-        """Tell that what comes next is another part of the data, which some process adds."""
-        self.parts.append(0)
-
     def sum_over(self, world: World) -> None:
         """Take in what all other processes added."""
         if world.size == 1:
@@ -351,47 +432,66 @@ class _Tally:
             here = [index - seen + start for index in self.changed if seen <= index < seen + length]
             whole[here] = 1
             seen += length
-        counts = torch.tensor([self.samples, self.examples, self.agree, self.labelled, *self.hits[0], *self.hits[1]])
-        sums = torch.tensor([self.kl, *self.cross_entropy], dtype=torch.float64)
-        outputs = torch.tensor([float(len(self.squares))], dtype=torch.float64)
-        world.largest_([outputs])
-        if not len(self.squares):  # no sample came here
-            self.squares = torch.zeros(int(outputs), 2, dtype=torch.float64)
-        extremes = torch.tensor(
-            [self.largest, float(self.sequence), float(not self.logits), float(not self.wide)], dtype=torch.float64
-        )
-        world.sum_([whole, counts, sums, self.squares])
+        counts = torch.tensor([self.samples, self.examples, self.labelled, *self.hits[0], *self.hits[1]])
+        sums = torch.tensor(self.cross_entropy, dtype=torch.float64)
+        extremes = torch.tensor([self.largest, float(self.sequence), float(not self.wide)], dtype=torch.float64)
+        world.sum_([whole, counts, sums, self.squares, self.own, self.alike])
         world.largest_([extremes])
         self.changed = torch.nonzero(whole).flatten().tolist()
-        self.samples, self.examples, self.agree, self.labelled, *hits = counts.tolist()
+        self.samples, self.examples, self.labelled, *hits = counts.tolist()
         self.hits = [hits[:2], hits[2:]]
-        self.kl, *self.cross_entropy = sums.tolist()
+        self.cross_entropy = sums.tolist()
         self.largest = float(extremes[0])
-        self.sequence, self.logits, self.wide = bool(extremes[1]), not bool(extremes[2]), not bool(extremes[3])
+        self.sequence, self.wide = bool(extremes[1]), not bool(extremes[2])
 
     def result(self) -> Comparison:
         """The comparison over all that was added."""
         if not self.examples:
-            raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
+            raise no_batch()
         n = self.labelled
 
         def share(hits: list[int]) -> tuple[float, float] | None:
             return (hits[0] / n, hits[1] / n) if n else None
 
-        errors = tuple(e / energy if energy > 0 else float(e > 0) for e, energy in self.squares.tolist())
+        each = self._outputs()
         # Beyond e^700 a float ends, and no JSON holds what comes after.
         first, second = (math.exp(min(total / n, 700.0)) if n else 0.0 for total in self.cross_entropy)
         return Comparison(
             self.samples,
             self.examples,
-            self.agree / self.examples,
-            max(self.kl / self.examples, 0.0),
-            sum(errors) / len(errors),
+            None if self.decided is None else each[self.decided].agreement,
+            None if self.decided is None else each[self.decided].kl,
+            sum(one.relative_error for one in each) / len(each),
             self.largest,
             share(self.hits[0]),
             share(self.hits[1]) if self.wide else None,
             (first, second) if n and self.sequence else None,
             tuple(self.changed),
-            self.logits,
-            errors if len(errors) > 1 else (),
+            self.decided is not None,
+            each,
+            self.taken.passed,
         )
+
+    def _outputs(self) -> tuple[OutputComparison, ...]:
+        rows = []
+        sums = zip(self.taken.kinds.items(), self.squares.tolist(), self.own.tolist(), self.alike.tolist(), strict=True)
+        for (name, kind), squares, own, (count, same, kl) in sums:
+            divergence, logits = _ratio(*own), isinstance(kind, Logits)
+            rows.append(
+                OutputComparison(
+                    name,
+                    str(kind),
+                    name in self.taken.guessed,
+                    divergence,
+                    _ratio(*squares),
+                    same / count if logits else None,
+                    max(kl / count, 0.0) if logits else None,
+                    1 - divergence if isinstance(kind, Embedding) else None,
+                )
+            )
+        return tuple(rows)
+
+
+def _ratio(lost: float, whole: float) -> float:
+    """Of what was there, what was lost; 1 where there was nothing and there is something now."""
+    return lost / whole if whole > 0 else float(lost > 0)
