@@ -28,7 +28,7 @@ from rankfold.ranks import Budget, Curves, RankSelector, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
 from rankfold.statistics.collect import check_positions
-from rankfold.statistics.data import as_batches
+from rankfold.statistics.data import as_batches, no_batch
 from rankfold.statistics.distributed import together, world
 from rankfold.statistics.draws import check_seed
 from rankfold.statistics.gradients import SAMPLES
@@ -264,13 +264,15 @@ def _check_number(data: Any) -> None:
     """Refuse a single sample: anything reproduces one.
 
     Raises:
-        DataError: As said.
+        DataError: There is one, or none.
     """
     seen = 0
     for batch in as_batches(data):
         seen += batch_size(batch)
         if seen > 1:
             return
+    if not seen:
+        raise no_batch()
     raise DataError(
         "data",
         law="several calibration samples: a network of rank 1 reproduces the outputs of a single one",

@@ -189,11 +189,6 @@ class Taken:
             kind.check(name, found[name])
         return [found[name] for name in self.kinds]
 
-    def text(self) -> str:
-        """In words, such as `logits (guessed)`, or `cls: logits (guessed), box: values`."""
-        parts = {name: f"{kind}{' (guessed)' if name in self.guessed else ''}" for name, kind in self.kinds.items()}
-        return next(iter(parts.values())) if len(parts) == 1 else ", ".join(f"{n}: {part}" for n, part in parts.items())
-
 
 def check_outputs(outputs: Any) -> None:
     """Refuse what says nothing about outputs.
