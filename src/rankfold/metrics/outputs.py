@@ -285,7 +285,7 @@ def settle(seen: Sequence[Opened], outputs: Outputs = None, labels: Sequence[Ten
         raise DataError(
             "output",
             law="the model returns a floating tensor, or a tuple, mapping or dataclass that holds one",
-            got=", ".join(first.others.values()) or "none",
+            got=", ".join(first.others.values()) or ("none that is not left out" if named else "none"),
             cure="wrap the model so that it returns its logits",
         )
     kinds: dict[str, Output] = {}
