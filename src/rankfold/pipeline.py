@@ -89,7 +89,7 @@ def compress(
             output, such as `{"cls": Logits(), "boxes[0]": Values(), "pooler_output": None}` (None leaves one out). It
             says what of a change counts, in the weighting, in the choice between candidates and in the report. None
             guesses, and the report says what: logits are what is called so, and rows of scores that do not shift
-            together; anything else is values. Every floating tensor of a nested output counts, but for caches and other
+            together; most else is values. Every floating tensor of a nested output counts, but for caches and other
             auxiliary entries, which the report names.
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.

@@ -138,6 +138,38 @@ def test_an_output_that_cannot_be_what_it_is_said_to_be_is_refused(output: Tenso
         rf.compare(Gives(output), Gives(output), X, outputs=kind)
 
 
+SHIFTING = draw(40, 6) + 2 * draw(40, 1, seed=1)
+CENTRED = SHIFTING - SHIFTING.mean(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (CENTRED, rf.Logits()),
+        (SHIFTING, rf.Values()),
+        (SHIFTING.log_softmax(1), rf.Logits()),
+        (F.normalize(SHIFTING, dim=1), rf.Embedding()),
+        (F.one_hot(torch.arange(40) % 6).float(), rf.Logits()),
+        ({"image_embeds": CENTRED}, rf.Embedding()),
+        ({"pooler_output": CENTRED}, rf.Values()),
+        ({"last_hidden_state": draw(4, 5, 6)}, rf.Values()),
+        ({"start_logits": SHIFTING}, rf.Logits()),
+        ({"logits": draw(2, 3, 4, 4)}, rf.Logits()),
+        (draw(2, 3, 4, 4), rf.Values()),
+        (draw(4), rf.Values()),
+    ],
+)
+def test_what_is_guessed(output: Any, expected: rf.Output) -> None:
+    found = settled(Gives(output), X)
+    assert list(found.kinds.values()) == [expected]
+    assert len(found.guessed) == 1
+
+
+def test_softening_of_1_is_centred_noise_bit_by_bit() -> None:
+    noise = draw(9, 7)
+    assert torch.equal(rf.Logits().direction(draw(9, 7), noise), noise - noise.mean(-1, keepdim=True))
+
+
 def test_a_name_with_one_class_is_no_logits() -> None:
     assert settled(Gives({"logits": draw(4, 1)}), X).kinds == {"logits": rf.Values()}
 

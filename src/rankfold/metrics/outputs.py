@@ -44,6 +44,9 @@ AUXILIARY = re.compile(  # entries by which models of transformers hand out what
     r"loss|mems|past_key_values|past_buckets_states|\w*hidden_states|\w*attentions|\w*attn_weights|\w*router_logits"
     r"|\w*router_probs|\w*cache\w*|encoder_last_hidden_state|\w+_loss"
 )
+NORMALISED = 1e-3  # how far a norm is from 1, or a sum of probabilities, in rounding of half precision
+EMBEDDED = re.compile("embed")
+INNER = re.compile("pooled|pooler|hidden|feat")
 NAMED = re.compile(r"(\w+_)?logits(_\w+)?")
 
 
@@ -256,11 +259,13 @@ def settled(model: nn.Module, batches: Iterable[Batch], outputs: Outputs | Taken
 def settle(seen: Sequence[Opened], outputs: Outputs = None, labels: Sequence[Tensor | None] = ()) -> Taken:
     """Say what every output is: as asked, or by a guess.
 
-    Guessed as logits: an output called so (`logits`, `start_logits`); the first that integer labels fit; and one of two
-    axes and several columns, unless the mean of a row carries more than a twentieth of the variance over samples: the
-    gradient of a cross-entropy sums to zero over the classes, so it never asks for a shift, and the outputs of a
-    regression do shift. Twenty columns or more of which each goes its own way count as logits in any case: their shift
-    is one direction of many. Anything else is guessed to be values.
+    Guessed as logits: an output called so (`logits`, `start_logits`); the first that integer labels fit; rows of
+    log-probabilities; and an output of two axes and several columns, unless the mean of a row carries more than a
+    twentieth of the variance over samples: the gradient of a cross-entropy sums to zero over the classes, so it never
+    asks for a shift, and the outputs of a regression do shift. Twenty columns or more of which each goes its own way
+    count as logits in any case: their shift is one direction of many. Guessed as embeddings: outputs called so
+    (`image_embeds`), and rows of norm 1. Anything else is guessed to be values, and so is what is called pooled, hidden
+    or features.
 
     Args:
         seen: Outputs of some batches.
@@ -296,7 +301,7 @@ def settle(seen: Sequence[Opened], outputs: Outputs = None, labels: Sequence[Ten
         if kind is None:
             guessed.add(name)
             parts = [each.tensors[name].detach() for each in seen if name in each.tensors]
-            kind = labelled.get(name) or (Logits() if _is_called_logits(name, parts) or _shifts(parts) else Values())
+            kind = labelled.get(name) or _guessed(name, parts)
         kind.check(name, first.tensors[name])
         kinds[name] = kind
     return Taken(kinds, frozenset(guessed), first.passed(counted), outputs)
@@ -313,6 +318,23 @@ def _labelled(first: Opened, counted: Sequence[str], labels: Sequence[Tensor | N
     return {}
 
 
+def _guessed(name: str, parts: Sequence[Tensor]) -> Output:
+    """What an output is by its name and its numbers."""
+    last = _words(name)[-1]
+    if _is_called_logits(name, parts):
+        return Logits()
+    if not all(_has_columns(part) for part in parts) or len({part.shape[1] for part in parts}) > 1:
+        return Values()
+    values = torch.cat([part.double() for part in parts])
+    of_one = bool(((torch.linalg.vector_norm(values, dim=1) - 1).abs() < NORMALISED).all())
+    if EMBEDDED.search(last) or (of_one and bool((values < 0).any())):
+        return Embedding()
+    if INNER.search(last):
+        return Values()
+    log_chances = bool((values.logsumexp(1).abs() < NORMALISED).all())
+    return Logits() if log_chances or not _shifts(values) else Values()
+
+
 def _is_called_logits(name: str, parts: Sequence[Tensor]) -> bool:
     """Whether an output is called so, and has classes: several entries along an axis."""
     shape = parts[0].shape
@@ -324,20 +346,15 @@ def _has_columns(output: Tensor) -> bool:
     return output.ndim == 2 and output.shape[1] > 1
 
 
-def _shifts(rows: Sequence[Tensor]) -> bool:
-    """Whether `C Σ_i m_i² ≤ 0.05 Σ_ij z_ij²`, z centred over samples, `m_i` its mean over the C columns of a row.
+def _shifts(values: Tensor) -> bool:
+    """Whether `C Σ_i m_i² > 0.05 Σ_ij z_ij²`, z centred over samples, `m_i` its mean over the C columns of a row.
 
     Args:
-        rows: Parts of one output, each (samples, C) where it looks like logits.
+        values: One output, shape (samples, C), float64.
     """
-    if not all(_has_columns(part) for part in rows):
-        return False
-    if len({part.shape[1] for part in rows}) > 1:
-        return False
-    values = torch.cat([part.double() for part in rows])
     centred = values - values.mean(0)
     together = centred.mean(1).square().sum() * centred.shape[1]
-    return not float(together) > SHIFT * float(centred.square().sum())
+    return float(together) > SHIFT * float(centred.square().sum())
 
 
 def output_tensor(output: Any) -> tuple[Tensor, bool]:
