@@ -72,7 +72,7 @@ def test_of_several_outputs_the_ruined_one_is_named() -> None:
     pair = Gives(first), Gives((first[0], first[1] * 0))  # type: ignore[arg-type]
     comparison = rf.compare(*pair, [torch.zeros(50, 1)], outputs=rf.Values())
     (line,) = replace(REPORT, comparison=comparison, latency=None, samples=500).warnings
-    assert "the relative error is 1 of [1] on 50" in line
+    assert "no longer the original in [1]: the relative error is 1, on 50 held-out inputs" in line
 
 
 def test_held_out_is_only_said_of_samples_nothing_was_fitted_on() -> None:

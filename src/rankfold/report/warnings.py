@@ -28,7 +28,8 @@ def lost(comparison: Comparison | None, *, held_out: bool) -> list[str]:
     for output in comparison.outputs:
         what = _lost(output, comparison.samples)
         if what is not None:
-            lines.append(f"the compressed model is no longer the original: {what}{several * f' of {output.name}'} {on}")
+            where = f" in {output.name}" if several else ""
+            lines.append(f"the compressed model is no longer the original{where}: {what}, {on}")
     return lines
 
 
