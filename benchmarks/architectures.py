@@ -44,7 +44,7 @@ class Row:
         changed: Sites the plan compresses.
         kept_params: Fraction of the parameters that is left.
         kept_macs: The same of the MACs.
-        agreement: On held-out inputs, of random weights: only that it is a number matters here.
+        error: Relative output error on held-out inputs, of random weights: only that it is a number matters here.
         bit_equal: Whether save → load gives the same bits.
         predicted: Whether predicted params and MACs equal the counted ones.
         within: Whether the budget is kept.
@@ -62,7 +62,7 @@ class Row:
     changed: int
     kept_params: float
     kept_macs: float
-    agreement: float
+    error: float
     bit_equal: bool
     predicted: bool
     within: bool
@@ -108,7 +108,7 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
         changed=len(out.plan.changes),
         kept_params=counted.params / sites.cost.params,
         kept_macs=counted.macs / max(sites.cost.macs, 1),
-        agreement=out.report.comparison.agreement if out.report.comparison else float("nan"),
+        error=out.report.comparison.relative_error if out.report.comparison else float("nan"),
         bit_equal=all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)),
         predicted=(counted.params, counted.macs) == (promised.params, promised.macs),
         within=counted.params <= kept * sites.cost.params,

@@ -38,7 +38,7 @@ class Coverage:
         frozen: Share of the model's MACs of the layers whose output channels must stay, by reason.
         kept: MACs left by the compression; None where it was not run.
         removed: Groups that lost channels.
-        agreement: On held-out inputs, of random weights: only that it is a number matters here.
+        agreement: On held-out inputs, of random weights, or None where no output is logits.
         passed: Whether the compression holds what the module's docstring says; None where it was not run.
         seconds: Of the compression.
         why: What the compression raised, if anything.

@@ -104,7 +104,8 @@ def main() -> None:
             flush=True,
         )
         for each in out.report.candidates:
-            print(f"    {each.selector}: divergence {each.divergence:.4f}", flush=True)
+            on = "" if each.samples is None else f" on {each.samples} samples"
+            print(f"    {each.selector}{on}: divergence {each.divergence:.4f}", flush=True)
         by_kind: dict[str, list[str]] = {}
         for group in out.plan.channels:
             kind = "heads" if group.units <= 64 else "neurons"

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rankfold.metrics.compare import Comparison, compare
     from rankfold.metrics.corruptions import Blur, Brightness, Corruption, Noise
     from rankfold.metrics.decisions import Decisions, decisions
+    from rankfold.metrics.outputs import Embedding, Logits, Output, Values
     from rankfold.pipeline import Compressed, compress, execute
     from rankfold.plan import ChannelDecision, Decision, Plan
     from rankfold.planning import make_plan, plan_cost
@@ -73,6 +74,7 @@ _HOME = {
     "rankfold.metrics.compare": ("Comparison", "compare"),
     "rankfold.metrics.corruptions": ("Blur", "Brightness", "Corruption", "Noise"),
     "rankfold.metrics.decisions": ("Decisions", "decisions"),
+    "rankfold.metrics.outputs": ("Embedding", "Logits", "Output", "Values"),
     "rankfold.pipeline": ("Compressed", "compress", "execute"),
     "rankfold.plan": ("ChannelDecision", "Decision", "Plan"),
     "rankfold.planning": ("make_plan", "plan_cost"),
@@ -103,6 +105,7 @@ __all__ = [
     "Decision",
     "Decisions",
     "Decomposition",
+    "Embedding",
     "Energy",
     "Factors",
     "Family",
@@ -110,10 +113,12 @@ __all__ = [
     "InterpolativeGreedy",
     "Lagrangian",
     "Lockstep",
+    "Logits",
     "MatrixFactors",
     "MirroredFactors",
     "Moments",
     "Noise",
+    "Output",
     "Plan",
     "RankCurve",
     "RankSelector",
@@ -132,6 +137,7 @@ __all__ = [
     "Tucker2",
     "TuckerFactors",
     "Uniform",
+    "Values",
     "WhitenedSVD",
     "WidthSelector",
     "__version__",

@@ -17,6 +17,7 @@ from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Site, Sites, find_sites
 from rankfold.graph.trace import Batch, device_of, evaluating, run, to_device
 from rankfold.graph.values import Spill
+from rankfold.metrics.outputs import outputs_from_json
 from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
@@ -244,7 +245,9 @@ def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: 
     enough = plan.calibration.get("enough")
     stats = collect(model, fit, sites=sites, statistics=names, positions=positions, enough=enough, seed=plan.seed)
     if "gradient_samples" in plan.calibration:
-        collect_gradients(model, fit, stats, sites=sites, samples=plan.calibration["gradient_samples"], seed=plan.seed)
+        outputs = outputs_from_json(plan.calibration.get("outputs"), "plan.calibration.outputs")
+        samples = plan.calibration["gradient_samples"]
+        collect_gradients(model, fit, stats, sites=sites, samples=samples, outputs=outputs, seed=plan.seed)
     return stats
 
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from rankfold.channels.stock import configured, entries_of, is_stock
 from rankfold.checkpoint import check_compressed, check_path
 from rankfold.errors import ModelError, PlanError, WriteError
-from rankfold.metrics.compare import output_tensors
+from rankfold.metrics.outputs import opened
 from rankfold.plan import Plan
 from rankfold.serialization import write_directory
 from rankfold.surgery import copied
@@ -116,9 +116,10 @@ def _stock(model: Any, plan: Plan) -> Any:
         built.generation_config = copy.deepcopy(model.generation_config)
     if inputs := _example(model):
         with torch.no_grad():
-            expected, _ = output_tensors(copied(model).cpu().eval()(**inputs))
-            found, _ = output_tensors(built(**inputs))
-        for got, theirs in zip(found, expected, strict=True):
+            expected = opened(copied(model).cpu().eval()(**inputs)).counted()
+            found = opened(built(**inputs)).counted()
+        for name, theirs in expected.items():
+            got = found[name]
             if torch.allclose(got, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max())):
                 continue
             raise PlanError(

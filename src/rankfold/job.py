@@ -26,7 +26,8 @@ from rankfold.graph.values import Spill
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.cost import Cost
 from rankfold.metrics.counted import count
-from rankfold.metrics.latency import latency_ratio
+from rankfold.metrics.latency import Latency, latency_ratio
+from rankfold.metrics.outputs import Outputs, Taken, outputs_to_json, settled
 from rankfold.plan import Plan
 from rankfold.progress import Progress
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
@@ -98,8 +99,10 @@ class Job:
     clock: _Clock
     progress: Progress
     spill: Spill
-    held_out: int = HELD_OUT
+    every: int = HELD_OUT  # one sample in so many is held out
     work: Work = field(default_factory=Work)
+    held_out: bool = True  # whether what is judged on was fitted on by nothing
+    outputs: Taken | None = None  # what the model's outputs are, once that is settled
 
     @classmethod
     def start(
@@ -111,9 +114,9 @@ class Job:
         only: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         limit: int | None = None,
-        held_out: int | None = None,
+        every: int | None = None,
     ) -> Job:
-        """Check the inputs and find the sites; one sample in `held_out` is held out, None goes by their number."""
+        """Check the inputs and find the sites; one sample in `every` is held out, None goes by their number."""
         given, model = model, check_model(model)
         spill = Spill(None if limit is None else limit // 2)
         batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
@@ -132,14 +135,17 @@ class Job:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
         if sites.uncounted:
             notes.append(f"not counted in MACs: {', '.join(sites.uncounted[:5])}")
-        held_out = held_out_of(batches) if held_out is None else held_out
-        judged: Iterable[Batch] = Split(batches, held_out, held_out=True)
-        if not any(True for _ in judged):
+        every = held_out_of(batches) if every is None else every
+        judged: Iterable[Batch] = Split(batches, every, held_out=True)
+        held_out = any(True for _ in judged)
+        if not held_out:
             judged = batches
             notes.append(
-                f"fewer than {held_out} calibration samples: candidates were judged on the samples they were fitted on"
+                f"fewer than {every} calibration samples: candidates were judged on the samples they were fitted on"
             )
-        return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill, held_out)
+        return cls(
+            model, batches, sites, judged, Statistics({}), notes, clock, progress, spill, every=every, held_out=held_out
+        )
 
     def collect(
         self,
@@ -149,9 +155,10 @@ class Job:
         enough: int | None,
         seed: int,
         gradient_samples: int | None,
+        outputs: Outputs = None,
     ) -> None:
-        """Collect on the samples that are fitted on."""
-        fit = Split(self.batches, self.held_out, held_out=False)
+        """Settle what the outputs are, and collect on the samples that are fitted on."""
+        fit = Split(self.batches, self.every, held_out=False)
 
         def moments() -> Statistics:
             stats = collect(
@@ -165,10 +172,15 @@ class Job:
                 progress=self.progress,
                 world=world(),
             )
-            stats.manifest["held_out"] = self.held_out
+            stats.manifest["held_out"] = self.every
             return stats
 
         self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
+        taken = self.outputs = settled(self.model, fit, outputs)
+        if taken.passed:
+            self.notes.append(f"outputs that were not looked at: {', '.join(taken.passed)}")
+        if outputs is not None:
+            self.stats.manifest["outputs"] = outputs_to_json(outputs)
         if gradient_samples is None:
             return
 
@@ -179,6 +191,7 @@ class Job:
                 self.stats,
                 sites=self.sites,
                 samples=gradient_samples,
+                outputs=taken,
                 seed=seed,
                 progress=self.progress,
                 world=world(),
@@ -271,7 +284,7 @@ class Job:
                 world=world(),
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
-            comparison = compare(self.model, compressed, self.judged, world=world())
+            comparison = compare(self.model, compressed, self.judged, outputs=self.outputs, world=world())
             cost = count(compressed, first_of(self.batches)) if part is None else None
             return Attempt(comparison, compressed, plan, remarks, cost)
 
@@ -280,7 +293,8 @@ class Job:
     def carried_out(self, makers: Sequence[Maker], budget: Budget) -> tuple[Attempt, list[Candidate]]:
         """The candidate closest to the original on held-out samples, and how all of them did.
 
-        With a repair, where there are many, all are carried out on a part of the samples first, and the best on all.
+        With a repair, where there are many, all are carried out on a part of the samples first, and the best on all;
+        these are told of twice.
 
         Args:
             makers: Of the candidates.
@@ -288,7 +302,7 @@ class Job:
         """
         part = None
         if self.sites.graph.static_batch is None:
-            part = part_of(self.batches, self.stats.manifest["samples"], held_out=self.held_out, processes=world().size)
+            part = part_of(self.batches, self.stats.manifest["samples"], held_out=self.every, processes=world().size)
         chosen = [maker for maker in makers if maker.always or part is not None]
         plans = self.clock.time("plans", lambda: candidates_of(chosen, budget.bounds(self.sites.cost)))
         best: list[Attempt] = []
@@ -311,11 +325,7 @@ class Job:
             ranked = {one.selector: plans[one.selector] for one in tried}
             done = self._each("candidates", ranked, whole, wanted=FINALISTS)
         least = min(done, key=lambda one: one.divergence)
-        names = {one.selector for one in done}
-        return best[0], [
-            *(replace(one, taken=one is least) for one in done),
-            *(one for one in tried if one.selector not in names),
-        ]
+        return best[0], [*(replace(one, taken=one is least) for one in done), *tried]
 
     def _each(
         self,
@@ -374,13 +384,16 @@ class Job:
             self.sites.cost,
             after,
             best.plan.budget,
-            latency,
+            latency.ratio,
             best.comparison,
             tuple(candidates) if len(candidates) > 1 else (),
             self.clock.seconds,
             (*self.notes, *best.remarks, *self._uncalled(best.plan)),
             best.plan.seed,
             environment(),
+            (latency.lower, latency.upper),
+            self.held_out,
+            self.stats.manifest.get("samples"),
         )
         return Compressed(best.model, best.plan, report)
 
@@ -399,14 +412,15 @@ def _candidate(name: str, attempt: Attempt, samples: int | None = None) -> Candi
     return Candidate(name, attempt.comparison.divergence, attempt.comparison.agreement, False, samples)
 
 
-def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> float:
+def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> Latency:
     """Measured by the first process while all others wait, so that none disturbs it."""
     together_with = world()
-    latency = torch.zeros(1, dtype=torch.float64)
+    latency = torch.zeros(3, dtype=torch.float64)
     if together_with.owns(0):
-        latency[0] = latency_ratio(original, compressed, example)
+        measured = latency_ratio(original, compressed, example)
+        latency = torch.tensor([measured.ratio, measured.lower, measured.upper], dtype=torch.float64)
     together_with.broadcast_([latency], 0)
-    return float(latency)
+    return Latency(*latency.tolist())
 
 
 class _Clock:

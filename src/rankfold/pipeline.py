@@ -15,12 +15,13 @@ from rankfold.candidates import Maker, rank_makers
 from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
-from rankfold.errors import OptionError, PlanError, shown
+from rankfold.errors import DataError, OptionError, PlanError, shown
 from rankfold.graph.models import check_module
 from rankfold.graph.sites import Skip, check_selection
-from rankfold.graph.trace import device_of
+from rankfold.graph.trace import batch_size, device_of
 from rankfold.graph.values import Memory, parse_memory
 from rankfold.job import Compressed, Job
+from rankfold.metrics.outputs import Outputs, check_outputs, outputs_from_json, outputs_to_json
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
 from rankfold.progress import Progress, Told, as_progress, silent
@@ -28,6 +29,7 @@ from rankfold.ranks import Budget, Curves, RankSelector, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
 from rankfold.statistics.collect import check_positions
+from rankfold.statistics.data import as_batches, no_batch
 from rankfold.statistics.distributed import together, world
 from rankfold.statistics.draws import check_seed
 from rankfold.statistics.gradients import SAMPLES
@@ -50,6 +52,7 @@ def compress(
     repair: Lockstep | None = DEFAULT_REPAIR,
     selector: Selector | None = None,
     weighting: bool = True,
+    outputs: Outputs = None,
     only: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
     positions: int | None = POSITIONS,
@@ -84,8 +87,13 @@ def compress(
         selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
             `InterpolativeGreedy`); what it chooses is then chosen by it alone. With a selector of ranks and families
             that remove channels, its ranks, channels, and both together are still tried.
-        weighting: Weigh errors by what the network's outputs feel of them (one backward pass over 256 samples); see
-            `collect_gradients` for what counts as logits.
+        weighting: Weigh errors by what the network's outputs feel of them (one backward pass over 256 samples).
+        outputs: What the outputs are: `Logits()`, `Values()` or `Embedding()`, or a dict of these by name of the
+            output, such as `{"cls": Logits(), "boxes[0]": Values(), "pooler_output": None}` (None leaves one out). It
+            says what of a change counts, in the weighting, in the choice between candidates and in the report. None
+            guesses, and the report says what: logits are what is called so, and rows of scores that do not shift
+            together; most else is values. Every floating tensor of a nested output counts, but for caches and other
+            auxiliary entries, which the report names.
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.
         positions: Positions a sample (pixels of a feature map, tokens) to look at for the statistics, drawn by the
@@ -122,6 +130,7 @@ def compress(
         check_kinds({"selector": (selector, Selector)})
     if not isinstance(weighting, bool):
         raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
+    check_outputs(outputs)
     if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
         raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
     if families is None:
@@ -133,6 +142,7 @@ def compress(
     check_seed(seed)
     progress = as_progress(progress)
     limit = parse_memory(memory)
+    _check_number(data)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     model = job.model
     budget.check_counted(job.sites.uncounted)
@@ -141,7 +151,7 @@ def compress(
     if job.sites.graph.program is None:
         repair = None
     chosen_by = [type(method).__name__ for method in (*families, selector)]
-    world().agree("options", repr((chosen_by, budget, repair, weighting, positions, seed)))
+    world().agree("options", repr((chosen_by, budget, repair, weighting, outputs, positions, seed)))
     if work_dir is not None:
         if world().size > 1:
             raise OptionError(
@@ -150,6 +160,7 @@ def compress(
         facts = facts_of(
             model, job.sites, job.batches, families=families, weighting=weighting, positions=positions, seed=seed
         )
+        facts["outputs"] = outputs_to_json(outputs)
         job.work = Work.open(work_dir, facts, device_of(model))
     job.collect(
         needed(families),
@@ -157,6 +168,7 @@ def compress(
         enough=ENOUGH,
         seed=seed,
         gradient_samples=SAMPLES if weighting else None,
+        outputs=outputs,
     )
     stats = job.stats
     forms = [method for method in families if isinstance(method, Decomposition)]
@@ -197,6 +209,7 @@ def execute(
     data: Any,
     plan: Plan,
     *,
+    outputs: Outputs = None,
     memory: Memory = None,
     progress: Progress | Told = silent,
 ) -> Compressed:
@@ -208,6 +221,7 @@ def execute(
         model: The original; left untouched.
         data: Calibration inputs.
         plan: The plan, edited or not; its `seed` and `calibration` say how statistics are collected.
+        outputs: What the outputs are; None is as the plan was made for.
         memory: As for `compress`.
         progress: Told about every step.
 
@@ -225,8 +239,11 @@ def execute(
         raise PlanError("plan", law="an instance of Plan", got=shown(plan), cure="read a file with rankfold.Plan.load")
     progress = as_progress(progress)
     budget = budget_of(plan.budget, "plan")
+    check_outputs(outputs)
+    if outputs is None:
+        outputs = outputs_from_json(plan.calibration.get("outputs"), "plan.calibration.outputs")
     check_plan(plain, plan)
-    job = Job.start(model, data, progress, limit=parse_memory(memory), held_out=held_out_in(plan))
+    job = Job.start(model, data, progress, limit=parse_memory(memory), every=held_out_in(plan))
     if plan.cuts:
         job.sites = job.sites.with_fixed()
     decided = decided_sites(job.sites, plan)
@@ -242,11 +259,33 @@ def execute(
         enough=calibration.get("enough"),
         seed=plan.seed,
         gradient_samples=calibration.get("gradient_samples"),
+        outputs=outputs,
     )
     if calibration.get("sha256", job.stats.manifest["sha256"]) != job.stats.manifest["sha256"]:
         job.notes.append("the calibration data is not the one that the plan was made with")
     done = job.finish(job.attempt(replace(plan, calibration=job.stats.manifest)))
     return done if budget is None else replace(done, report=_held_to(done.report, budget))
+
+
+def _check_number(data: Any) -> None:
+    """Refuse a single sample: anything reproduces one.
+
+    Raises:
+        DataError: There is one, or none.
+    """
+    seen = 0
+    for batch in as_batches(data):
+        seen += batch_size(batch)
+        if seen > 1:
+            return
+    if not seen:
+        raise no_batch()
+    raise DataError(
+        "data",
+        law="several calibration samples: a network of rank 1 reproduces the outputs of a single one",
+        got=f"{seen} sample",
+        cure="pass some hundred inputs like those the network is for",
+    )
 
 
 def _held_to(report: Report, budget: Budget) -> Report:

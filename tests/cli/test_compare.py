@@ -36,8 +36,9 @@ def test_accuracy_is_told_where_there_are_labels(checkpoint: Path, cli: Any) -> 
 
 
 def test_changed_examples_are_listed(cli: Any) -> None:
-    done = cli("compare", TINY, "cli_networks:random_tiny", "cli_networks:images", "--json").json["comparison"]
-    text = cli("compare", TINY, "cli_networks:random_tiny", "cli_networks:images").out
+    given = ("compare", TINY, "cli_networks:random_tiny", "cli_networks:images", "--outputs", "logits")
+    done = cli(*given, "--json").json["comparison"]
+    text = cli(*given).out
     assert done["changed"]
     assert f"changed     {len(done['changed'])}: {done['changed'][0]}" in text
 
@@ -49,7 +50,7 @@ def test_the_factory_of_a_checkpoint_is_the_original_unless_said(checkpoint: Pat
     ).json
     assert by_original["comparison"] == by_option["comparison"]
     both = cli("compare", checkpoint, checkpoint, "cli_networks:images", "--factory", TINY, "--json").json
-    assert both["comparison"]["agreement"] == 1.0
+    assert both["comparison"]["relative_error"] == 0
     assert cli("compare", checkpoint, checkpoint, "cli_networks:images").code == 2
     assert cli("compare", TINY, TINY, "cli_networks:images", "--factory", TINY).code == 2
 
@@ -71,3 +72,22 @@ def test_a_checkpoint_without_its_files_fails(checkpoint: Path, cli: Any, tmp_pa
     done = cli("compare", TINY, tmp_path, "cli_networks:images")
     assert done.code == 1
     assert "no such file" in done.err
+
+
+def test_what_the_outputs_are_can_be_said(cli: Any) -> None:
+    def compared(*options: str) -> Any:
+        return cli("compare", TINY, TINY, "cli_networks:images", *options)
+
+    assert "outputs     taken for values (guessed)" in compared().out
+    assert "agreement" not in compared().out
+    named = compared("--outputs", "output=embedding(axis=1)").out
+    assert "outputs     taken for embedding\n" in named
+    assert "mean cosine 1.0000" in named
+    assert "agreement   1.0000" in compared("--outputs", "logits(softening=0.5)").out
+    for wrong in (("--outputs", "logit"), ("--outputs", "svd"), ("--outputs", "logits", "--outputs", "values")):
+        done = compared(*wrong)
+        assert (done.code, done.out) == (2, "")
+        assert "--outputs" in done.err
+    left = compared("--outputs", "output=none")
+    assert left.code == 1
+    assert "floating tensor" in left.err

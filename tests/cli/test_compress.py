@@ -81,6 +81,18 @@ def test_weighting_can_be_left_out(cli: Any, tmp_path: Path) -> None:
     assert "gradient_samples" not in cli(*words, tmp_path / "plain", "--no-weighting").json["plan"]["calibration"]
 
 
+def test_what_the_outputs_are_reaches_plan_and_report(cli: Any, tmp_path: Path) -> None:
+    words = (*TINY, "--params", "0.7", "--json", "--out")
+    named = cli(*words, tmp_path / "named", "--outputs", "output=logits(softening=0.5)").json
+    kind = {"name": "logits", "axis": None, "softening": 0.5, "temperature": 1.0}
+    assert named["plan"]["calibration"]["outputs"] == {"by_name": {"output": kind}}
+    assert not named["report"]["comparison"]["outputs"][0]["guessed"]
+    given = ("--plan", tmp_path / "named" / "plan.json", "--outputs", "values")
+    refused = cli(*TINY, *given, "--out", tmp_path / "other")
+    assert refused.code == 2
+    assert "--outputs" in refused.err
+
+
 def test_only_chooses_sites(cli: Any, tmp_path: Path) -> None:
     done = cli(*TINY, "--params", "0.9", "--only", "conv*", "--out", tmp_path / "small", "--json")
     assert [one["site"] for one in done.json["plan"]["decisions"]] == ["conv1", "conv2"]

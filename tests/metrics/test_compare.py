@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import DataError, NumericsError
-from rankfold.metrics.compare import labels_of, output_tensor
+from rankfold.metrics.compare import labels_of
+from rankfold.metrics.outputs import output_tensor
 
 
 class Fixed(nn.Module):
@@ -82,12 +83,15 @@ def test_every_figure_equals_the_slow_reference() -> None:
         assert getattr(seen, name) == pytest.approx(slow[name], rel=1e-6), name
     assert seen.perplexity is None
     assert seen.logits
-    assert seen.divergence == seen.relative_error
+    centred = [[value - sum(row) / 9 for value in row] for output in first for row in output.tolist()]
+    others = [[value - sum(row) / 9 for value in row] for output in second for row in output.tolist()]
+    lost = sum((x - y) ** 2 for a, b in zip(centred, others, strict=True) for x, y in zip(a, b, strict=True))
+    assert seen.divergence == pytest.approx(lost / sum(x * x for row in centred for x in row), rel=1e-6)
 
 
 def test_a_model_against_itself_differs_in_nothing() -> None:
     model = nn.Linear(4, 6)
-    seen = rf.compare(model, model, [torch.randn(5, 4)])
+    seen = rf.compare(model, model, [torch.randn(5, 4)], outputs=rf.Logits())
     assert (seen.agreement, seen.kl, seen.relative_error, seen.max_difference) == (1.0, 0.0, 0.0, 0.0)
     assert seen.changed == ()
     assert seen.top1 is None
@@ -160,7 +164,7 @@ def test_zero_outputs_have_a_finite_error() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_outputs_of_any_floating_dtype_are_compared_in_float64(dtype: torch.dtype) -> None:
     outputs = [_draw(4, 6, seed=0).to(dtype)]
-    assert rf.compare(Fixed(outputs), Fixed(outputs), [torch.zeros(4, 1)]).kl == 0.0
+    assert rf.compare(Fixed(outputs), Fixed(outputs), [torch.zeros(4, 1)], outputs=rf.Logits()).kl == 0.0
 
 
 def test_modes_are_left_as_they_were() -> None:
@@ -223,8 +227,9 @@ def test_every_output_counts_alike() -> None:
     first, second = torch.full((4, 3), 100.0), torch.ones(4, 5)
     dense, other = Fixed([(first, second)]), Fixed([(first * 1.01, second * 1.5)])
     seen = rf.compare(dense, other, [torch.zeros(4, 1)])
-    assert seen.output_errors == pytest.approx((1e-4, 0.25))
+    assert [output.name for output in seen.outputs] == ["[0]", "[1]"]
+    assert [output.relative_error for output in seen.outputs] == pytest.approx([1e-4, 0.25])
     assert seen.relative_error == pytest.approx((1e-4 + 0.25) / 2)
-    assert rf.compare(dense, dense, [torch.zeros(4, 1)]).output_errors == (0.0, 0.0)
-    with pytest.raises(DataError, match="same number of tensors"):
+    assert [output.relative_error for output in rf.compare(dense, dense, [torch.zeros(4, 1)]).outputs] == [0.0, 0.0]
+    with pytest.raises(DataError, match="same tensors on every batch"):
         rf.compare(dense, Fixed([first]), [torch.zeros(4, 1)])

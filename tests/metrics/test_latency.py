@@ -44,16 +44,16 @@ X = torch.zeros(2, 3)
 
 
 def test_the_ratio_is_compressed_over_original(clock: Clock) -> None:
-    assert latency_ratio(Takes(clock, [0.4]), Takes(clock, [0.1]), X) == pytest.approx(0.25)
-    assert latency_ratio(Takes(clock, [0.1]), Takes(clock, [0.3]), X) == pytest.approx(3.0)
+    assert latency_ratio(Takes(clock, [0.4]), Takes(clock, [0.1]), X).ratio == pytest.approx(0.25)
+    assert latency_ratio(Takes(clock, [0.1]), Takes(clock, [0.3]), X).ratio == pytest.approx(3.0)
 
 
 def test_the_first_run_of_each_is_no_measurement(clock: Clock) -> None:
-    assert latency_ratio(Takes(clock, [50.0, 0.2]), Takes(clock, [90.0, 0.1]), X) == pytest.approx(0.5)
+    assert latency_ratio(Takes(clock, [50.0, 0.2]), Takes(clock, [90.0, 0.1]), X).ratio == pytest.approx(0.5)
 
 
 def test_one_outlier_does_not_count(clock: Clock) -> None:
-    assert latency_ratio(Takes(clock, [0.2]), Takes(clock, [0.1, 0.1, 7.0, 0.1]), X) == pytest.approx(0.5)
+    assert latency_ratio(Takes(clock, [0.2]), Takes(clock, [0.1, 0.1, 7.0, 0.1]), X).ratio == pytest.approx(0.5)
 
 
 def test_three_pairs_are_the_least_and_two_hundred_the_most(clock: Clock) -> None:
@@ -69,3 +69,24 @@ def test_modes_are_left_as_they_were(clock: Clock) -> None:
     latency_ratio(first, second, X)
     assert first.training
     assert not second.training
+
+
+def test_the_spread_is_that_of_the_pairs(clock: Clock) -> None:
+    seen = latency_ratio(Takes(clock, [1.0]), Takes(clock, [1.0, 1.0, 1.2, 0.8]), X, seconds=0.0)
+    assert seen.lower < 1 < seen.upper
+    assert seen.lower == pytest.approx(0.9)
+    assert seen.upper == pytest.approx(1.1)
+
+
+def test_the_two_take_turns_in_going_first(clock: Clock) -> None:
+    order: list[str] = []
+
+    class Told(Takes):
+        def forward(self, x: Tensor) -> Tensor:
+            order.append(self.name)
+            return super().forward(x)
+
+    first, second = Told(clock, [1.0]), Told(clock, [1.0])
+    first.name, second.name = "a", "b"
+    latency_ratio(first, second, X, seconds=0.0)
+    assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]

@@ -77,7 +77,7 @@ def test_the_text_names_every_row_with_its_reason_and_every_amount() -> None:
         assert f"{before:,}" in line
         assert f"{amount:,}   {amount / before:.3f} kept" in line
     assert "(budget 0.8)" in text
-    assert f"agreement {out.report.comparison.agreement:.4f}" in text  # type: ignore[union-attr]
+    assert f"relative output error {out.report.comparison.relative_error:.3g}" in text  # type: ignore[union-attr]
 
 
 def test_the_error_column_shows_what_the_selector_said_and_no_word_of_a_person() -> None:
@@ -89,13 +89,24 @@ def test_the_error_column_shows_what_the_selector_said_and_no_word_of_a_person()
     assert next(line for line in lines if line.startswith("b ")).endswith(" 0.0125")
 
 
-@pytest.mark.parametrize(("latency", "slower"), [(None, False), (0.5, False), (1.0, False), (1.004, True), (2.5, True)])
-def test_a_result_that_is_slower_is_warned_of(latency: float | None, slower: bool) -> None:
-    report = replace(compressed()[1].report, latency=latency)
+@pytest.mark.parametrize(
+    ("latency", "spread", "slower"),
+    [
+        (None, None, False),
+        (0.5, (0.4, 0.6), False),
+        (1.004, (0.99, 1.02), False),
+        (1.3, (1.0, 1.5), False),
+        (2.5, (2.4, 2.6), True),
+    ],
+)
+def test_a_result_that_is_slower_by_more_than_the_spread_is_warned_of(
+    latency: float | None, spread: tuple[float, float] | None, slower: bool
+) -> None:
+    report = replace(compressed()[1].report, latency=latency, latency_spread=spread, comparison=None, samples=100)
     warned = [line for line in report.text().splitlines() if line.startswith("WARNING")]
     assert len(warned) == len(report.warnings) == len(json.loads(report.to_json())["warnings"]) == int(slower)
     if slower:
-        assert f"SLOWER than the original here: {latency:.2f} ×" in warned[0]
+        assert f"SLOWER than the original here: {latency:.2f} × its time (quartiles 2.40 and 2.60)" in warned[0]
     assert any(line.startswith("latency ") for line in report.text().splitlines()) == (latency is not None)
 
 

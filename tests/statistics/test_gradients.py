@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.metrics.outputs import settled
 from rankfold.statistics.collect import collect
-from rankfold.statistics.gradients import collect_gradients, shifts
+from rankfold.statistics.gradients import collect_gradients
 
 
 def _collected(model: nn.Module, x: Tensor, samples: int) -> tuple[rf.Statistics, str | None]:
@@ -50,7 +51,7 @@ def test_outputs_that_shift_together_are_no_logits(columns: int, shift: float, e
     generator = torch.Generator().manual_seed(0)
     own = torch.randn(40, columns, generator=generator)
     own = own - own.mean(1, keepdim=True) * (1 - shift)
-    assert shifts(nn.Identity(), [own[:20], own[20:]]) == [expected]
+    assert settled(nn.Identity(), [own[:20], own[20:]]).kinds == {"output": rf.Logits() if expected else rf.Values()}
 
 
 class TwoHeads(nn.Module):
@@ -90,7 +91,7 @@ def test_a_site_without_a_gradient_weighs_as_the_others_do() -> None:
     assert 0.02 < first / second < 50  # of another layer the identity would be thousands away
     out = rf.compress(model, [x], budget=rf.Budget(params=0.6))
     assert any("no gradient of the outputs reaches b, ob" in note for note in out.report.notes)
-    assert len(out.report.comparison.output_errors) == 2  # type: ignore[union-attr]
+    assert len(out.report.comparison.outputs) == 2  # type: ignore[union-attr]
 
 
 def test_positions_of_a_sample_are_summed() -> None:

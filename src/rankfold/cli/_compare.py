@@ -12,6 +12,7 @@ from rankfold.cli import _options as o
 from rankfold.cli._data import DataOptions, DataSpec, notes_of
 from rankfold.cli._errors import exit_codes, first_line
 from rankfold.cli._models import ModelSpec
+from rankfold.cli._names import parse_outputs
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean
 from rankfold.cli._progress import Watched, expected
 from rankfold.errors import RankfoldError, TraceError
@@ -20,6 +21,8 @@ from rankfold.progress import Progress, progress_bar
 if TYPE_CHECKING:
     from rankfold.metrics.compare import Comparison
     from rankfold.metrics.cost import Cost
+    from rankfold.metrics.latency import Latency
+    from rankfold.metrics.outputs import Outputs
 
 SHOWN = 10  # indices of changed examples in the text; JSON has all
 
@@ -32,14 +35,14 @@ class Result:
         specs: The original, the compressed model.
         costs: Of the two.
         comparison: On the data.
-        latency: Time of the compressed forward over the original's.
+        latency: Time of the compressed forward over the original's, and its spread.
         data: What a reader must know of the data.
     """
 
     specs: tuple[ModelSpec, ModelSpec]
     costs: tuple[Cost, Cost]
     comparison: Comparison
-    latency: float
+    latency: Latency
     data: tuple[str, ...] = ()
 
     @property
@@ -63,6 +66,7 @@ def compare(
         typer.Option("--weights", metavar="FILE", help="Trained weights of the original, a safetensors file."),
     ] = None,
     factory: o.Factory = None,
+    outputs: o.OutputKinds = None,
     device: o.Device = "cpu",
     seed: o.Seed = 0,
     batch_size: o.BatchSize = None,
@@ -79,8 +83,9 @@ def compare(
         options = DataOptions.parse(batch_size=batch_size, limit=limit, size=size, mean=mean, std=std, length=length)
         first, second = _parse(original, compressed, weights=weights, factory=factory)
         source = DataSpec.parse(data, options)
+        kinds = parse_outputs(outputs)
         with progress_bar() as progress, stdout_kept_clean():
-            result = _run((first, second), source, options, device=device, seed=seed, progress=progress)
+            result = _run((first, second), source, options, outputs=kinds, device=device, seed=seed, progress=progress)
         if json:
             emit_json(_as_json(result))
         else:
@@ -99,6 +104,7 @@ def _run(
     source: DataSpec,
     options: DataOptions,
     *,
+    outputs: Outputs,
     device: str,
     seed: int,
     progress: Progress,
@@ -124,7 +130,7 @@ def _run(
     )
     try:
         with progress("compare", expected(batches)) as advance:
-            seen = compare_models(first, second, Watched(batches, advance))
+            seen = compare_models(first, second, Watched(batches, advance), outputs=outputs)
         example = next(iter(batches))
         costs = count(first, example), count(second, example)
         with progress("latency", None):
@@ -150,7 +156,8 @@ def _as_json(result: Result) -> dict[str, Any]:
         "version": 1,
         **sides,
         "comparison": result.comparison.to_json(),
-        "latency": result.latency,
+        "latency": result.latency.ratio,
+        "latency_spread": [result.latency.lower, result.latency.upper],
         "notes": result.notes,
     }
 
@@ -161,21 +168,34 @@ def _as_text(result: Result) -> str:
         f"original    {result.specs[0].text}",
         f"compressed  {result.specs[1].text}",
         "",
-        f"agreement   {seen.agreement:.4f} of {seen.examples:,} examples ({seen.samples:,} samples)",
+        f"outputs     taken for {seen.taken_for}",
+        f"samples     {seen.samples:,}",
     ]
+    if seen.agreement is not None:
+        lines.append(f"agreement   {seen.agreement:.4f} of {seen.examples:,} examples")
     if seen.changed:
         more = ", …" if len(seen.changed) > SHOWN else ""
         lines.append(f"changed     {len(seen.changed):,}: {', '.join(map(str, seen.changed[:SHOWN]))}{more}")
     for name, pair, digits in (("top-1", seen.top1, 4), ("top-5", seen.top5, 4), ("perplexity", seen.perplexity, 3)):
         if pair is not None:
             lines.append(f"{name:<12}{pair[0]:.{digits}f} → {pair[1]:.{digits}f}")
-    if seen.logits:
+    if seen.kl is not None:
         lines.append(f"KL          {seen.kl:.3g} nats an example")
-    lines.append(f"outputs     relative error {seen.relative_error:.3g}, largest difference {seen.max_difference:.3g}")
-    if seen.output_errors:
-        lines.append(f"of each     relative error {', '.join(f'{error:.3g}' for error in seen.output_errors)}")
+    lines.append(f"difference  relative error {seen.relative_error:.3g}, largest difference {seen.max_difference:.3g}")
+    several = len(seen.outputs) > 1
+    for each in seen.outputs:
+        figures = [f"relative error {each.relative_error:.3g}"] if several else []
+        figures += [f"agreement {each.agreement:.4f}"] if several and each.agreement is not None else []
+        figures += [f"mean cosine {each.cosine:.4f}"] if each.cosine is not None else []
+        if figures:
+            lines.append(f"of {each.name + ' ':<9}{', '.join(figures)}")
     for name, before in first.amounts().items():
         after = second.amounts()[name]
         lines.append(f"{name:<12}{before:,} → {after:,}   {after / max(before, 1):.3f} kept")
-    lines.append(f"latency     {result.latency:.2f} of the original's, measured in turn on one batch")
-    return "\n".join([*lines, *(f"note: {note}" for note in result.notes)])
+    latency = result.latency
+    lines.append(
+        f"latency     {latency.ratio:.2f} of the original's (quartiles {latency.lower:.2f} and {latency.upper:.2f}), "
+        "measured in turn on one batch"
+    )
+    notes = [f"outputs that were not looked at: {', '.join(seen.passed)}"] if seen.passed else []
+    return "\n".join([*lines, *(f"note: {note}" for note in (*notes, *result.notes))])

@@ -13,7 +13,7 @@ from rankfold.cli import _options as o
 from rankfold.cli._data import DataOptions, DataSpec, notes_of
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
-from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_positions
+from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_outputs, parse_positions
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
 from rankfold.cli._progress import expected, totalled
@@ -52,11 +52,16 @@ class Choice:
     weighting: bool
     only: list[str] | None
     exclude: list[str] | None
+    outputs: list[str] | None
 
     @property
     def given(self) -> list[str]:
         """Those that were typed."""
-        words = [f"--{name}" for name in ("family", "selector", "repair", "only", "exclude") if getattr(self, name)]
+        words = [
+            f"--{name}"
+            for name in ("family", "selector", "repair", "only", "exclude", "outputs")
+            if getattr(self, name)
+        ]
         return words if self.weighting else [*words, "--no-weighting"]
 
 
@@ -143,6 +148,7 @@ def compress(
         list[str] | None,
         typer.Option("--exclude", metavar="PATTERN", rich_help_panel=CHOICE, help="Layers to leave alone."),
     ] = None,
+    outputs: o.OutputKinds = None,
     plan: Annotated[
         Path | None,
         typer.Option(
@@ -216,7 +222,7 @@ def compress(
         target = check_out(out, overwrite=overwrite)
         bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
         with joined(device) as first, progress_bar(wanted=first) as progress, stdout_kept_clean():
-            choice = Choice(family, selector, repair, weighting, only, exclude)
+            choice = Choice(family, selector, repair, weighting, only, exclude, outputs)
             request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
             done = _run(spec, source, data_options, request, device=device, progress=progress)
             from rankfold.checkpoint import save
@@ -258,6 +264,7 @@ def _parse(
     options: dict[str, Any] = {
         "budget": _budget(bounds),
         "weighting": choice.weighting,
+        "outputs": parse_outputs(choice.outputs),
         "exclude": choice.exclude or (),
         "only": choice.only or None,
         "work_dir": work_dir,

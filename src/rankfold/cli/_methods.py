@@ -1,4 +1,4 @@
-"""What `--family`, `--selector` and `--repair` can be given, as the methods' own docstrings say it."""
+"""What `--family`, `--selector`, `--repair` and `--outputs` can be given, as the methods' own docstrings say it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ def listing() -> str:
     """Every registered family, selector and repair with its options and their defaults."""
     import rankfold.channels.widths
     import rankfold.decompositions
+    import rankfold.metrics.kinds
     import rankfold.ranks
     import rankfold.repair
     from rankfold.registry import lookup, names
@@ -21,6 +22,7 @@ def listing() -> str:
         ("families, for --family", rankfold.decompositions.Family),
         ("selectors, for --selector", rankfold.ranks.Selector),
         ("repairs, for --repair", rankfold.repair.Lockstep),
+        ("kinds of outputs, for --outputs", rankfold.metrics.kinds.Output),
     )
     lines: list[str] = []
     for title, base in axes:

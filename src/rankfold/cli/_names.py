@@ -143,8 +143,9 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
     """
     import rankfold.channels.widths
     import rankfold.decompositions
+    import rankfold.metrics.kinds
     import rankfold.ranks
-    import rankfold.repair  # noqa: F401 - all four fill the registry
+    import rankfold.repair  # noqa: F401 - all of these fill the registry
     from rankfold.registry import from_json
     from rankfold.serialization import parse_json
 
@@ -163,6 +164,34 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
         return from_json(value, base, place=place)
     except RankfoldError as cause:
         raise UsageError.of(place, cause) from cause
+
+
+def parse_outputs(texts: list[str] | None) -> Any:
+    """What outputs are: one kind, or `name=kind` for each output; None where nothing was typed.
+
+    Raises:
+        UsageError: No kind, or several that do not name their outputs.
+    """
+    from rankfold.metrics.outputs import Output
+
+    option = "--outputs"
+    pairs: dict[str, str] = {}
+    for text in texts or ():
+        name, equals, kind = text.partition("=")
+        if not equals or "(" in name or text.lstrip().startswith("{"):
+            if len(texts or ()) > 1:
+                raise UsageError(
+                    f"{option} {text}",
+                    law="of several outputs each is named",
+                    got="no name",
+                    cure=f"for example {option} logits=logits {option} boxes=values",
+                )
+            return parse_method(text, Output, option=option)
+        pairs[name] = kind
+    kinds = {
+        name: None if text == "none" else parse_method(text, Output, option=option) for name, text in pairs.items()
+    }
+    return kinds or None
 
 
 def _method_json(text: str, place: str) -> dict[str, Any]:

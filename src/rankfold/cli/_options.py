@@ -42,6 +42,16 @@ Device: TypeAlias = Annotated[
     str, typer.Option("--device", metavar="NAME", help="Where to compute: cpu, cuda, cuda:1.")
 ]
 Seed: TypeAlias = Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Seed of everything that is drawn.")]
+OutputKinds: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--outputs",
+        metavar="KIND",
+        show_default="guessed",
+        help="What the outputs are: logits, values or embedding, with options as in logits(axis=1); of several outputs "
+        "NAME=KIND each, or NAME=none to leave one out.",
+    ),
+]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else.")]
 Traceback: TypeAlias = Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")]
 

@@ -15,6 +15,7 @@ from rankfold.digits.data import calibration, held_out
 from rankfold.digits.model import WEIGHTS, make_model, trained
 from rankfold.errors import WriteError
 from rankfold.metrics.compare import Comparison, compare
+from rankfold.metrics.outputs import Logits
 from rankfold.pipeline import compress
 from rankfold.progress import Progress, silent
 from rankfold.ranks import Budget
@@ -56,7 +57,8 @@ class DemoResult:
             "smaller in params, MACs and bytes": all(after[name] < before[name] for name in before),
             "smaller on disk": self.disk_after < self.disk_before,
             "reloaded network equal bit by bit": self.bit_equal,
-            f"at least {LEAST_AGREEMENT:.0%} of the decisions kept": self.comparison.agreement >= LEAST_AGREEMENT,
+            f"at least {LEAST_AGREEMENT:.0%} of the decisions kept": (self.comparison.agreement or 0)
+            >= LEAST_AGREEMENT,
         }
 
     @property
@@ -126,8 +128,8 @@ def run(out: Path | None = None, *, progress: Progress = silent) -> DemoResult:
         )
     scans = held_out()
     original = trained()
-    compressed = compress(original, calibration(), budget=BUDGET, progress=progress)
-    comparison = compare(original, compressed.model, scans)
+    compressed = compress(original, calibration(), budget=BUDGET, outputs=Logits(), progress=progress)
+    comparison = compare(original, compressed.model, scans, outputs=Logits())
     with tempfile.TemporaryDirectory(prefix="rankfold-demo-") as scratch:
         folder = Path(scratch) / "digits" if out is None else out
         save(compressed, folder)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.graph.models import check_module
 from rankfold.graph.trace import Batch, device_of, evaluating, split_batch, to_device
-from rankfold.metrics.compare import check_finite, check_shapes, labels_of, output_tensor, run_on
+from rankfold.metrics.compare import check_finite, check_shapes, labels_of, run_on
 from rankfold.metrics.corruptions import CORRUPTIONS, Corruption
+from rankfold.metrics.outputs import output_tensor
 from rankfold.statistics.data import as_batches, numbered
 from rankfold.statistics.draws import check_seed, generator
 

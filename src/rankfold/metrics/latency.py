@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,11 +12,26 @@ from torch import nn
 from rankfold.graph.trace import Batch, call, cloned, device_of, evaluating, to_device
 
 
-def latency_ratio(original: nn.Module, compressed: nn.Module, batch: Batch, *, seconds: float = 1.0) -> float:
-    """Kept fraction of the latency: time of the compressed forward over the original's; above 1 is slower.
+@dataclass(frozen=True)
+class Latency:
+    """Time of the compressed forward over the original's; above 1 is slower.
 
-    The two run in turn on one batch, so that a machine that slows down slows both; the median of the pairwise ratios
-    is returned.
+    Attributes:
+        ratio: Median of the pairwise ratios.
+        lower: Their lower quartile: above 1, three pairs in four were slower.
+        upper: Their upper quartile.
+    """
+
+    ratio: float
+    lower: float
+    upper: float
+
+
+def latency_ratio(original: nn.Module, compressed: nn.Module, batch: Batch, *, seconds: float = 1.0) -> Latency:
+    """Kept fraction of the latency, with its spread.
+
+    The two run in turn on one batch, so that a machine that slows down slows both, and take turns in going first, since
+    what runs second finds another cache.
 
     Args:
         original: The original.
@@ -38,5 +54,10 @@ def latency_ratio(original: nn.Module, compressed: nn.Module, batch: Batch, *, s
         clock(original), clock(compressed)  # warm up
         end = time.perf_counter() + seconds
         while len(ratios) < 3 or (time.perf_counter() < end and len(ratios) < 200):
-            ratios.append(clock(compressed) / max(clock(original), 1e-9))
-    return statistics.median(ratios)
+            if len(ratios) % 2:
+                before, after = clock(original), clock(compressed)
+            else:
+                after, before = clock(compressed), clock(original)
+            ratios.append(after / max(before, 1e-9))
+    lower, median, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Latency(median, lower, upper)

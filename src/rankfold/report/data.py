@@ -17,10 +17,10 @@ from rankfold.metrics.compare import Comparison
 from rankfold.metrics.cost import Cost, dense_cost
 from rankfold.plan import Plan
 from rankfold.planning import decision_cost, plan_cost
+from rankfold.report.warnings import few, lost, slower
 from rankfold.serialization import canonical_json
 
 VERSION = 1
-SLOWER = "the compressed model is SLOWER than the original here: {ratio:.2f} × its time"
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ class Candidate:
 
     Attributes:
         selector: How it was made.
-        divergence: Relative error of the model's outputs.
-        agreement: Share of equal decisions.
+        divergence: Of the model's outputs, by what each is taken for (`Comparison.divergence`).
+        agreement: Share of equal decisions; None where no output is logits.
         taken: Whether it is the one returned.
         samples: On how many samples it was carried out, held-out ones included; None where that was all.
     """
 
     selector: str
     divergence: float
-    agreement: float
+    agreement: float | None
     taken: bool
     samples: int | None = None
 
@@ -81,11 +81,15 @@ class Report:
         budget: What was asked for.
         latency: Measured kept fraction of the latency (above 1 is slower), or None.
         comparison: On held-out calibration inputs, or None.
-        candidates: Plans that were tried.
+        candidates: Plans that were tried; one that was tried on a part of the samples and carried out on all is there
+            twice.
         seconds: Wall-clock seconds a stage.
         notes: What the reader should know: the road taken, what could not be done.
         seed: The seed.
         environment: Versions and machine.
+        latency_spread: Lower and upper quartile of the measured latency's ratios, or None.
+        held_out: Whether the comparison and the candidates are on samples that nothing was fitted on.
+        samples: Calibration samples that were fitted on, or None.
     """
 
     model: str
@@ -100,12 +104,18 @@ class Report:
     notes: tuple[str, ...] = ()
     seed: int = 0
     environment: Mapping[str, str] = field(default_factory=dict)
+    latency_spread: tuple[float, float] | None = None
+    held_out: bool = True
+    samples: int | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Lines a reader must not miss."""
-        slower = self.latency is not None and self.latency > 1.0
-        return (SLOWER.format(ratio=self.latency),) if slower else ()
+        """Lines a reader must not miss: what was lost, then what that was judged by, then time."""
+        return (
+            *lost(self.comparison, held_out=self.held_out),
+            *few(self.samples, held_out=self.held_out),
+            *slower(self.latency, self.latency_spread),
+        )
 
     def to_json(self) -> str:
         """Canonical JSON text."""

@@ -10,6 +10,7 @@ from rankfold.plan import ERROR
 if TYPE_CHECKING:
     from rankfold.graph.channels import Channels
     from rankfold.graph.sites import Sites
+    from rankfold.metrics.compare import Comparison
     from rankfold.report.data import Report, Row
 
 FEW = 3  # paths that are named of many
@@ -77,15 +78,15 @@ def _summary(report: Report) -> list[str]:
         lines.append(f"{name:<8} {before:>15,} → {after:>15,}   {after / max(before, 1):.3f} kept{bound}")
     lines += _of_what_can_be_cut(report)
     if report.latency is not None:
-        lines.append(f"latency  {report.latency:.2f} of the original's, measured in the same run")
+        spread = report.latency_spread
+        between = f" (quartiles {spread[0]:.2f} and {spread[1]:.2f})" if spread is not None else ""
+        lines.append(f"latency  {report.latency:.2f} of the original's{between}, measured in the same run")
     if report.comparison is not None:
         c = report.comparison
-        lines.append(
-            f"on {c.samples} held-out inputs: agreement {c.agreement:.4f}, KL {c.kl:.3g} nats, "
-            f"relative output error {c.relative_error:.3g}"
-        )
-        if c.output_errors:
-            lines.append(f"of each output: {', '.join(f'{error:.3g}' for error in c.output_errors)}")
+        lines += [f"outputs taken for: {c.taken_for}"] if c.outputs else []
+        on = "{} held-out inputs" if report.held_out else "the {} calibration inputs it was fitted on"
+        lines.append(f"on {on.format(c.samples)}: {', '.join(alike(c))}")
+    word = "held-out divergence" if report.held_out else "divergence"
     for samples in dict.fromkeys(one.samples for one in report.candidates):
         shown = "; ".join(
             f"{one.selector} {one.divergence:.4g}{' (taken)' if one.taken else ''}"
@@ -93,7 +94,7 @@ def _summary(report: Report) -> list[str]:
             if one.samples == samples
         )
         on = "" if samples is None else f", carried out on {samples} samples only"
-        lines.append(f"held-out divergence of the candidates{on}: {shown}")
+        lines.append(f"{word} of the candidates{on}: {shown}")
     if report.seconds:
         lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
     return lines
@@ -108,6 +109,21 @@ def _of_what_can_be_cut(report: Report) -> list[str]:
         if 0 < before < WELL_BELOW * whole:
             parts.append(f"{name} {after / before:.3f} kept (it is {before / whole:.2f} of the whole)")
     return [f"of what can be cut: {', '.join(parts)}"] if parts else []
+
+
+def alike(comparison: Comparison) -> list[str]:
+    """How alike two models are, in figures that mean something for what each output is."""
+    several = len(comparison.outputs) > 1
+    parts = []
+    for each in comparison.outputs:
+        of = f"{each.name} " if several else ""
+        if each.agreement is not None and each.kl is not None:
+            parts.append(f"{of}agreement {each.agreement:.4f}, KL {each.kl:.3g} nats")
+        elif each.cosine is not None:
+            parts.append(f"{of}mean cosine {each.cosine:.4f}")
+        if several:
+            parts.append(f"{of}relative error {each.relative_error:.3g}")
+    return [*parts, f"relative output error {comparison.relative_error:.3g}"]
 
 
 def _change(before: int, after: int) -> str:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from rankfold.errors import NumericsError
 from rankfold.graph.models import check_module
 from rankfold.graph.sites import Site, Sites
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import adapter_for
 from rankfold.linalg.precision import work_dtype
-from rankfold.metrics.compare import looks_like_logits, names_logits, output_tensors
+from rankfold.metrics.outputs import Output, Outputs, Taken, first_samples, outputs_to_json, settled
 from rankfold.progress import Progress, silent
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.collect import labels_of_rows, of_rows, rows_of
@@ -26,7 +26,6 @@ from rankfold.statistics.store import Statistics
 
 SAMPLES = 256  # samples looked at; one probe each
 BATCH = 32  # samples in memory at once
-SHIFT = 0.05  # of an output's variance that a common shift may carry where it counts as logits
 
 
 def collect_gradients(
@@ -36,16 +35,18 @@ def collect_gradients(
     *,
     sites: Sites,
     samples: int = SAMPLES,
+    outputs: Outputs | Taken = None,
     seed: int = 0,
     progress: Progress = silent,
     world: World = ALONE,
 ) -> str | None:
     """Add a `GradientGram` to the statistics of every site.
 
-    For each sample a random direction `v` in the output is drawn (centred over classes where the output is logits,
-    since a shift of all logits changes nothing; see `shifts`) and `⟨v, output⟩` is differentiated by every site's
-    output. Of several output tensors each is divided by its norm, so that what is weighted is the relative error of
-    each. No gradient of a parameter is computed. The model is left as it was.
+    For each sample a random direction `v` in the output is drawn, by what the output is (centred over the classes of
+    logits, since a shift of all changes nothing; across a vector that counts by its direction), and `⟨v, output⟩` is
+    differentiated by every site's output. Every floating tensor of a nested output counts; of several each is divided
+    by its size, so that what is weighted is the relative error of each. No gradient of a parameter is computed. The
+    model is left as it was.
 
     A site that no gradient reaches (before an arg-max, say), while it reaches others, is weighted evenly, by so much
     that its output counts as that of the others does in the median; the manifest names it under "unreached".
@@ -56,6 +57,7 @@ def collect_gradients(
         stats: Of the same model; changed.
         sites: Its sites.
         samples: How many samples.
+        outputs: What the outputs are; None guesses by the first 32 samples (`rankfold.metrics.outputs.settle`).
         seed: Seed of the directions.
         progress: Told about every batch.
         world: The processes that share the samples; all get the sums.
@@ -65,15 +67,17 @@ def collect_gradients(
 
     Raises:
         NumericsError: A gradient is not finite; the site is named.
-        DataError: There is no batch.
+        DataError: There is no batch, or no output that is what it is said to be.
+        OptionError: `outputs` is something else.
     """
     model = check_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     grams = {site.path: GradientGram() for site in sites}
     energies = {site.path: torch.zeros(2, dtype=torch.float64) for site in sites}
     device = device_of(model)
-    shifted = shifts(model, batches)
-    parts = [(number, part) for number, part in enumerate(_first(batches, samples)) if world.owns(number)]
+    taken = settled(model, batches, outputs)
+    kinds = list(taken.kinds.values())
+    parts = [(number, part) for number, part in enumerate(first_samples(batches, samples, BATCH)) if world.owns(number)]
     if not parts and world.size == 1:
         raise no_batch()
     why: str | None = None
@@ -83,11 +87,11 @@ def collect_gradients(
             handles = [modules[site.path].register_forward_hook(_watch(site, seen)) for site in sites]
             try:
                 with evaluating(model), torch.enable_grad():
-                    returned, _ = output_tensors(run(model, to_device(part, device)))
-                    outputs = list(seen)  # a checkpoint in the model runs its layers again on the way back
+                    returned = taken.of(run(model, to_device(part, device)))
+                    reached = list(seen)  # a checkpoint in the model runs its layers again on the way back
                     gradients = torch.autograd.grad(
-                        _projected(returned, shifted, generator(seed, number)),
-                        [value for _, _, value in outputs],
+                        _projected(returned, kinds, generator(seed, number)),
+                        [value for _, _, value in reached],
                         allow_unused=True,
                     )
             except RuntimeError as cause:
@@ -96,8 +100,8 @@ def collect_gradients(
             finally:
                 for handle in handles:
                     handle.remove()
-            _add(grams, outputs, gradients, batch_size(part))
-            for site, _, value in outputs:
+            _add(grams, reached, gradients, batch_size(part))
+            for site, _, value in reached:
                 energies[site.path] += torch.tensor([float(value.detach().double().square().sum()), value.numel()])
             advance()
     if parts:
@@ -110,6 +114,8 @@ def collect_gradients(
     world.sum_(list(energies.values()))
     blind = _weight_evenly(grams, {path: float(e[0] / e[1].clamp_min(1)) for path, e in energies.items()})
     stats.manifest["gradient_samples"] = samples
+    if taken.asked is not None:
+        stats.manifest["outputs"] = outputs_to_json(taken.asked)
     if blind:
         stats.manifest["unreached"] = blind
     for path, statistic in grams.items():
@@ -117,54 +123,14 @@ def collect_gradients(
     return None
 
 
-def shifts(model: nn.Module, batches: Iterable[Batch]) -> list[bool]:
-    """For every output whether a shift of all its columns changes nothing, as it is with logits.
-
-    That is so of an output named "logits"; and of one of two axes and several columns, unless the mean of a row carries
-    more than a twentieth of the variance over samples: the gradient of a cross-entropy sums to zero over the classes,
-    so it never asks for a shift, and the outputs of a regression do shift. Twenty columns or more of which each goes
-    its own way count as logits in any case: their shift is one direction of many.
-
-    Args:
-        model: The model.
-        batches: Calibration inputs; the first 32 samples are used.
-    """
-    rows: list[list[Tensor]] = []
-    device, named = device_of(model), False
-    with evaluating(model), torch.no_grad():
-        for part in _first(batches, BATCH):
-            output = run(model, to_device(part, device))
-            named = names_logits(output)
-            found, _ = output_tensors(output)
-            rows += [[] for _ in found[len(rows) :]]
-            for mine, value in zip(rows, found, strict=False):
-                mine.append(value.double())
-    return [named or _shifts(own) for own in rows]
-
-
-def _shifts(rows: Sequence[Tensor]) -> bool:
-    """Whether `C Σ_i m_i² ≤ 0.05 Σ_ij z_ij²`, z centred over samples, `m_i` its mean over the C columns of a row.
-
-    Args:
-        rows: Parts of one output, each (samples, C) where it looks like logits.
-    """
-    if not all(looks_like_logits(part) for part in rows):
-        return False
-    values = torch.cat(list(rows))
-    centred = values - values.mean(0)
-    together = centred.mean(1).square().sum() * centred.shape[1]
-    return not float(together) > SHIFT * float(centred.square().sum())
-
-
-def _projected(outputs: Sequence[Tensor], shifted: Sequence[bool], draw: torch.Generator) -> Tensor:
-    """`Σ ⟨v, output⟩` over the outputs; of several, each divided by its norm."""
+def _projected(outputs: Sequence[Tensor], kinds: Sequence[Output], draw: torch.Generator) -> Tensor:
+    """`Σ ⟨v, output⟩` over the outputs, `v` as the kind of each draws it; of several, each divided by its size."""
     products = []
-    for output, logits in zip(outputs, shifted, strict=True):
-        direction = torch.randn(output.shape, generator=draw, dtype=torch.float32).to(output)
-        if logits:
-            direction = direction - direction.mean(-1, keepdim=True)
+    for output, kind in zip(outputs, kinds, strict=True):
+        here = output.detach()
+        direction = kind.direction(here, torch.randn(output.shape, generator=draw, dtype=torch.float32).to(output))
         if len(outputs) > 1:
-            direction = direction / output.detach().norm().clamp_min(torch.finfo(output.dtype).tiny)
+            direction = direction / kind.size(here).clamp_min(torch.finfo(output.dtype).tiny)
         products.append((output * direction).sum())
     return torch.stack([product.to(products[0]) for product in products]).sum()
 
@@ -225,16 +191,6 @@ def _sum_up(grams: Sequence[GradientGram], sites: Sites, device: torch.device, w
     world.sum_([counts, *totals])
     for (count, first_count), gram in zip(counts.tolist(), grams, strict=True):
         gram.count, gram.first_count = count, first_count
-
-
-def _first(batches: Iterable[Batch], samples: int) -> Iterable[Batch]:
-    left = samples
-    for batch in batches:
-        for chunk in torch.split(torch.arange(min(batch_size(batch), left)), BATCH):
-            yield take(batch, chunk)
-            left -= len(chunk)
-        if left <= 0:
-            return
 
 
 def _watch(site: Site, seen: list[tuple[Site, nn.Module, Tensor]]) -> Any:

@@ -1,0 +1,224 @@
+"""Kinds of outputs: what of a change counts, for the weighting of errors and for the choice between candidates."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rankfold.errors import DataError, OptionError, shown
+from rankfold.registry import name_of, register
+
+
+class Output(ABC):
+    """What an output is. Subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def direction(self, output: Tensor, noise: Tensor) -> Tensor:
+        """A random direction `v` with `E[vvᵀ]` the metric in which a change of the output counts.
+
+        Args:
+            output: `z`, of any shape; detached.
+            noise: Independent standard normal numbers of its shape.
+        """
+
+    @abstractmethod
+    def size(self, output: Tensor) -> Tensor:
+        """`‖z‖` in that metric, a scalar: of several outputs each counts relative to it.
+
+        Args:
+            output: `z`; detached.
+        """
+
+    @abstractmethod
+    def error(self, original: Tensor, compressed: Tensor) -> Tensor:
+        """Two sums over a batch, shape (2,), float64; the divergence of two models is the ratio of their totals.
+
+        Args:
+            original: `z`, float64.
+            compressed: `z'`, of the same shape.
+        """
+
+    def check(self, place: str, output: Tensor) -> None:  # noqa: B027 - most tensors will do
+        """Refuse a tensor that cannot be an output of this kind.
+
+        Raises:
+            DataError: As said.
+        """
+
+    def __str__(self) -> str:
+        """The registered name."""
+        return name_of(self)
+
+
+def class_axis(axes: int) -> int:
+    """Where classes stand unless told otherwise: the last of two or three axes, the second of more (maps)."""
+    return axes - 1 if axes <= 3 else 1
+
+
+def _check_axis(axis: int | None) -> None:
+    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int) or axis == 0):
+        raise OptionError("axis", law="a whole number but 0 (the samples), or None", got=shown(axis), cure="try axis=1")
+
+
+def _axis_of(axis: int | None, place: str, output: Tensor, least: int) -> int:
+    """The axis counted from the front.
+
+    Raises:
+        DataError: The output has no such axis, or too few entries along it.
+    """
+    wanted = class_axis(output.ndim) if axis is None else axis
+    found = wanted + output.ndim if wanted < 0 else wanted
+    if output.ndim < 2 or not 0 < found < output.ndim or output.shape[found] < least:
+        raise DataError(
+            f"output {place!r}" if place else "output",
+            law=f"at least {least} entries along {'the last axis' if axis is None else f'axis {axis}'}, after the "
+            "samples",
+            got=f"shape {tuple(output.shape)}",
+            cure="name the axis, as in rankfold.Logits(axis=1), or say what the output is by outputs=",
+        )
+    return found
+
+
+@register("logits")
+@dataclass(frozen=True)
+class Logits(Output):
+    """Scores of classes, as they go into a softmax: a shift of all changes nothing, the largest decides.
+
+    A change counts by `Σ_c q_c (d_c − Σ q d)²` a row, `q = (1 − s) softmax(z / t) + s / C`, times the C classes: the
+    softened Fisher information of the softmax. With `softening=1` all classes count alike. The choice between
+    candidates and the report go by the relative error of the scores, each row centred over its classes.
+
+    Attributes:
+        axis: The classes' axis; None is the last of two or three axes and the second of more (N×C×H×W maps).
+        softening: `s`, in [0, 1]: 0 weighs classes by their probability alone, 1 all alike.
+        temperature: `t`, above 0: larger is less sure.
+
+    References:
+        Amari, Neural Computation 10 (1998), for the Fisher metric `diag(p) − ppᵀ` of a softmax. We differ in the
+        softening: of a class without probability, and of a sure sample, the metric itself says nothing.
+    """
+
+    axis: int | None = None
+    softening: float = 1.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        _check_axis(self.axis)
+        if not _is_number(self.softening) or not 0 <= self.softening <= 1:
+            raise OptionError("softening", law="a number from 0 to 1", got=shown(self.softening), cure="try 0.5")
+        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+            raise OptionError("temperature", law="a number above 0", got=shown(self.temperature), cure="try 1.0")
+
+    def rows(self, output: Tensor) -> Tensor:
+        """The output as examples × classes."""
+        return output.movedim(_axis_of(self.axis, "", output, 2), -1).flatten(0, -2)
+
+    def example_shape(self, output: Tensor) -> torch.Size:
+        """Shape of the output without the classes."""
+        return output.movedim(_axis_of(self.axis, "", output, 2), -1).shape[:-1]
+
+    def check(self, place: str, output: Tensor) -> None:
+        """At least two classes; see `Output.check`."""
+        _axis_of(self.axis, place, output, 2)
+
+    def direction(self, output: Tensor, noise: Tensor) -> Tensor:
+        """`√(C q) ∘ g − q Σ √(C q) ∘ g` along the classes: `E[vvᵀ] = C (diag(q) − qqᵀ)`; `g − mean(g)` where s = 1."""
+        axis = _axis_of(self.axis, "", output, 2)
+        if self.softening == 1:
+            return noise - noise.mean(axis, keepdim=True)
+        chances = self._chances(output, axis)
+        scaled = noise * (chances * output.shape[axis]).sqrt()
+        return scaled - chances * scaled.sum(axis, keepdim=True)
+
+    def size(self, output: Tensor) -> Tensor:
+        """`√(C Σ_rows (Σ q z² − (Σ q z)²))`."""
+        axis = _axis_of(self.axis, "", output, 2)
+        chances = self._chances(output, axis)
+        centred = output - (chances * output).sum(axis, keepdim=True)
+        return (chances * output.shape[axis] * centred.square()).sum().sqrt()
+
+    def error(self, original: Tensor, compressed: Tensor) -> Tensor:
+        """`Σ ‖d‖²` and `Σ ‖z‖²`, each row centred over its classes: a shift of all changes neither."""
+        axis = _axis_of(self.axis, "", original, 2)
+        centred = original - original.mean(axis, keepdim=True)
+        other = compressed - compressed.mean(axis, keepdim=True)
+        return torch.stack([(centred - other).square().sum(), centred.square().sum()])
+
+    def _chances(self, output: Tensor, axis: int) -> Tensor:
+        if self.softening == 1:
+            return torch.full_like(output, 1 / output.shape[axis])
+        sure = (output.to(torch.promote_types(output.dtype, torch.float32)) / self.temperature).softmax(axis)
+        return (sure * (1 - self.softening) + self.softening / output.shape[axis]).to(output)
+
+
+@register("values")
+@dataclass(frozen=True)
+class Values(Output):
+    """Numbers that count as they are, such as a regression's: by their relative error, `Σ ‖z' − z‖² / Σ ‖z‖²`."""
+
+    def direction(self, output: Tensor, noise: Tensor) -> Tensor:
+        """`g` itself: every entry counts alike."""
+        return noise
+
+    def size(self, output: Tensor) -> Tensor:
+        """`‖z‖` over all entries."""
+        norm: Tensor = torch.linalg.vector_norm(output)
+        return norm
+
+    def error(self, original: Tensor, compressed: Tensor) -> Tensor:
+        """`Σ ‖z' − z‖²` and `Σ ‖z‖²`."""
+        return torch.stack([(original - compressed).square().sum(), original.square().sum()])
+
+
+@register("embedding")
+@dataclass(frozen=True)
+class Embedding(Output):
+    """Vectors that are compared by their direction: what counts is the mean of 1 − cos between before and after.
+
+    Attributes:
+        axis: The axis of a vector's entries; None is the last of two or three axes and the second of more.
+    """
+
+    axis: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        _check_axis(self.axis)
+
+    def check(self, place: str, output: Tensor) -> None:
+        """Vectors of at least two entries; see `Output.check`."""
+        _axis_of(self.axis, place, output, 2)
+
+    def direction(self, output: Tensor, noise: Tensor) -> Tensor:
+        """`(g − u ⟨u, g⟩) / ‖z‖` a vector, `u = z / ‖z‖`: the gradient of `⟨g, u⟩`; 0 for a vector of zeros."""
+        axis = _axis_of(self.axis, "", output, 2)
+        unit, norm = _unit(output, axis)
+        across = noise - unit * (unit * noise).sum(axis, keepdim=True)
+        return torch.where(norm > 0, across / norm.clamp_min(torch.finfo(output.dtype).tiny), torch.zeros_like(across))
+
+    def size(self, output: Tensor) -> Tensor:
+        """The root of the number of vectors: each has norm 1."""
+        return output.new_tensor(output.numel() / output.shape[_axis_of(self.axis, "", output, 2)]).sqrt()
+
+    def error(self, original: Tensor, compressed: Tensor) -> Tensor:
+        """`Σ (1 − cos)` as `‖u' − u‖² / 2`, and the number of vectors; against a vector of zeros cos is 0."""
+        axis = _axis_of(self.axis, "", original, 2)
+        (first, norm), (second, other) = _unit(original, axis), _unit(compressed, axis)
+        apart = (first - second).square().sum(axis, keepdim=True) / 2
+        apart = torch.where((norm > 0) == (other > 0), apart, torch.ones_like(apart))
+        return torch.stack([apart.sum(), apart.new_tensor(apart.numel())])
+
+
+def _unit(output: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """Vectors of norm 1, zeros left as they are, and the norms."""
+    norm = output.norm(dim=axis, keepdim=True)
+    return output / norm.clamp_min(torch.finfo(output.dtype).tiny), norm
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
