@@ -43,7 +43,7 @@ def test_with_many_samples_every_family_is_tried_alone_and_the_best_go_on() -> N
     whole = [candidate for candidate in candidates if candidate.samples is None]
     assert len(whole) == FINALISTS
     assert len(names) + FINALISTS == len(candidates)  # the finalists' trials are told too
-    assert {candidate.samples for candidate in candidates} == {None, 100}  # blocks 0, 2, 4, … of ten
+    assert {candidate.samples for candidate in candidates} == {None, 100}  # blocks 0, 2, 4, … of five
     (taken,) = [candidate for candidate in candidates if candidate.taken]
     assert taken.divergence == min(candidate.divergence for candidate in whole)
     assert f"carried out on {100} samples only" in many().report.text()
@@ -76,7 +76,9 @@ def test_a_named_selector_is_the_only_candidate() -> None:
 @pytest.mark.parametrize("processes", [1, 2, 8])
 def test_the_part_does_not_depend_on_how_many_share_it(samples: int, processes: int, taken: int | None) -> None:
     for size in (16, 64, 2000):
-        part = part_of(list(torch.arange(samples).reshape(-1, 1).split(size)), samples, processes=processes)
+        part = part_of(
+            list(torch.arange(samples).reshape(-1, 1).split(size)), samples, held_out=10, processes=processes
+        )
         assert (None if part is None else sum(len(batch) for batch in part)) == taken
         assert part is None or len(part) >= processes
         assert part is None or all(int(i) // 10 % (2 if samples == 128 else 8) == 0 for batch in part for i in batch)

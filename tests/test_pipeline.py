@@ -116,8 +116,9 @@ def test_a_selector_that_is_given_is_taken_as_it_is() -> None:
 
 def test_held_out_samples_are_not_fitted_on() -> None:
     stats = compressed().plan.calibration
-    assert stats["samples"] == 11  # of 12: the tenth is held out
-    assert compressed().report.comparison.samples == 1  # type: ignore[union-attr]
+    assert stats["samples"] == 10  # of 12: the fifth and the tenth are held out
+    assert stats["held_out"] == 5
+    assert compressed().report.comparison.samples == 2  # type: ignore[union-attr]
     changed = IMAGES.clone()
     changed[9] += 1
     out = rf.compress(MODEL, changed, budget=BUDGET, selector=rf.Uniform(), repair=None)
@@ -126,9 +127,9 @@ def test_held_out_samples_are_not_fitted_on() -> None:
 
 
 def test_few_samples_are_judged_on_what_was_fitted_and_the_report_says_so() -> None:
-    out = rf.compress(MODEL, IMAGES[:5], budget=BUDGET, selector=rf.Uniform(), repair=None, weighting=False)
-    assert any(note.startswith("fewer than 10 calibration samples") for note in out.report.notes)
-    assert out.report.comparison.samples == 5  # type: ignore[union-attr]
+    out = rf.compress(MODEL, IMAGES[:4], budget=BUDGET, selector=rf.Uniform(), repair=None, weighting=False)
+    assert any(note.startswith("fewer than 5 calibration samples") for note in out.report.notes)
+    assert out.report.comparison.samples == 4  # type: ignore[union-attr]
 
 
 def test_what_is_not_selected_stays_as_it_is() -> None:

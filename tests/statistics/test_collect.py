@@ -86,15 +86,37 @@ def test_chunks_do_not_matter_and_keep_to_their_size(
     largest = []
     update = module.Statistic.update
 
-    def watched(self: module.Statistic, part: Tensor, out: Tensor | None = None) -> None:
+    def watched(self: module.Statistic, part: Tensor, out: Tensor | None = None, *, first: bool = False) -> None:
         largest.append(part.nbytes if part.shape[1] > 1 else 0)  # a single position cannot be cut
-        update(self, part, out)
+        update(self, part, out, first=first)
 
     monkeypatch.setattr(module, "CHUNK_BYTES", room)
     monkeypatch.setattr(module.Statistic, "update", watched)
     same(collect(network, inputs, sites=sites, statistics=ALL), whole)
     assert max(largest) <= room
     assert len(largest) > len(sites) * len(ALL)
+
+
+def test_halves_are_every_other_sample(found: tuple[nn.Module, Tensor, Sites]) -> None:
+    network, inputs, sites = found
+    whole = collect(network, [inputs[:5], inputs[5:6], inputs[6:]], sites=sites, statistics=ALL)
+    for half in (0, 1):
+        own = collect(network, inputs[half::2], sites=sites, statistics=ALL)
+        for site in sites:
+            for name, statistic in whole.sites[site.path].items():
+                if statistic.halved:
+                    assert statistic.has_halves
+                    expected = own.sites[site.path][name].mean()
+                    torch.testing.assert_close(statistic.mean(half), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_sample_has_no_halves(found: tuple[nn.Module, Tensor, Sites]) -> None:
+    network, inputs, sites = found
+    stats = collect(network, inputs[:1], sites=sites)
+    assert not stats.has_halves(sites[0].path)
+    with pytest.raises(ValueError, match="does not tell the halves"):
+        stats.sites[sites[0].path]["input-gram"].mean(0)
+    assert stats.moments(sites[0], 0).gram is not None
 
 
 def test_batches_do_not_matter(found: tuple[nn.Module, Tensor, Sites]) -> None:
