@@ -17,7 +17,7 @@ from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import NumericsError, PlanError, SelfCheckError, SiteError
+from rankfold.errors import NumericsError, PlanError, SelfCheckError, SiteError, allocating
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, check_model, find_sites
 from rankfold.graph.trace import Batch, batch_size, take
@@ -37,6 +37,7 @@ from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of
 from rankfold.statistics.distributed import world
 from rankfold.statistics.gradients import collect_gradients
+from rankfold.statistics.size import bounded
 from rankfold.surgery import check_copy, copied
 from rankfold.work import Work
 
@@ -122,6 +123,21 @@ class Job:
                 f"fewer than {HELD_OUT} calibration samples: candidates were judged on the samples they were fitted on"
             )
         return cls(model, batches, sites, judged, Statistics({}), notes, clock, progress, spill)
+
+    def bound_moments(self, statistics: Sequence[str], repair: Lockstep | None, limit: int | None) -> None:
+        """Leave alone the layers whose moments would take too much memory; see `bounded`.
+
+        Args:
+            statistics: Names of what will be collected.
+            repair: The repair, or None.
+            limit: Most bytes of values and moments, half each; None is the default's proportion.
+        """
+        known = {skip.path for skip in self.sites.skips}
+        room = None if limit is None else limit // 2
+        self.sites = bounded(self.sites, statistics, repaired=repair is not None, limit=room)
+        left = [f"{skip.path} ({skip.reason})" for skip in self.sites.skips if skip.path not in known]
+        if left:
+            self.notes.append(f"left alone for the memory that their moments would take: {'; '.join(left[:5])}")
 
     def collect(
         self,
@@ -392,7 +408,8 @@ class _Clock:
         """Do some work and add its seconds to a stage."""
         start = time.perf_counter()
         try:
-            return work()
+            with allocating(stage, f"the stage {stage!r}"):
+                return work()
         finally:
             self._after()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

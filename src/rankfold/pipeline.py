@@ -26,10 +26,12 @@ from rankfold.progress import Progress, check_progress, silent
 from rankfold.ranks import Budget, Curves, RankSelector, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
+from rankfold.statistics import GradientGram
 from rankfold.statistics.collect import check_positions
 from rankfold.statistics.distributed import together, world
 from rankfold.statistics.draws import check_seed
 from rankfold.statistics.gradients import SAMPLES
+from rankfold.statistics.size import check_fits
 from rankfold.surgery import check_plan
 from rankfold.work import Work, facts_of
 
@@ -93,9 +95,12 @@ def compress(
         work_dir: A directory that keeps finished statistics, gradients, curves and solved layers. A run that was killed
             and is started again with the same arguments goes on from there and gives the same bits; another budget,
             selector or repair takes over what does not depend on it.
-        memory: Most bytes that activations may take, as an int or a text such as "512MB" (1 MB is 2²⁰ bytes). Half of
-            them are for the values that the repair carries from layer to layer; what is beyond lies in nameless
-            temporary files. It changes no bit of the result. None is no limit.
+        memory: Most bytes that activations and moments may take, as an int or a text such as "512MB" (1 MB is 2²⁰
+            bytes). Half of them are for the values that the repair carries from layer to layer; what is beyond lies in
+            nameless temporary files, which changes no bit of the result. The other half (64 MB at least) is for Grams
+            and other moments: the widest layers are left alone until those of all others fit, and the report names
+            them. None is no limit, but layers are left alone whose Gram would take more than 2 GB, or more than 256 MB
+            and more than 512 times their weight.
         progress: Told about every step of every stage.
 
     Returns:
@@ -104,6 +109,7 @@ def compress(
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
         BudgetError: The budget cannot be met; the smallest reachable value is named.
+        MemoryLimitError: The moments of no layer fit into `memory`, or memory could not be had; what for is said.
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
         DistributedError: Another process failed or is gone, or was given other arguments.
     """
@@ -133,6 +139,8 @@ def compress(
         job.sites = job.sites.with_fixed()
     if job.sites.graph.program is None:
         repair = None
+    names = needed(families)
+    job.bound_moments([*names, GradientGram.name] if weighting and names else names, repair, limit)
     chosen_by = [type(method).__name__ for method in (*families, selector)]
     world().agree("options", repr((chosen_by, budget, repair, weighting, positions, seed)))
     if work_dir is not None:
@@ -145,7 +153,7 @@ def compress(
         )
         job.work = Work.open(work_dir, facts, device_of(model))
     job.collect(
-        needed(families),
+        names,
         positions=positions,
         enough=ENOUGH,
         seed=seed,
@@ -201,7 +209,7 @@ def execute(
         model: The original; left untouched.
         data: Calibration inputs.
         plan: The plan, edited or not; its `seed` and `calibration` say how statistics are collected.
-        memory: As for `compress`.
+        memory: As for `compress`, but no layer of the plan is left alone: what does not fit is refused.
         progress: Told about every step.
 
     Returns:
@@ -212,6 +220,7 @@ def execute(
         ModelError, DataError, OptionError: Bad input, as for `compress`.
         PlanError: It is no plan, or does not fit the model.
         SiteError: It decides on a layer that is no site.
+        MemoryLimitError: The moments of the plan's layers do not fit into `memory`, or memory could not be had.
     """
     check_module(model)
     if not isinstance(plan, Plan):
@@ -219,7 +228,8 @@ def execute(
     check_progress(progress)
     budget = budget_of(plan.budget, "plan")
     check_plan(model, plan)
-    job = Job.start(model, data, progress, limit=parse_memory(memory))
+    limit = parse_memory(memory)
+    job = Job.start(model, data, progress, limit=limit)
     if plan.cuts:
         job.sites = job.sites.with_fixed()
     decided = decided_sites(job.sites, plan)
@@ -229,8 +239,12 @@ def execute(
     if plan.repair is not None and job.sites.graph.program is None:
         plan = replace(plan, repair=None)
     calibration = plan.calibration
+    names = needed(
+        [decision.method for decision in plan.changes if decision.method is not None], channels=bool(plan.cuts)
+    )
+    check_fits(job.sites, names, repaired=plan.repair is not None, limit=None if limit is None else limit // 2)
     job.collect(
-        needed([decision.method for decision in plan.changes if decision.method is not None], channels=bool(plan.cuts)),
+        names,
         positions=calibration.get("positions", POSITIONS),
         enough=calibration.get("enough"),
         seed=plan.seed,

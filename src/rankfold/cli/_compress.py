@@ -172,7 +172,7 @@ def compress(
             "--memory",
             metavar="SIZE",
             show_default="no limit",
-            help="Most memory for activations, e.g. 512MB; what is beyond lies in temporary files.",
+            help="Most memory for activations and moments, e.g. 512MB; see the guide for what is beyond.",
         ),
     ] = None,
     seed: Annotated[

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankfold.errors import ModelError, OptionError, SiteError, TraceError, near_matches, shown
+from rankfold.errors import ModelError, OptionError, SiteError, TraceError, is_out_of_memory, near_matches, shown
 from rankfold.factors import Rank
 from rankfold.graph.probe import observe, paths_of
 from rankfold.graph.refusals import Context, why_entangled, why_unfit
@@ -397,6 +397,8 @@ def _macs(model: nn.Module, example: Batch) -> int:
     except ModelError:
         raise
     except Exception as cause:
+        if is_out_of_memory(cause):
+            raise
         args, kwargs = split_batch(example)
         values = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         shapes = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in values.items()}

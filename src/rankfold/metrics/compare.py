@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankfold.errors import DataError, NumericsError, RankfoldError, TraceError
+from rankfold.errors import DataError, NumericsError, RankfoldError, TraceError, allocating
 from rankfold.graph.sites import check_module
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, split_batch, take, to_device
 from rankfold.statistics.data import as_batches, numbered
@@ -228,7 +228,8 @@ def run_on(whose: str, model: nn.Module, batch: Batch, number: int) -> Any:
         TraceError: The model does not run on it; the batch is named.
     """
     try:
-        return run(model, to_device(batch, device_of(model)))
+        with allocating(f"batch {number}", f"a forward pass of the {whose} model on {batch_size(batch)} samples"):
+            return run(model, to_device(batch, device_of(model)))
     except RankfoldError:
         raise
     except Exception as cause:

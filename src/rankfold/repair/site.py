@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rankfold.channels.narrowing import Kept
 from rankfold.decompositions import Moments, factorise
-from rankfold.errors import NumericsError
+from rankfold.errors import NumericsError, allocating
 from rankfold.factors import Factors
 from rankfold.graph.lockstep import Arrival
 from rankfold.graph.regions import channel_scale
@@ -29,6 +29,7 @@ from rankfold.statistics import Statistics
 from rankfold.statistics.collect import chunks
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import enough_positions, generator
+from rankfold.statistics.size import size_of
 
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
 
@@ -131,11 +132,14 @@ class SiteSolver:
         cut = self._kept.get(path, Kept()).inputs is not None
         if decision.method is None and not cut and (not self._options.dense or untouched):
             return Solved(layer)
-        fit, held = self._moments(arrival, layer, adapter)
+        needs = size_of(Site(path, (), "", adapter.geometry(layer), (), 1), (), repaired=True)
+        with allocating(repr(path), "the moments of a layer to be solved", needs=needs.repair):
+            fit, held = self._moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
         turn, self._turn = self._turn, self._turn + 1
         mine = self._share.world.owns(turn)
-        solved = self._solved(decision, layer, adapter, norm, fit, held) if mine else None
+        with allocating(repr(path), "solving a layer", needs=needs.working):
+            solved = self._solved(decision, layer, adapter, norm, fit, held) if mine else None
         return solved if self._share.world.size == 1 and solved else self._given(solved, decision, layer, norm, turn)
 
     def _given(

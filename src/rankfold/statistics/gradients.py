@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import NumericsError
+from rankfold.errors import NumericsError, is_out_of_memory
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
@@ -88,6 +88,8 @@ def collect_gradients(
                         allow_unused=True,
                     )
             except RuntimeError as cause:
+                if is_out_of_memory(cause):
+                    raise
                 why = f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
                 break
             finally:
