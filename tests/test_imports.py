@@ -38,6 +38,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "checkpoint",
             "hugging_face",
             "report",
+            "results",
             "work",
         }
     ),

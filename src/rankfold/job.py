@@ -288,22 +288,33 @@ class Job:
         plans = self.clock.time("plans", lambda: candidates_of(chosen, budget.bounds(self.sites.cost)))
         best: list[Attempt] = []
         repaired = any(plan.repair is not None for plan in plans.values())
+        samples = None if part is None else sum(batch_size(batch) for batch in part)
 
         def whole(name: str, plan: Plan) -> Candidate:
-            attempt = self.attempt(plan)
-            if not best or attempt.comparison.divergence < best[0].comparison.divergence:
-                best[:] = [attempt]  # one compressed model at a time is kept
-            return _candidate(name, attempt)
+            def work() -> Candidate:
+                attempt = self.attempt(plan)
+                if not best or attempt.comparison.divergence < best[0].comparison.divergence:
+                    best[:] = [attempt]  # one compressed model at a time is kept
+                return _candidate(name, attempt)
+
+            return replace(self.work.result(plan, "all", Candidate, work), selector=name)
+
+        def trial(name: str, plan: Plan) -> Candidate:
+            def work() -> Candidate:
+                return _candidate(name, self.attempt(plan, part), samples)
+
+            return replace(self.work.result(plan, f"a part of {samples}", Candidate, work), selector=name)
 
         if part is None or not repaired or len(plans) <= FINALISTS:
             done, tried = self._each("candidates", plans, whole), []
         else:
-            samples = sum(batch_size(batch) for batch in part)
-            tried = self._each("trials", plans, lambda name, plan: _candidate(name, self.attempt(plan, part), samples))
+            tried = self._each("trials", plans, trial)
             tried.sort(key=lambda one: one.divergence)
             ranked = {one.selector: plans[one.selector] for one in tried}
             done = self._each("candidates", ranked, whole, wanted=FINALISTS)
         least = min(done, key=lambda one: one.divergence)
+        if not best or best[0].plan is not plans[least.selector]:  # an earlier run judged it: its sites are kept
+            best[:] = [self.attempt(plans[least.selector])]
         names = {one.selector for one in done}
         return best[0], [
             *(replace(one, taken=one is least) for one in done),

@@ -92,9 +92,9 @@ def compress(
             feature of a site are enough (16,384 at least). On the ResNets we measured, a few dozen gave the accuracy
             of all of them at a fraction of the cost.
         seed: Seed of everything that is drawn; the same seed gives the same bits on one machine.
-        work_dir: A directory that keeps finished statistics, gradients, curves and solved layers. A run that was killed
-            and is started again with the same arguments goes on from there and gives the same bits; another budget,
-            selector or repair takes over what does not depend on it.
+        work_dir: A directory that keeps finished statistics, gradients, curves, trials and solved layers. A run that
+            was killed and is started again with the same arguments goes on from there and gives the same bits; another
+            budget, selector or repair takes over what does not depend on it.
         memory: Most bytes that activations and moments may take, as an int or a text such as "512MB" (1 MB is 2²⁰
             bytes). Half of them are for the values that the repair carries from layer to layer; what is beyond lies in
             nameless temporary files, which changes no bit of the result. The other half (64 MB at least) is for Grams
