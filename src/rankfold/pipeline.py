@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.errors import OptionError, PlanError, shown
+from rankfold.forecast import Course, Forecast, forecast_of, plans_of
 from rankfold.graph.sites import Skip, check_module, check_selection
 from rankfold.graph.trace import device_of
 from rankfold.graph.values import Memory, parse_memory
@@ -41,6 +42,48 @@ POSITIONS = 64  # a sample, for the statistics
 ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
 
 
+@overload
+def compress(
+    model: nn.Module,
+    data: Any,
+    *,
+    budget: Budget,
+    families: Sequence[Family] | None = ...,
+    repair: Lockstep | None = ...,
+    selector: Selector | None = ...,
+    weighting: bool = ...,
+    only: Sequence[str] | None = ...,
+    exclude: Sequence[str] = ...,
+    positions: int | None = ...,
+    seed: int = ...,
+    work_dir: str | Path | None = ...,
+    memory: Memory = ...,
+    progress: Progress = ...,
+    dry_run: Literal[False] = ...,
+) -> Compressed: ...
+
+
+@overload
+def compress(
+    model: nn.Module,
+    data: Any,
+    *,
+    budget: Budget,
+    dry_run: Literal[True],
+    families: Sequence[Family] | None = ...,
+    repair: Lockstep | None = ...,
+    selector: Selector | None = ...,
+    weighting: bool = ...,
+    only: Sequence[str] | None = ...,
+    exclude: Sequence[str] = ...,
+    positions: int | None = ...,
+    seed: int = ...,
+    work_dir: str | Path | None = ...,
+    memory: Memory = ...,
+    progress: Progress = ...,
+) -> Forecast: ...
+
+
 @together
 def compress(
     model: nn.Module,
@@ -58,7 +101,8 @@ def compress(
     work_dir: str | Path | None = None,
     memory: Memory = None,
     progress: Progress = silent,
-) -> Compressed:
+    dry_run: bool = False,
+) -> Compressed | Forecast:
     """Compress a trained network under one budget, without training it.
 
     One in ten calibration samples is held out and never fitted on. Without a selector several plans are made: ranks by
@@ -102,9 +146,10 @@ def compress(
             them. None is no limit, but layers are left alone whose Gram would take more than 2 GB, or more than 256 MB
             and more than 512 times their weight.
         progress: Told about every step of every stage.
+        dry_run: Only predict what this would take and what it can reach, from a few forward passes of one batch.
 
     Returns:
-        The compressed model, the plan and the report.
+        The compressed model, the plan and the report; with `dry_run` a `Forecast`, and `work_dir` is not touched.
 
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
@@ -121,8 +166,9 @@ def compress(
         )
     if selector is not None:
         check_kinds({"selector": (selector, Selector)})
-    if not isinstance(weighting, bool):
-        raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
+    for name, value in (("weighting", weighting), ("dry_run", dry_run)):
+        if not isinstance(value, bool):
+            raise OptionError(name, law="True or False", got=shown(value), cure="pass a bool")
     if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
         raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
     if families is None:
@@ -140,7 +186,13 @@ def compress(
     if job.sites.graph.program is None:
         repair = None
     names = needed(families)
-    job.bound_moments([*names, GradientGram.name] if weighting and names else names, repair, limit)
+    collected = [*names, GradientGram.name] if weighting else names
+    job.bound_moments(collected, repair, limit)
+    if dry_run:
+        plans, always = plans_of(families, chosen_by=selector is not None)
+        course = Course(families, collected, repair, plans, always, weighting, positions, ENOUGH, limit)
+        traced, bounds = job.clock.seconds["trace"], budget.bounds(job.sites.cost)
+        return forecast_of(job.model, job.batches, job.sites, course, traced=traced, bounds=bounds)
     chosen_by = [type(method).__name__ for method in (*families, selector)]
     world().agree("options", repr((chosen_by, budget, repair, weighting, positions, seed)))
     if work_dir is not None:

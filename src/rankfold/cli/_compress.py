@@ -321,7 +321,7 @@ def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, pr
             plan = replace(plan, calibration={**plan.calibration, "positions": parse_positions(request.positions)})
         return execute(network, batches, plan, memory=request.memory, progress=progress)
     try:
-        return compress_model(
+        done: Compressed = compress_model(
             network,
             batches,
             positions=parse_positions(request.positions or POSITIONS),
@@ -330,6 +330,7 @@ def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, pr
             progress=progress,
             **request.options,
         )
+        return done
     except SiteError as cause:
         raise UsageError.of(f"--only or --exclude {cause.place}", cause) from cause
 
