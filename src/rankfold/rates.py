@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import prod
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,13 @@ from rankfold.graph.trace import Batch, batch_size, evaluating, run, to_device
 from rankfold.linalg.interpolative import backward_elimination
 from rankfold.linalg.precision import work_dtype
 
-WIDEST = 256  # features and outputs of a weight that a method is timed on; wider ones go by the cube
+WIDEST = 320  # features and outputs of a weight that a method is timed on
+WIDTH = 256  # of the matrices whose products and factors are timed
+FLATTEST, STEEPEST = 1.0, 2.0  # powers of a weight's size that its time grows with: elements, and cubes of its sides
 ROWS = 4096  # of the product that is timed
 REPEATS = 2  # after one to warm up; the fastest counts
+
+Maker: TypeAlias = Callable[[tuple[int, ...]], Callable[[], object]]  # a shape → the work that is timed
 
 
 class Rates:
@@ -30,7 +36,7 @@ class Rates:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._draw = torch.Generator().manual_seed(0)
-        self._methods: dict[tuple[object, ...], float] = {}
+        self._seconds: dict[tuple[object, ...], float] = {}
 
     def timed(self, work: Callable[[], object], repeats: int = REPEATS) -> float:
         """Seconds of some work, warmed up."""
@@ -52,19 +58,19 @@ class Rates:
 
     @cached_property
     def _product(self) -> float:
-        rows = self._drawn(ROWS, WIDEST).float()
-        return self.timed(lambda: rows.mT @ rows) / (ROWS * WIDEST * WIDEST)
+        rows = self._drawn(ROWS, WIDTH).float()
+        return self.timed(lambda: rows.mT @ rows) / (ROWS * WIDTH * WIDTH)
 
     @cached_property
     def _copy(self) -> float:
-        values = self._drawn(ROWS, WIDEST).float()
+        values = self._drawn(ROWS, WIDTH).float()
         return self.timed(lambda: values.double()) / values.numel()
 
     @cached_property
     def _factor(self) -> float:
-        matrix = self._gram(WIDEST)
-        right = self._drawn(WIDEST, WIDEST)
-        return self.timed(lambda: torch.cholesky_solve(right, torch.linalg.cholesky(matrix))) / WIDEST**3
+        matrix = self._gram(WIDTH)
+        right = self._drawn(WIDTH, WIDTH)
+        return self.timed(lambda: torch.cholesky_solve(right, torch.linalg.cholesky(matrix))) / WIDTH**3
 
     def product(self, multiplications: float) -> float:
         """Seconds of so many multiply-adds of large matrices in float32."""
@@ -78,38 +84,57 @@ class Rates:
         """Seconds of a Cholesky factor and a solve with as many right sides, of n features."""
         return self._factor * features**3
 
+    def elimination(self, units: int, taps: int, outputs: int) -> float:
+        """Seconds of ordering the units of a channel group by one layer that reads so many taps of each."""
+
+        def work(shape: tuple[int, ...]) -> Callable[[], object]:
+            tall, few, narrow = shape
+            reader = (self._gram(few * narrow).reshape(few, narrow, few, narrow), self._drawn(tall, few, narrow))
+            return lambda: backward_elimination([reader])
+
+        return self._scaled("elimination", (outputs, units, taps), work)
+
     def errors(self, method: Decomposition, shape: Sequence[int]) -> float:
         """Seconds of a method's errors at all its ranks, of one weight of a shape (out, in, kernel…)."""
-        return self._of_method("errors", method, shape)
+
+        def work(small: tuple[int, ...]) -> Callable[[], object]:
+            weight, moments = self._problem(small)
+            return lambda: output_errors(method, weight, moments)
+
+        return self._scaled(("errors", method), shape, work)
 
     def decompose(self, method: Decomposition, shape: Sequence[int]) -> float:
         """Seconds of one decomposition, at the middle one of the ranks."""
-        return self._of_method("decompose", method, shape)
 
-    def elimination(self, units: int, taps: int, outputs: int) -> float:
-        """Seconds of ordering the units of a channel group by one layer that reads so many taps of each."""
-        (_, few, narrow), times = _shrunk((outputs, units, taps))
-        key = ("elimination", few, narrow)
-        if key not in self._methods:
-            metric = self._gram(few * narrow).reshape(few, narrow, few, narrow)
-            weight = self._drawn(min(outputs, WIDEST), few, narrow)
-            self._methods[key] = self.timed(lambda: backward_elimination([(metric, weight)]), repeats=1)
-        return self._methods[key] * times
-
-    def _of_method(self, what: str, method: Decomposition, shape: Sequence[int]) -> float:
-        small, times = _shrunk(shape)
-        key = (what, method, *small)
-        if key not in self._methods:
-            weight = self._drawn(*small)
-            gram = self._gram(prod(small[1:]))
-            moments = Moments(gram, gram.new_zeros(len(gram)), self._gram(small[0]), True, self._gram(small[0]))
+        def work(small: tuple[int, ...]) -> Callable[[], object]:
+            weight, moments = self._problem(small)
             ranks = method.candidates(small)
-            rank = ranks[len(ranks) // 2]
-            if what == "errors":
-                self._methods[key] = self.timed(lambda: output_errors(method, weight, moments), repeats=1)
-            else:
-                self._methods[key] = self.timed(lambda: factorise(method, weight, rank, moments), repeats=1)
-        return self._methods[key] * times
+            return lambda: factorise(method, weight, ranks[len(ranks) // 2], moments)
+
+        return self._scaled(("decompose", method), shape, work)
+
+    def _scaled(self, what: object, shape: Sequence[int], make: Maker) -> float:
+        """Seconds at a shape; where it is too wide, from two smaller ones by the power that they show."""
+        small = _shrunk(tuple(shape), WIDEST)
+        if small == tuple(shape):
+            return self._once(what, small, make)
+        smaller = _shrunk(small, WIDEST // 2)
+        first, second = (self._once(what, each, make) for each in (smaller, small))
+        ratio = prod(small) / prod(smaller)
+        power = math.log(second / first) / math.log(ratio) if ratio > 1 else STEEPEST
+        larger: float = (prod(shape) / prod(small)) ** min(max(power, FLATTEST), STEEPEST)
+        return second * larger
+
+    def _once(self, what: object, shape: tuple[int, ...], make: Maker) -> float:
+        key = (what, shape)
+        if key not in self._seconds:
+            self._seconds[key] = self.timed(make(shape), repeats=1)
+        return self._seconds[key]
+
+    def _problem(self, shape: tuple[int, ...]) -> tuple[Tensor, Moments]:
+        """A weight of a shape (out, in, kernel…), and moments for it."""
+        inputs, outputs = self._gram(prod(shape[1:])), self._gram(shape[0])
+        return self._drawn(*shape), Moments(inputs, inputs.new_zeros(len(inputs)), outputs, True, outputs)
 
     def _drawn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._draw, dtype=torch.float64).to(self._device, work_dtype(self._device))
@@ -119,13 +144,10 @@ class Rates:
         return rows.mT @ rows / len(rows)
 
 
-def _shrunk(shape: Sequence[int]) -> tuple[tuple[int, ...], float]:
-    """A shape with at most `WIDEST` outputs and features, and how many times longer the whole one takes."""
+def _shrunk(shape: tuple[int, ...], widest: int) -> tuple[int, ...]:
+    """A shape with at most so many outputs and features."""
     outputs, *rest = shape
-    small = list(rest)
-    while prod(small) > WIDEST:
-        largest = small.index(max(small))
-        small[largest] = -(-small[largest] // 2)
-    fewer = min(outputs, WIDEST)
-    wider, taller = prod(rest) / prod(small), outputs / fewer
-    return (fewer, *small), max(wider**3, wider**2 * taller, wider * taller**2)
+    while prod(rest) > widest:
+        largest = rest.index(max(rest))
+        rest[largest] = -(-rest[largest] // 2)
+    return min(outputs, widest), *rest

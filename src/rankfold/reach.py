@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +63,14 @@ def reach_of(model: nn.Module, sites: Sites, families: Sequence[Family], groups:
     ways = [by_ranks, *(_by_channels(model, sites, groups, method) for method in families if _removes(method, groups))]
     touched = {path for group in groups for path in (*group.made, *group.read)}
     cut = _sum([dense_cost(site) for site in sites if least[site.path] != dense_cost(site) or site.path in touched])
+    carried = {name.rpartition(".")[0] for group in groups for name in group.carried} - set(least)
+    cut = _sum([cut, *(_held(model, path) for path in carried)])
     return Reach(
         {name: min(way[name] for way in ways) for name in RESOURCES},
         {name: min(cut.amounts()[name] / max(total[name], 1), 1.0) for name in RESOURCES},
-        _blockers(model, sites, {path: cost.params for path, cost in least.items() if path not in touched}),
+        _blockers(
+            model, sites, {path: cost.params for path, cost in least.items() if path not in touched}, spared=carried
+        ),
     )
 
 
@@ -101,14 +105,19 @@ def _by_channels(model: nn.Module, sites: Sites, groups: Sequence[ChannelGroup],
     return widths.cost.amounts()
 
 
-def _blockers(model: nn.Module, sites: Sites, least: dict[str, int]) -> tuple[Blocker, ...]:
-    """The layers of which most stays."""
+def _held(model: nn.Module, path: str) -> Cost:
+    """Parameters of a module's own, and their bytes."""
+    own = list(model.get_submodule(path).parameters(recurse=False))
+    return Cost(sum(p.numel() for p in own), 0, sum(p.numel() * p.element_size() for p in own))
+
+
+def _blockers(model: nn.Module, sites: Sites, least: dict[str, int], *, spared: Collection[str]) -> tuple[Blocker, ...]:
+    """The layers of which most stays; those spared lose channels with the layers around them."""
     total = max(sites.cost.params, 1)
-    modules = dict(model.named_modules(remove_duplicate=False))
     found = [Blocker(path, params / total, sites.at(path).fixed) for path, params in least.items()]
     for skip in sites.skips:
-        params = sum(p.numel() for p in modules[skip.path].parameters(recurse=False)) if skip.path in modules else 0
-        found.append(Blocker(skip.path, params / total, skip.reason))
+        if skip.path not in spared:
+            found.append(Blocker(skip.path, _held(model, skip.path).params / total, skip.reason))
     found.sort(key=lambda blocker: -blocker.share)
     return tuple(blocker for blocker in found[:SHOWN] if blocker.share >= 0.001)
 
