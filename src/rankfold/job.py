@@ -20,7 +20,7 @@ from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import NumericsError, PlanError, SelfCheckError, SiteError, allocating
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, check_model, find_sites
-from rankfold.graph.trace import Batch, batch_size, take
+from rankfold.graph.trace import Batch, batch_size, device_of, take
 from rankfold.graph.values import Spill
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.counted import count
@@ -37,7 +37,7 @@ from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of
 from rankfold.statistics.distributed import world
 from rankfold.statistics.gradients import collect_gradients
-from rankfold.statistics.size import bounded
+from rankfold.statistics.size import bounded, machine_memory
 from rankfold.surgery import check_copy, copied
 from rankfold.work import Work
 
@@ -134,7 +134,13 @@ class Job:
         """
         known = {skip.path for skip in self.sites.skips}
         room = None if limit is None else limit // 2
-        self.sites = bounded(self.sites, statistics, repaired=repair is not None, limit=room)
+        self.sites = bounded(
+            self.sites,
+            statistics,
+            repaired=repair is not None,
+            limit=room,
+            machine=machine_memory(device_of(self.model)),
+        )
         left = [f"{skip.path} ({skip.reason})" for skip in self.sites.skips if skip.path not in known]
         if left:
             self.notes.append(f"left alone for the memory that their moments would take: {'; '.join(left[:5])}")

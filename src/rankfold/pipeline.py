@@ -143,8 +143,8 @@ def compress(
             bytes). Half of them are for the values that the repair carries from layer to layer; what is beyond lies in
             nameless temporary files, which changes no bit of the result. The other half (64 MB at least) is for Grams
             and other moments: the widest layers are left alone until those of all others fit, and the report names
-            them. None is no limit, but layers are left alone whose Gram would take more than 2 GB, or more than 256 MB
-            and more than 512 times their weight.
+            them. None is no limit for values; for moments it is half of the machine's memory, and layers are left alone
+            whose Gram would take more than 1 GB, or more than 256 MB and more than 512 times their weight.
         progress: Told about every step of every stage.
         dry_run: Only predict what this would take and what it can reach, from a few forward passes of one batch.
 

@@ -137,6 +137,17 @@ def test_a_limit_of_memory_bounds_moments_too(small: None) -> None:
     assert bytes_shown(whole - 1) in next(skip.reason for skip in kept.skips if skip.path == "wide")
 
 
+def test_without_a_limit_moments_take_at_most_half_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(size, "CHUNK_BYTES", 1)
+    sites = rf.find_sites(Taps(), signals()[0])
+    whole = sizes_of(sites, NAMES).moments
+    assert bounded(sites, NAMES, machine=2 * whole) is sites
+    kept = bounded(sites, NAMES, machine=2 * whole - 2)
+    (skip,) = (skip for skip in kept.skips if skip.path == "wide")
+    assert "half of the memory here" in skip.reason
+    assert size.machine_memory(torch.device("cpu")) is None or size.machine_memory(torch.device("cpu")) > 2**20
+
+
 def test_a_limit_below_all_moments_is_refused_before_the_model_runs(small: None) -> None:
     with pytest.raises(MemoryLimitError, match=r"memory · .* · got .* · pass a larger memory="):
         rf.compress(Taps(), signals(), budget=rf.Budget(params=0.9), memory=1000)

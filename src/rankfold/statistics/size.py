@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
+
+import torch
 
 from rankfold.errors import MemoryLimitError, bytes_shown
 from rankfold.graph.sites import Site, Sites, Skip
@@ -16,7 +19,7 @@ HALVES = 2  # moments of inputs are kept for so many parts of the samples
 WORKING = 4  # copies of a site's Gram while it is decomposed or solved: shrunk, scaled, its root, its factor
 CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
 CHUNKS = 3  # of them at once: patches, those drawn for one half of the samples, and outputs
-LARGEST_GRAM = 2 * 2**30  # most bytes of one Gram without a limit: 16,384 features
+LARGEST_GRAM = 2**30  # most bytes of one Gram without a limit: 11,585 features, and 2 GB for both halves
 SMALL_GRAM = 256 * 2**20  # a Gram up to this is never too large: 5,792 features
 PROPORTION = 512  # a larger one has at most so many times the bytes of its layer's weight
 TOO_WIDE = "too wide"
@@ -98,19 +101,28 @@ def sizes_of(sites: Iterable[Site], statistics: Sequence[str], *, repaired: bool
     return Sizes(tuple(size_of(site, statistics, repaired=repaired) for site in sites))
 
 
-def bounded(sites: Sites, statistics: Sequence[str], *, repaired: bool = True, limit: int | None = None) -> Sites:
+def bounded(
+    sites: Sites,
+    statistics: Sequence[str],
+    *,
+    repaired: bool = True,
+    limit: int | None = None,
+    machine: int | None = None,
+) -> Sites:
     """The sites whose moments fit into memory; the others become skips with the reason.
 
-    Without a limit a site is left alone whose largest Gram takes more than 2 GiB (16,384 features), or more than
-    256 MiB (5,792 features) and more than 512 times its layer's weight. With one, the widest sites are left alone until
-    the moments of all others fit: what is kept of all of them, and what the widest takes while it is solved. A limit
-    below 64 MiB, which one chunk of patches may take, counts as that.
+    Without a limit a site is left alone whose largest Gram takes more than 1 GiB (11,585 features), or more than
+    256 MiB (5,792 features) and more than 512 times its layer's weight; the limit for all is then half of the machine's
+    memory. The widest sites are left alone until the moments of all others fit the limit: what is kept of all of them,
+    and what the widest takes while it is solved. A limit below 64 MiB, which one chunk of patches may take, counts as
+    that.
 
     Args:
         sites: From `find_sites`.
         statistics: Registered names of what will be collected.
         repaired: Whether sites are solved again.
         limit: Most bytes of all moments; None is as said.
+        machine: Bytes of memory where the model is; None where that is not known.
 
     Raises:
         MemoryLimitError: No site is left.
@@ -122,15 +134,17 @@ def bounded(sites: Sites, statistics: Sequence[str], *, repaired: bool = True, l
         for path, site in known.items():
             if sizes[path].statistics + sizes[path].repair and (why := _too_wide(site, statistics, repaired=repaired)):
                 reasons[path] = why
-    else:
-        room = max(limit, CHUNK_BYTES)
-        left = sorted(sizes.values(), key=lambda size: size.statistics + size.repair + size.working)
-        while left and Sizes(tuple(left)).moments > room:
-            needs = Sizes(tuple(left)).moments
+    room = machine // 2 if limit is None and machine is not None else limit
+    if room is not None:
+        room = max(room, CHUNK_BYTES)
+        left = [size for path, size in sizes.items() if path not in reasons]
+        left.sort(key=lambda size: size.statistics + size.repair + size.working)
+        while left and (needs := Sizes(tuple(left)).moments) > room:
             widest = left.pop()
             reasons[widest.path] = (
-                f"{TOO_WIDE}: {_patch(known[widest.path])}, with which moments take {bytes_shown(needs)} where the"
-                f" limit leaves {bytes_shown(room)}; a larger limit of memory takes it in"
+                f"{TOO_WIDE}: {_patch(known[widest.path])}, with which moments take {bytes_shown(needs)} where "
+                f"{'the limit' if limit is not None else 'half of the memory here'} is {bytes_shown(room)}; a larger "
+                "limit of memory takes it in"
             )
     if not reasons:
         return sites
@@ -147,6 +161,16 @@ def bounded(sites: Sites, statistics: Sequence[str], *, repaired: bool = True, l
     skips = tuple(Skip(site.path, reasons[site.path]) for site in sites if site.path in reasons)
     fixed = tuple(site for site in sites.fixed if site.path not in reasons)
     return replace(sites, sites=kept, skips=(*sites.skips, *skips), fixed=fixed)
+
+
+def machine_memory(device: torch.device) -> int | None:
+    """Bytes of memory of a device, in use or not; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # no such call, or not these names
+        return None
 
 
 def check_fits(sites: Sites, statistics: Sequence[str], *, repaired: bool, limit: int | None) -> None:
