@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold import forecast
 from rankfold.errors import BudgetError, OptionError
-from rankfold.forecast import plans_of
+from rankfold.prediction import plans_of
 from rankfold.rates import Rates, _shrunk
 
 

@@ -38,6 +38,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "pipeline",
             "checkpoint",
             "hugging_face",
+            "prediction",
             "rates",
             "reach",
             "report",

@@ -16,13 +16,14 @@ from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.errors import OptionError, PlanError, shown
-from rankfold.forecast import Course, Forecast, forecast_of, plans_of
+from rankfold.forecast import Forecast, forecast_of
 from rankfold.graph.sites import Skip, check_module, check_selection
 from rankfold.graph.trace import device_of
 from rankfold.graph.values import Memory, parse_memory
 from rankfold.job import Compressed, Job
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
+from rankfold.prediction import Course, plans_of
 from rankfold.progress import Progress, check_progress, silent
 from rankfold.ranks import Budget, Curves, RankSelector, Selector
 from rankfold.repair import Lockstep
