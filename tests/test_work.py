@@ -238,6 +238,7 @@ def _flip(file: Path) -> None:
         "curves.json",
         "plans/*/*.safetensors",
         "plans/*/plan.json",
+        "results/*.json",
     ],
 )
 def test_a_damaged_file_is_never_used(damage: Callable[[Path], None], pattern: str, work: Path, whole: Any) -> None:
@@ -251,6 +252,7 @@ def test_a_damaged_file_is_never_used(damage: Callable[[Path], None], pattern: s
 def test_what_a_killed_run_was_writing_is_swept_away(work: Path) -> None:
     (work / ".statistics.abc").mkdir()
     (work / ".curves.json.abc").write_text("half")
+    (work / "results" / ".half.json.abc").write_text("half")
     plan = next((work / "plans").iterdir())
     (plan / ".half.safetensors.abc").write_text("half")
     compressed(work)

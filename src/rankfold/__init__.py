@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from rankfold.errors import RankfoldError
     from rankfold.factors import Factors, MatrixFactors, MirroredFactors, SpatialFactors, TuckerFactors
+    from rankfold.forecast import Forecast
     from rankfold.graph.channels import ChannelGroup, Channels, find_channels
     from rankfold.graph.sites import Site, Sites, Skip, find_sites
     from rankfold.hugging_face import save_pretrained
@@ -67,6 +68,7 @@ _HOME = {
     ),
     "rankfold.errors": ("RankfoldError",),
     "rankfold.factors": ("Factors", "MatrixFactors", "MirroredFactors", "SpatialFactors", "TuckerFactors"),
+    "rankfold.forecast": ("Forecast",),
     "rankfold.graph.channels": ("ChannelGroup", "Channels", "find_channels"),
     "rankfold.graph.sites": ("Site", "Sites", "Skip", "find_sites"),
     "rankfold.hugging_face": ("save_pretrained",),
@@ -109,6 +111,7 @@ __all__ = [
     "Energy",
     "Factors",
     "Family",
+    "Forecast",
     "Interpolative",
     "InterpolativeGreedy",
     "Lagrangian",

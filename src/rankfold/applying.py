@@ -11,7 +11,7 @@ from torch import nn
 
 from rankfold.channels.narrowing import fold_and_cut_
 from rankfold.curves import needed
-from rankfold.errors import DataError, PlanError, SiteError, shown
+from rankfold.errors import DataError, PlanError, SiteError, is_out_of_memory, shown
 from rankfold.graph.models import check_in_place, check_model
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Site, Sites, find_sites
@@ -170,6 +170,8 @@ def _check_runs(narrow: nn.Module, example: Batch) -> None:
         with evaluating(narrow):
             run(narrow, to_device(example, device_of(narrow)))
     except RuntimeError as cause:
+        if is_out_of_memory(cause):
+            raise
         raise PlanError(
             "plan.cuts",
             law="the model runs as the cuts leave it",

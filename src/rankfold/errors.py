@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class RankfoldError(Exception):
@@ -83,12 +84,60 @@ class DistributedError(RankfoldError, RuntimeError):
     """Several processes on one compression of which one failed, is gone, or was given something else."""
 
 
+class MemoryLimitError(RankfoldError, MemoryError):
+    """Memory that could not be had, or that a limit does not leave."""
+
+
 class RegistryError(RankfoldError, LookupError):
     """A name that no registered method bears."""
 
 
 class DependencyError(RankfoldError, ImportError):
     """An optional package that is not installed; the message names the extra that brings it."""
+
+
+def is_out_of_memory(cause: BaseException) -> bool:
+    """Whether an error says that memory could not be had: Python's, a device's, or that of torch's CPU allocator."""
+    if isinstance(cause, MemoryError) or "OutOfMemory" in type(cause).__name__:
+        return True
+    text = str(cause) if isinstance(cause, RuntimeError) else ""
+    return any(words in text for words in ("not enough memory", "DefaultCPUAllocator", "out of memory"))
+
+
+@contextmanager
+def allocating(place: str, doing: str, *, needs: int | None = None) -> Iterator[None]:
+    """Inside, memory that cannot be had is reported as that, once, by the innermost place that knows what it was for.
+
+    Args:
+        place: Stage or site path.
+        doing: What the memory is for.
+        needs: Predicted bytes, where known.
+
+    Raises:
+        MemoryLimitError: Memory could not be had.
+    """
+    try:
+        yield
+    except Exception as cause:
+        if isinstance(cause, MemoryLimitError) or not is_out_of_memory(cause):
+            raise
+        lines = str(cause).strip().splitlines()
+        got = f"{type(cause).__name__}: {lines[0][:200]}" if lines else type(cause).__name__
+        raise MemoryLimitError(
+            place,
+            law=f"memory for {doing}" + (f", {bytes_shown(needs)} by prediction" if needs else ""),
+            got=got,
+            cure="pass memory=..., exclude the widest layers, or give batches of fewer samples",
+        ) from cause
+
+
+def bytes_shown(amount: float) -> str:
+    """Bytes as a person reads them: "34.4 GB", 1 GB being 2³⁰ bytes."""
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1024
+        units.pop(0)
+    return f"{amount:.0f} {units[0]}" if units[0] == "B" or amount >= 100 else f"{amount:.3g} {units[0]}"
 
 
 def shown(value: object, *, limit: int = 80) -> str:

@@ -17,11 +17,11 @@ from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError
+from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError, allocating
 from rankfold.graph.models import COMPILED, check_model, is_compiled
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, find_sites
-from rankfold.graph.trace import Batch, batch_size, take
+from rankfold.graph.trace import Batch, batch_size, device_of, take
 from rankfold.graph.values import Spill
 from rankfold.metrics.compare import Comparison, compare
 from rankfold.metrics.cost import Cost
@@ -40,6 +40,7 @@ from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of, held_out_of
 from rankfold.statistics.distributed import world
 from rankfold.statistics.gradients import collect_gradients
+from rankfold.statistics.size import bounded, machine_memory
 from rankfold.surgery import check_copy, copied
 from rankfold.work import Work
 
@@ -146,6 +147,27 @@ class Job:
         return cls(
             model, batches, sites, judged, Statistics({}), notes, clock, progress, spill, every=every, held_out=held_out
         )
+
+    def bound_moments(self, statistics: Sequence[str], repair: Lockstep | None, limit: int | None) -> None:
+        """Leave alone the layers whose moments would take too much memory; see `bounded`.
+
+        Args:
+            statistics: Names of what will be collected.
+            repair: The repair, or None.
+            limit: Most bytes of values and moments, half each; None is the default's proportion.
+        """
+        known = {skip.path for skip in self.sites.skips}
+        room = None if limit is None else limit // 2
+        self.sites = bounded(
+            self.sites,
+            statistics,
+            repaired=repair is not None,
+            limit=room,
+            machine=machine_memory(device_of(self.model)),
+        )
+        left = [f"{skip.path} ({skip.reason})" for skip in self.sites.skips if skip.path not in known]
+        if left:
+            self.notes.append(f"left alone for the memory that their moments would take: {'; '.join(left[:5])}")
 
     def collect(
         self,
@@ -307,24 +329,35 @@ class Job:
         plans = self.clock.time("plans", lambda: candidates_of(chosen, budget.bounds(self.sites.cost)))
         best: list[Attempt] = []
         repaired = any(plan.repair is not None for plan in plans.values())
+        samples = None if part is None else sum(batch_size(batch) for batch in part)
 
         def whole(name: str, plan: Plan) -> Candidate:
-            attempt = self.attempt(plan)
-            if attempt.cost is not None:
-                budget.check_held(attempt.cost, self.sites.cost)
-            if not best or attempt.comparison.divergence < best[0].comparison.divergence:
-                best[:] = [attempt]  # one compressed model at a time is kept
-            return _candidate(name, attempt)
+            def work() -> Candidate:
+                attempt = self.attempt(plan)
+                if attempt.cost is not None:
+                    budget.check_held(attempt.cost, self.sites.cost)
+                if not best or attempt.comparison.divergence < best[0].comparison.divergence:
+                    best[:] = [attempt]  # one compressed model at a time is kept
+                return _candidate(name, attempt)
+
+            return replace(self.work.result(plan, "all", Candidate, work), selector=name)
+
+        def trial(name: str, plan: Plan) -> Candidate:
+            def work() -> Candidate:
+                return _candidate(name, self.attempt(plan, part), samples)
+
+            return replace(self.work.result(plan, f"a part of {samples}", Candidate, work), selector=name)
 
         if part is None or not repaired or len(plans) <= FINALISTS:
             done, tried = self._each("candidates", plans, whole), []
         else:
-            samples = sum(batch_size(batch) for batch in part)
-            tried = self._each("trials", plans, lambda name, plan: _candidate(name, self.attempt(plan, part), samples))
+            tried = self._each("trials", plans, trial)
             tried.sort(key=lambda one: one.divergence)
             ranked = {one.selector: plans[one.selector] for one in tried}
             done = self._each("candidates", ranked, whole, wanted=FINALISTS)
         least = min(done, key=lambda one: one.divergence)
+        if not best or best[0].plan is not plans[least.selector]:  # an earlier run judged it: its sites are kept
+            best[:] = [self.attempt(plans[least.selector])]
         return best[0], [*(replace(one, taken=one is least) for one in done), *tried]
 
     def _each(
@@ -438,7 +471,8 @@ class _Clock:
         """Do some work and add its seconds to a stage."""
         start = time.perf_counter()
         try:
-            return work()
+            with allocating(stage, f"the stage {stage!r}"):
+                return work()
         finally:
             self._after()
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

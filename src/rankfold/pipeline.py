@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -16,6 +16,7 @@ from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.errors import DataError, OptionError, PlanError, shown
+from rankfold.forecast import Forecast, forecast_of
 from rankfold.graph.models import check_module
 from rankfold.graph.sites import Skip, check_selection
 from rankfold.graph.trace import batch_size, device_of
@@ -24,15 +25,18 @@ from rankfold.job import Compressed, Job
 from rankfold.metrics.outputs import Outputs, check_outputs, outputs_from_json, outputs_to_json
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan
+from rankfold.prediction import Course, plans_of
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.ranks import Budget, Curves, RankSelector, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
+from rankfold.statistics import GradientGram
 from rankfold.statistics.collect import check_positions
 from rankfold.statistics.data import as_batches, no_batch
 from rankfold.statistics.distributed import together, world
 from rankfold.statistics.draws import check_seed
 from rankfold.statistics.gradients import SAMPLES
+from rankfold.statistics.size import check_fits
 from rankfold.surgery import check_plan
 from rankfold.work import Work, facts_of
 
@@ -40,6 +44,50 @@ __all__ = ["Compressed", "compress", "execute"]
 DEFAULT_REPAIR = Lockstep()
 POSITIONS = 64  # a sample, for the statistics
 ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
+
+
+@overload
+def compress(
+    model: nn.Module,
+    data: Any,
+    *,
+    budget: Budget,
+    families: Sequence[Family] | None = ...,
+    repair: Lockstep | None = ...,
+    selector: Selector | None = ...,
+    weighting: bool = ...,
+    outputs: Outputs = ...,
+    only: Sequence[str] | None = ...,
+    exclude: Sequence[str] = ...,
+    positions: int | None = ...,
+    seed: int = ...,
+    work_dir: str | Path | None = ...,
+    memory: Memory = ...,
+    progress: Progress | Told = ...,
+    dry_run: Literal[False] = ...,
+) -> Compressed: ...
+
+
+@overload
+def compress(
+    model: nn.Module,
+    data: Any,
+    *,
+    budget: Budget,
+    dry_run: Literal[True],
+    families: Sequence[Family] | None = ...,
+    repair: Lockstep | None = ...,
+    selector: Selector | None = ...,
+    weighting: bool = ...,
+    outputs: Outputs = ...,
+    only: Sequence[str] | None = ...,
+    exclude: Sequence[str] = ...,
+    positions: int | None = ...,
+    seed: int = ...,
+    work_dir: str | Path | None = ...,
+    memory: Memory = ...,
+    progress: Progress | Told = ...,
+) -> Forecast: ...
 
 
 @together
@@ -60,7 +108,8 @@ def compress(
     work_dir: str | Path | None = None,
     memory: Memory = None,
     progress: Progress | Told = silent,
-) -> Compressed:
+    dry_run: bool = False,
+) -> Compressed | Forecast:
     """Compress a trained network under one budget, without training it.
 
     One in ten calibration samples is held out and never fitted on, more where they are few: one in five of 250.
@@ -101,22 +150,27 @@ def compress(
             feature of a site are enough (16,384 at least). On the ResNets we measured, a few dozen gave the accuracy
             of all of them at a fraction of the cost.
         seed: Seed of everything that is drawn; the same seed gives the same bits on one machine.
-        work_dir: A directory that keeps finished statistics, gradients, curves and solved layers. A run that was killed
-            and is started again with the same arguments goes on from there and gives the same bits; another budget,
-            selector or repair takes over what does not depend on it.
-        memory: Most bytes that activations may take, as an int or a text such as "512MB" (1 MB is 2²⁰ bytes). Half of
-            them are for the values that the repair carries from layer to layer; what is beyond lies in nameless
-            temporary files. It changes no bit of the result. None is no limit.
+        work_dir: A directory that keeps finished statistics, gradients, curves, trials and solved layers. A run that
+            was killed and is started again with the same arguments goes on from there and gives the same bits; another
+            budget, selector or repair takes over what does not depend on it.
+        memory: Most bytes that activations and moments may take, as an int or a text such as "512MB" (1 MB is 2²⁰
+            bytes). Half of them are for the values that the repair carries from layer to layer; what is beyond lies in
+            nameless temporary files, which changes no bit of the result. The other half (64 MB at least) is for Grams
+            and other moments: the widest layers are left alone until those of all others fit, and the report names
+            them. None is no limit for values; for moments it is half of the machine's memory, and layers are left alone
+            whose Gram would take more than 1 GB, or more than 256 MB and more than 512 times their weight.
         progress: Told about every step of every stage: `progress_bar()` as a context, or a function
             `f(stage, done, total)`.
+        dry_run: Only predict what this would take and what it can reach, from a few forward passes of one batch.
 
     Returns:
-        The compressed model, the plan and the report.
+        The compressed model, the plan and the report; with `dry_run` a `Forecast`, and `work_dir` is not touched.
 
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
         BudgetError: The budget cannot be met; the smallest reachable value is named, and what blocks it. Or it bounds
             MACs that cannot be counted; or what was made is over it when counted.
+        MemoryLimitError: The moments of no layer fit into `memory`, or memory could not be had; what for is named.
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
         DistributedError: Another process failed or is gone, or was given other arguments.
     """
@@ -128,8 +182,9 @@ def compress(
         )
     if selector is not None:
         check_kinds({"selector": (selector, Selector)})
-    if not isinstance(weighting, bool):
-        raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
+    for name, value in (("weighting", weighting), ("dry_run", dry_run)):
+        if not isinstance(value, bool):
+            raise OptionError(name, law="True or False", got=shown(value), cure="pass a bool")
     check_outputs(outputs)
     if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
         raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
@@ -150,6 +205,14 @@ def compress(
         job.sites = job.sites.with_fixed()
     if job.sites.graph.program is None:
         repair = None
+    names = needed(families)
+    collected = [*names, GradientGram.name] if weighting else names
+    job.bound_moments(collected, repair, limit)
+    if dry_run:
+        plans, always = plans_of(families, chosen_by=selector is not None)
+        course = Course(families, collected, repair, plans, always, weighting, positions, ENOUGH, limit)
+        traced, bounds = job.clock.seconds["trace"], budget.bounds(job.sites.cost)
+        return forecast_of(job.model, job.batches, job.sites, course, traced=traced, bounds=bounds)
     chosen_by = [type(method).__name__ for method in (*families, selector)]
     world().agree("options", repr((chosen_by, budget, repair, weighting, outputs, positions, seed)))
     if work_dir is not None:
@@ -163,7 +226,7 @@ def compress(
         facts["outputs"] = outputs_to_json(outputs)
         job.work = Work.open(work_dir, facts, device_of(model))
     job.collect(
-        needed(families),
+        names,
         positions=positions,
         enough=ENOUGH,
         seed=seed,
@@ -222,7 +285,7 @@ def execute(
         data: Calibration inputs.
         plan: The plan, edited or not; its `seed` and `calibration` say how statistics are collected.
         outputs: What the outputs are; None is as the plan was made for.
-        memory: As for `compress`.
+        memory: As for `compress`, but no layer of the plan is left alone: what does not fit is refused.
         progress: Told about every step.
 
     Returns:
@@ -233,6 +296,7 @@ def execute(
         ModelError, DataError, OptionError: Bad input, as for `compress`.
         PlanError: It is no plan, or does not fit the model.
         SiteError: It decides on a layer that is no site.
+        MemoryLimitError: The moments of the plan's layers do not fit into `memory`, or memory could not be had.
     """
     plain = check_module(model)
     if not isinstance(plan, Plan):
@@ -243,7 +307,8 @@ def execute(
     if outputs is None:
         outputs = outputs_from_json(plan.calibration.get("outputs"), "plan.calibration.outputs")
     check_plan(plain, plan)
-    job = Job.start(model, data, progress, limit=parse_memory(memory), every=held_out_in(plan))
+    limit = parse_memory(memory)
+    job = Job.start(model, data, progress, limit=limit, every=held_out_in(plan))
     if plan.cuts:
         job.sites = job.sites.with_fixed()
     decided = decided_sites(job.sites, plan)
@@ -253,8 +318,12 @@ def execute(
     if plan.repair is not None and job.sites.graph.program is None:
         plan = replace(plan, repair=None)
     calibration = plan.calibration
+    names = needed(
+        [decision.method for decision in plan.changes if decision.method is not None], channels=bool(plan.cuts)
+    )
+    check_fits(job.sites, names, repaired=plan.repair is not None, limit=None if limit is None else limit // 2)
     job.collect(
-        needed([decision.method for decision in plan.changes if decision.method is not None], channels=bool(plan.cuts)),
+        names,
         positions=calibration.get("positions", POSITIONS),
         enough=calibration.get("enough"),
         seed=plan.seed,

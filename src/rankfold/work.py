@@ -23,12 +23,13 @@ from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.registry import to_json
 from rankfold.repair.kept import KeptSites
 from rankfold.repair.site import Recall, always_solve
+from rankfold.results import T, kept_result
 from rankfold.serialization import canonical_json, read_json, write_file
 from rankfold.statistics import Statistics
 from rankfold.statistics.data import digest
 
 VERSION = 1
-HEAD, CURVES, PLANS = "work.json", "curves.json", "plans"
+HEAD, CURVES, PLANS, RESULTS = "work.json", "curves.json", "plans", "results"
 
 
 def facts_of(
@@ -107,8 +108,8 @@ class Work:
             if others:
                 raise _refusal(folder, law="work_dir is new, empty, or of an earlier run", got=f"{others[0]!r} in it")
             write_file(folder / HEAD, canonical_json(dict(facts)).encode())
-        for each in folder.iterdir():  # what a killed run was writing
-            if _is_scratch(each):
+        for each in [*folder.iterdir(), *folder.glob(f"{RESULTS}/.*")]:  # what a killed run was writing
+            if _is_scratch(each) or each.parent.name == RESULTS:
                 shutil.rmtree(each) if each.is_dir() else each.unlink()
         return cls(folder, device)
 
@@ -173,6 +174,20 @@ class Work:
         folder = self._folder / PLANS / hashlib.sha256(text.encode()).hexdigest()[:32]
         write_file(folder / "plan.json", text.encode())
         return KeptSites(folder, dict(model.named_modules(remove_duplicate=False)), plan)
+
+    def result(self, plan: Plan, part: str, kind: type[T], work: Callable[[], T]) -> T:
+        """What became of a plan on some of the samples: what is there, or worked out now; see `kept_result`.
+
+        Args:
+            plan: The plan.
+            part: Says which samples.
+            kind: Dataclass of the result.
+            work: Carries the plan out.
+        """
+        if self._folder is None:
+            return work()
+        key = hashlib.sha256(f"{part}\n{plan.to_json()}".encode()).hexdigest()[:32]
+        return kept_result(self._folder / RESULTS / f"{key}.json", kind, work)
 
     def _kept(self, name: str, collect: Callable[[], Statistics]) -> Statistics:
         """Statistics from the folder; what was collected now goes through the folder too, so that both are alike."""

@@ -99,3 +99,28 @@ def test_a_device_that_is_none_is_bad_usage(device: str, message: str, cli: Any)
     done = cli("inspect", "cli_networks:tiny", "--shape", "3,10,10", "--device", device)
     assert done.code == 2
     assert message in done.err
+
+
+def test_a_budget_predicts_what_compress_would_take(cli: Any) -> None:
+    done = cli("inspect", "cli_networks:tiny", "cli_networks:images", "--params", "0.5")
+    assert done.code == 0
+    for words in ("plans tried on a part", "layers that take most", "params: 1,451 of 2,902 asked for, reachable"):
+        assert words in done.out
+    found = cli("inspect", "cli_networks:tiny", "cli_networks:images", "--macs", "0.5", "--json").json["forecast"]
+    assert found["bounds"].keys() == {"macs"}
+    assert found["total_seconds"] > 0
+    assert "forecast" not in cli("inspect", "cli_networks:tiny", "cli_networks:images", "--json").json
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "3,10,10", "--params", "0.5"], "a budget needs DATA"),
+        (["cli_networks:images", "--params", "2.0"], "--params 2.0"),
+        (["cli_networks:images", "--params", "0.5", "--memory", "lots"], "--memory lots"),
+    ],
+)
+def test_a_forecast_that_is_asked_for_wrongly_is_bad_usage(arguments: list[str], message: str, cli: Any) -> None:
+    done = cli("inspect", "cli_networks:tiny", *arguments)
+    assert done.code == 2
+    assert message in done.err

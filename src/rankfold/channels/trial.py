@@ -10,6 +10,7 @@ from torch.utils import _pytree
 
 from rankfold.channels.heads import EMBEDDINGS, HEADS, with_attributes
 from rankfold.channels.narrowing import attributes_of, cuts_of, narrow_
+from rankfold.errors import is_out_of_memory
 from rankfold.graph.channels import ChannelGroup
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
@@ -85,7 +86,9 @@ def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch, *,
             narrow = narrow_(copied(model), cuts_of(model, groups, masks), attributes_of(groups, masks))
             got, expected = (_outputs(each, batch) for each in (narrow, _unread(model, groups, masks)))
             before = _outputs(model, batch) if before is None else before
-        except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
+        except Exception as cause:  # whatever the model's own code raises
+            if is_out_of_memory(cause):
+                raise
             return f"{type(cause).__name__}: {cause}".splitlines()[0][:120]
         if len(got) != len(expected) or any(a.shape != b.shape for a, b in zip(got, expected, strict=True)):
             return "its outputs have other shapes"

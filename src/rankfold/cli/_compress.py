@@ -13,12 +13,12 @@ from rankfold.cli import _options as o
 from rankfold.cli._data import DataOptions, DataSpec, notes_of
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
-from rankfold.cli._names import parse_bound, parse_limit, parse_method, parse_outputs, parse_positions
+from rankfold.cli._names import parse_budget, parse_limit, parse_method, parse_outputs, parse_positions
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
 from rankfold.cli._progress import expected, totalled
 from rankfold.cli._together import joined
-from rankfold.errors import BudgetError, SiteError
+from rankfold.errors import SiteError
 from rankfold.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     from rankfold.pipeline import Compressed
     from rankfold.plan import Plan
-    from rankfold.ranks import Budget
 
 BUDGET = "Budget: at least one; all hold for the whole model"
 CHOICE = "Choice"
@@ -178,7 +177,7 @@ def compress(
             "--memory",
             metavar="SIZE",
             show_default="no limit",
-            help="Most memory for activations, e.g. 512MB; what is beyond lies in temporary files.",
+            help="Most memory for activations and moments, e.g. 512MB; see the guide for what is beyond.",
         ),
     ] = None,
     seed: Annotated[
@@ -262,7 +261,7 @@ def _parse(
             )
         return Request({}, _read_plan(plan), positions, seed, limit)
     options: dict[str, Any] = {
-        "budget": _budget(bounds),
+        "budget": parse_budget(bounds),
         "weighting": choice.weighting,
         "outputs": parse_outputs(choice.outputs),
         "exclude": choice.exclude or (),
@@ -285,26 +284,6 @@ def _read_plan(path: Path) -> Plan:
     if not path.is_file():
         raise UsageError(f"--plan {path}", law="a plan.json", got="no such file", cure="check the path")
     return Plan.load(path)
-
-
-def _budget(bounds: dict[str, str | None]) -> Budget:
-    from rankfold.ranks import Budget
-
-    values = {name: parse_bound(text, option=f"--{name}") for name, text in bounds.items()}
-    if all(value is None for value in values.values()):
-        raise UsageError(
-            "compress", law="a budget, or a --plan", got="neither", cure="for half of the parameters: --params 0.5"
-        )
-    for name, value in values.items():
-        if value is None:
-            continue
-        try:
-            Budget(**{name: value})
-        except BudgetError as cause:
-            raise UsageError.of(
-                f"--{name} {bounds[name]}", cause, cure=f"for half of the original: --{name} 0.5"
-            ) from cause
-    return Budget(**values)
 
 
 def _run(
@@ -335,7 +314,7 @@ def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, pr
             plan = replace(plan, calibration={**plan.calibration, "positions": parse_positions(request.positions)})
         return execute(network, batches, plan, memory=request.memory, progress=progress)
     try:
-        return compress_model(
+        done: Compressed = compress_model(
             network,
             batches,
             positions=parse_positions(request.positions or POSITIONS),
@@ -344,6 +323,7 @@ def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, pr
             progress=progress,
             **request.options,
         )
+        return done
     except SiteError as cause:
         raise UsageError.of(f"--only or --exclude {cause.place}", cause) from cause
 

@@ -10,13 +10,19 @@ from rankfold.cli import _options as o
 from rankfold.cli._data import DataOptions, DataSpec
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
-from rankfold.cli._names import parse_numbers
+from rankfold.cli._names import parse_budget, parse_limit, parse_numbers
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
 from rankfold.progress import progress_bar
+from rankfold.serialization import parse_json
 
 if TYPE_CHECKING:
+    from rankfold.forecast import Forecast
     from rankfold.graph.channels import Channels
     from rankfold.graph.sites import Sites
+    from rankfold.ranks import Budget
+
+
+BUDGET = "Budget: predict what compress would take, and what it can reach"
 
 
 def inspect(
@@ -35,6 +41,24 @@ def inspect(
     mean: o.Mean = o.IMAGENET_MEAN,
     std: o.Std = o.IMAGENET_STD,
     length: o.Length = 128,
+    params: Annotated[
+        str | None,
+        typer.Option("--params", metavar="N", rich_help_panel=BUDGET, help="Kept fraction, or a whole number."),
+    ] = None,
+    macs: Annotated[
+        str | None, typer.Option("--macs", metavar="N", rich_help_panel=BUDGET, help="Of a sample, likewise.")
+    ] = None,
+    size_in_bytes: Annotated[
+        str | None, typer.Option("--bytes", metavar="N", rich_help_panel=BUDGET, help="Of all weights, likewise.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", rich_help_panel=BUDGET, help="The limit of compress, e.g. 512MB."),
+    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option("--limit", metavar="N", min=1, rich_help_panel=BUDGET, help="Most samples, as for compress."),
+    ] = o.LIMIT,
     channels: Annotated[
         bool, typer.Option("--channels", help="Also list the groups of channels that can be removed together.")
     ] = False,
@@ -43,10 +67,21 @@ def inspect(
 ) -> None:
     """List the layers of MODEL that can be compressed, those that cannot with the reason, and the model's cost.
 
-    The model runs once on one batch, since cost depends on the size of the input.
+    The model runs once on one batch, since cost depends on the size of the input. With a budget, what compress would
+    take is predicted too, and what it can reach.
     """
     with exit_codes(show_traceback=traceback):
-        options = DataOptions.parse(batch_size=batch_size, limit=None, size=size, mean=mean, std=std, length=length)
+        bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
+        budget = parse_budget(bounds) if any(bounds.values()) else None
+        room = parse_limit(memory)
+        options = DataOptions.parse(
+            batch_size=batch_size,
+            limit=None if budget is None else limit,
+            size=size,
+            mean=mean,
+            std=std,
+            length=length,
+        )
         spec = ModelSpec.parse(model, weights=weights, factory=factory)
         if (data is None) == (shape is None):
             raise UsageError(
@@ -55,12 +90,23 @@ def inspect(
                 got="neither" if data is None else "both",
                 cure="for example --shape 3,224,224",
             )
+        if budget is not None and data is None:
+            raise UsageError(
+                "inspect",
+                law="a budget needs DATA: how long compress takes depends on its samples",
+                got="--shape",
+                cure="pass the DATA that compress will get",
+            )
         source = None if data is None else DataSpec.parse(data, options)
         sample = None if shape is None else parse_numbers(shape, int, option="--shape")
         with progress_bar() as progress, stdout_kept_clean(), progress("trace", None):
-            sites, groups = _find(spec, source, sample, options, channels=channels, device=device, seed=seed)
+            sites, groups, forecast = _find(
+                spec, source, sample, options, channels=channels, device=device, seed=seed, budget=budget, memory=room
+            )
         if json:
             found = _as_json(sites) if groups is None else {**_as_json(sites), **_groups_as_json(groups)}
+            if forecast is not None:
+                found["forecast"] = parse_json(forecast.to_json(), place="forecast")
             emit_json({"model": model, "weights": spec.origin, "notes": list(spec.notes), **found})
         else:
             from rankfold.report.text import render_channels, render_sites
@@ -68,6 +114,8 @@ def inspect(
             text = render_sites(sites, width=width())
             if groups is not None:
                 text += "\n" + render_channels(groups, width=width())
+            if forecast is not None:
+                text += "\n" + forecast.text()
             emit(text + "".join(f"note: {note}\n" for note in spec.notes))
 
 
@@ -80,15 +128,19 @@ def _find(
     channels: bool,
     device: str,
     seed: int,
-) -> tuple[Sites, Channels | None]:
+    budget: Budget | None,
+    memory: int | None,
+) -> tuple[Sites, Channels | None, Forecast | None]:
     import torch
 
     from rankfold.graph.channels import find_channels
     from rankfold.graph.sites import find_sites
+    from rankfold.pipeline import compress
     from rankfold.statistics.data import as_batches
 
     network = spec.load(seed=seed, device=o.parse_device(device))
     dtype = o.weight_dtype(network)
+    batches: Any = None
     if source is None:
         generator = torch.Generator().manual_seed(seed)
         example: Any = torch.randn(1, *(sample or ()), generator=generator).to(dtype)
@@ -103,7 +155,11 @@ def _find(
         )
         example = next(iter(as_batches(batches)))
     sites = find_sites(network, example)
-    return sites, find_channels(network, sites) if channels else None
+    groups = find_channels(network, sites) if channels else None
+    forecast = None
+    if budget is not None:
+        forecast = compress(network, batches, budget=budget, memory=memory, seed=seed, dry_run=True)
+    return sites, groups, forecast
 
 
 def _groups_as_json(channels: Channels) -> dict[str, Any]:

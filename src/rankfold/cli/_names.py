@@ -13,10 +13,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rankfold.cli._errors import LoadError, UsageError, first_line
-from rankfold.errors import OptionError, RankfoldError, near_matches
+from rankfold.errors import BudgetError, OptionError, RankfoldError, near_matches
+
+if TYPE_CHECKING:
+    from rankfold.ranks import Budget
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 FILE = re.compile(r"(.+\.py):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
@@ -259,6 +262,31 @@ def parse_bound(text: str | None, *, option: str) -> float | int | None:
                 cure=f"for half of the original: {option} 0.5",
             ) from None
     return 1.0 if number == 1 else number
+
+
+def parse_budget(bounds: dict[str, str | None]) -> Budget:
+    """A budget from its bounds as typed, by resource.
+
+    Raises:
+        UsageError: There is none, or one is no bound.
+    """
+    from rankfold.ranks import Budget
+
+    values = {name: parse_bound(text, option=f"--{name}") for name, text in bounds.items()}
+    if all(value is None for value in values.values()):
+        raise UsageError(
+            "compress", law="a budget, or a --plan", got="neither", cure="for half of the parameters: --params 0.5"
+        )
+    for name, value in values.items():
+        if value is None:
+            continue
+        try:
+            Budget(**{name: value})
+        except BudgetError as cause:
+            raise UsageError.of(
+                f"--{name} {bounds[name]}", cause, cure=f"for half of the original: --{name} 0.5"
+            ) from cause
+    return Budget(**values)
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], *, option: str) -> tuple[Any, ...]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.errors import is_out_of_memory
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import Adapter, input_of
 from rankfold.metrics.counted import run_one
@@ -107,7 +108,9 @@ def _reached(model: nn.Module, batch: Batch, layers: dict[int, nn.Module]) -> se
     try:
         with evaluating(model):
             run(model, to_device(batch, device_of(model)))
-    except Exception:  # noqa: BLE001 - bound to its batch size: nothing is known
+    except Exception as cause:  # bound to its batch size: nothing is known
+        if is_out_of_memory(cause):
+            raise
         return set(layers)
     finally:
         for handle in handles:
@@ -118,18 +121,23 @@ def _reached(model: nn.Module, batch: Batch, layers: dict[int, nn.Module]) -> se
 def _seen(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module, Adapter]]) -> dict[int, Seen]:
     try:
         return _observe(model, example, layers)
-    except Exception:  # noqa: BLE001 - some code refuses a stand-in: find out which, one by one
-        pass
+    except Exception as cause:  # some code refuses a stand-in: find out which, one by one
+        if is_out_of_memory(cause):
+            raise
     refused: dict[int, Seen] = {}
     for key, layer in layers.items():
         try:
             _observe(model, example, {key: layer})
-        except Exception as cause:  # noqa: BLE001 - whatever the model's own code raises
+        except Exception as cause:  # whatever the model's own code raises
+            if is_out_of_memory(cause):
+                raise
             refused[key] = _refused(cause)
     rest = {key: layer for key, layer in layers.items() if key not in refused}
     try:
         return {**_observe(model, example, rest), **refused}
-    except Exception as cause:  # noqa: BLE001 - one by one they pass, together they do not
+    except Exception as cause:  # one by one they pass, together they do not
+        if is_out_of_memory(cause):
+            raise
         return {key: refused.get(key, _refused(cause)) for key in layers}
 
 

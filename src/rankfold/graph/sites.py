@@ -12,7 +12,7 @@ from typing import Any, overload
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankfold.errors import ModelError, OptionError, SiteError, TraceError, near_matches, shown
+from rankfold.errors import ModelError, OptionError, SiteError, TraceError, is_out_of_memory, near_matches, shown
 from rankfold.factors import Rank
 from rankfold.graph.models import check_model, check_module
 from rankfold.graph.probe import observe, paths_of
@@ -353,6 +353,8 @@ def _counted(model: nn.Module, example: Batch) -> Counted:
     except ModelError:
         raise
     except Exception as cause:
+        if is_out_of_memory(cause):
+            raise
         args, kwargs = split_batch(example)
         values = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
         shapes = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in values.items()}

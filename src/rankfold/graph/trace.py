@@ -19,7 +19,7 @@ from torch.export.graph_signature import OutputKind
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from rankfold.errors import DataError
+from rankfold.errors import DataError, is_out_of_memory
 
 Batch: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 
@@ -203,7 +203,9 @@ def trace(model: nn.Module, example: Batch) -> Graph:
             if drawn := _random(program):
                 return Graph(None, reason=f"the forward draws random numbers in eval mode ({drawn})")
             return Graph(program, static_batch=None if free else batch_size(batch))
-        except Exception as cause:  # noqa: BLE001 - whatever the exporter throws, the hook road still serves
+        except Exception as cause:  # whatever the exporter throws, the hook road still serves
+            if is_out_of_memory(cause):
+                raise
             lines = str(cause).strip().splitlines()
             reason = f"torch.export failed ({': '.join([type(cause).__name__, *lines[:1]])[:300]})"
     return Graph(None, reason=reason)
@@ -249,7 +251,9 @@ def _runs(model: nn.Module, batch: Batch) -> bool:
     try:
         with evaluating(model):
             run(model, batch)
-    except Exception:  # noqa: BLE001 - whatever the model's own code raises
+    except Exception as cause:  # whatever the model's own code raises
+        if is_out_of_memory(cause):
+            raise
         return False
     return True
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import RankfoldError, TraceError
+from rankfold.errors import RankfoldError, TraceError, allocating
 from rankfold.graph.models import check_module
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.metrics.outputs import LOOKED_AT, Opened, Outputs, Taken, check_outputs, opened, settle, settled
@@ -115,7 +115,8 @@ def run_on(whose: str, model: nn.Module, batch: Batch, number: int) -> Any:
         TraceError: The model does not run on it; the batch is named.
     """
     try:
-        return run(model, to_device(batch, device_of(model)))
+        with allocating(f"batch {number}", f"a forward pass of the {whose} model on {batch_size(batch)} samples"):
+            return run(model, to_device(batch, device_of(model)))
     except RankfoldError:
         raise
     except Exception as cause:

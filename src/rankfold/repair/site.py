@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from rankfold.channels.narrowing import Kept
 from rankfold.decompositions import factorise
-from rankfold.errors import NumericsError
+from rankfold.errors import NumericsError, allocating
 from rankfold.factors import Factors
 from rankfold.graph.lockstep import Arrival
 from rankfold.graph.regions import channel_scale
+from rankfold.graph.sites import Site
 from rankfold.graph.trace import device_of, evaluating, run
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
 from rankfold.layers.calls import input_of
@@ -26,6 +27,7 @@ from rankfold.repair.moments import PairMoments, SplitMoments
 from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
 from rankfold.statistics import Statistics
+from rankfold.statistics.size import size_of
 from rankfold.surgery import unrepaired
 
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
@@ -111,11 +113,14 @@ class SiteSolver:
         cut = self._kept.get(path, Kept()).inputs is not None
         if decision.method is None and not cut and (not self._options.dense or untouched):
             return Solved(layer)
-        seen = self._moments(arrival, layer, adapter)
+        needs = size_of(Site(path, (), "", adapter.geometry(layer), (), 1), (), repaired=True)
+        with allocating(repr(path), "the moments of a layer to be solved", needs=needs.repair):
+            seen = self._moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
         turn, self._turn = self._turn, self._turn + 1
         mine = self._share.world.owns(turn)
-        solved = self._solved(decision, layer, adapter, norm, seen) if mine else None
+        with allocating(repr(path), "solving a layer", needs=needs.working):
+            solved = self._solved(decision, layer, adapter, norm, seen) if mine else None
         return solved if self._share.world.size == 1 and solved else self._given(solved, decision, layer, norm, turn)
 
     def _given(

@@ -10,7 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import DataError, NumericsError, OptionError, TraceError, shown
+from rankfold.errors import (
+    DataError,
+    MemoryLimitError,
+    NumericsError,
+    OptionError,
+    TraceError,
+    allocating,
+    shown,
+)
 from rankfold.graph.lockstep import micro_batches
 from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
@@ -22,10 +30,10 @@ from rankfold.statistics._base import Statistic
 from rankfold.statistics.data import as_batches, digest, no_batch, numbered, sample_count
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import check_seed, enough_positions, generator
+from rankfold.statistics.size import CHUNK_BYTES, size_of
 from rankfold.statistics.store import Statistics
 
 PIECE = 128  # most samples run at once; positions are drawn anew for each piece
-CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
 
 
 def collect(
@@ -172,8 +180,9 @@ def _sum_up(statistics: Sequence[Statistic], device: torch.device, world: World)
 
 def _forward(model: nn.Module, batch: Batch, number: int) -> None:
     try:
-        run(model, batch)
-    except NumericsError:
+        with allocating(f"batch {number}", f"a forward pass of {batch_size(batch)} samples"):
+            run(model, batch)
+    except (NumericsError, MemoryLimitError):
         raise
     except Exception as cause:
         raise TraceError(
@@ -196,6 +205,7 @@ class _Feeder:
             raise TypeError(f"{site.path} has no adapter")
         self.site, self.module, self.statistics = site, module, statistics
         self._adapter: Adapter = adapter
+        self._needs = size_of(site, [statistic.name for statistic in statistics], repaired=False).statistics
         self._positions = positions
         self._key = key
         self._generator = generator(*key)
@@ -217,13 +227,14 @@ class _Feeder:
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
         labels = labels_of_rows(self._first, rows_of(self._adapter, layer, inputs)).to(inputs.device)
-        for rows, patches, outputs in chunks(self._adapter, layer, inputs, [output] if reads else [], chosen):
-            for first in (True, False):
-                own = labels[rows] == first
-                if bool(own.any()):
-                    read = of_rows(outputs[0], own) if reads else None
-                    for statistic in self.statistics:
-                        statistic.update(of_rows(patches, own), read, first=first)
+        with allocating(repr(self.site.path), "the statistics of a layer", needs=self._needs):
+            for rows, patches, outputs in chunks(self._adapter, layer, inputs, [output] if reads else [], chosen):
+                for first in (True, False):
+                    own = labels[rows] == first
+                    if bool(own.any()):
+                        read = of_rows(outputs[0], own) if reads else None
+                        for statistic in self.statistics:
+                            statistic.update(of_rows(patches, own), read, first=first)
 
     def _draw(self, inputs: Tensor) -> Tensor | None:
         if self._positions is None:

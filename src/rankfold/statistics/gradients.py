@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import NumericsError
+from rankfold.errors import NumericsError, is_out_of_memory
 from rankfold.graph.models import check_module
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
@@ -95,6 +95,8 @@ def collect_gradients(
                         allow_unused=True,
                     )
             except RuntimeError as cause:
+                if is_out_of_memory(cause):
+                    raise
                 why = f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
                 break
             finally:
