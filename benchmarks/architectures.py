@@ -24,8 +24,8 @@ from torch import nn
 import rankfold as rf
 from benchmarks.zoo import CASES, Case
 from rankfold.graph.trace import evaluating, run
-from rankfold.metrics.compare import output_tensor
 from rankfold.metrics.counted import count
+from rankfold.metrics.outputs import output_tensor
 
 KEPT = 0.7
 
