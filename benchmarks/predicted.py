@@ -52,7 +52,11 @@ def main() -> None:
                     plan = rf.make_plan(curves, budget=rf.Budget(params=kept), selector=selector)
                 except rf.RankfoldError:
                     continue
-                chosen = {(curve.site.path, rank): e for curve in curves for rank, e in zip(curve.ranks, curve.errors)}
+                chosen = {
+                    (curve.site.path, rank): e
+                    for curve in curves
+                    for rank, e in zip(curve.ranks, curve.errors, strict=True)
+                }
                 cost = scale * sum(chosen[each.site, each.rank] for each in plan.changes)
                 small = rf.apply(network.model, plan, stats=stats)
                 loss = float((outputs(small) - expected).square().sum(1).mean())

@@ -56,7 +56,7 @@ def output_errors(
     if gradients is not None and method.needs:  # as `factorise` decomposes it: the mixed weight, in the metric `I`
         weight, gradients = _mix(output_root(gradients.to(weight)), weight), None
     elif gradients is not None:
-        gradients = damped_gram(gradients.to(weight), damping=OUTPUT_DAMPING)
+        gradients = damped_gradients(gradients.to(weight))
     measured = replace(moments if judge is None else judge, gradient_gram=gradients)
     energy = float(judged_energy(weight.flatten(1), measured, method))
     if judge is None and "input-gram" in method.needs:
@@ -72,7 +72,12 @@ def output_root(gradient_gram: Tensor) -> Tensor:
     Any such `F` is the symmetric root times a rotation of the outputs, which no method that minimises a norm notices;
     this one costs a tenth of the eigenvectors.
     """
-    return cholesky(damped_gram(gradient_gram, damping=OUTPUT_DAMPING)).mT
+    return cholesky(damped_gradients(gradient_gram)).mT
+
+
+def damped_gradients(gradient_gram: Tensor) -> Tensor:
+    """`G + λI`: the metric in which outputs are weighted."""
+    return damped_gram(gradient_gram, damping=OUTPUT_DAMPING)
 
 
 def _mix(matrix: Tensor, weight: Tensor) -> Tensor:

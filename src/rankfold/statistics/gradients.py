@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from rankfold.graph.models import check_module
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import adapter_for
+from rankfold.layers.calls import input_of
 from rankfold.linalg.precision import work_dtype
 from rankfold.metrics.outputs import Output, Outputs, Taken, first_samples, outputs_to_json, settled
 from rankfold.progress import Progress, silent
 from rankfold.statistics._gradients import GradientGram
+from rankfold.statistics.coherence import Change, add_samples, change_of
 from rankfold.statistics.collect import labels_of_rows, of_rows, rows_of
 from rankfold.statistics.data import no_batch
 from rankfold.statistics.distributed import ALONE, World
@@ -48,6 +50,9 @@ def collect_gradients(
     by its size, so that what is weighted is the relative error of each. No gradient of a parameter is computed. The
     model is left as it was.
 
+    The Gram is then scaled, so that it is right about one change of the site's weight (that of a cut to a usual rank)
+    as a second backward pass in other directions sees it: see `rankfold.statistics.coherence`.
+
     A site that no gradient reaches (before an arg-max, say), while it reaches others, is weighted evenly, by so much
     that its output counts as that of the others does in the median; the manifest names it under "unreached".
 
@@ -76,53 +81,91 @@ def collect_gradients(
     energies = {site.path: torch.zeros(2, dtype=torch.float64) for site in sites}
     device = device_of(model)
     taken = settled(model, batches, outputs)
-    kinds = list(taken.kinds.values())
     parts = [(number, part) for number, part in enumerate(first_samples(batches, samples, BATCH)) if world.owns(number)]
     if not parts and world.size == 1:
         raise no_batch()
     why: str | None = None
-    with progress("gradients", len(parts)) as advance:
+    with progress("gradients", 2 * len(parts)) as advance:
         for number, part in parts:
-            seen: list[tuple[Site, nn.Module, Tensor]] = []
-            handles = [modules[site.path].register_forward_hook(_watch(site, seen)) for site in sites]
             try:
-                with evaluating(model), torch.enable_grad():
-                    returned = taken.of(run(model, to_device(part, device)))
-                    reached = list(seen)  # a checkpoint in the model runs its layers again on the way back
-                    gradients = torch.autograd.grad(
-                        _projected(returned, kinds, generator(seed, number)),
-                        [value for _, _, value in reached],
-                        allow_unused=True,
-                    )
+                reached, gradients = _differentiated(model, modules, sites, part, taken, generator(seed, number))
             except RuntimeError as cause:
                 if is_out_of_memory(cause):
                     raise
                 why = f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
                 break
-            finally:
-                for handle in handles:
-                    handle.remove()
             _add(grams, reached, gradients, batch_size(part))
-            for site, _, value in reached:
+            for site, _, _, value in reached:
                 energies[site.path] += torch.tensor([float(value.detach().double().square().sum()), value.numel()])
+            advance()
+        if parts:
+            _forget(model, parts[-1][1], device)
+        failed = torch.tensor([float(why is not None)])
+        world.sum_([failed])
+        if bool(failed > 0):
+            return why or "the outputs cannot be differentiated in another process"
+        _sum_up([grams[site.path] for site in sites], sites, device, world)
+        world.sum_(list(energies.values()))
+        blind = _weight_evenly(grams, {path: float(e[0] / e[1].clamp_min(1)) for path, e in energies.items()})
+        for path, statistic in grams.items():
+            stats.sites[path][GradientGram.name] = statistic
+        changes = {
+            site.path: change
+            for site in sites
+            if site.path not in blind and (change := change_of(site, modules[site.path], stats)) is not None
+        }
+        for number, part in parts:
+            if changes:
+                draw = generator(seed, number, 1)  # directions that nothing was fitted to
+                reached, gradients = _differentiated(model, modules, sites, part, taken, draw)
+                add_samples(changes, reached, gradients, batch_size(part))
             advance()
     if parts:
         _forget(model, parts[-1][1], device)
-    failed = torch.tensor([float(why is not None)])
-    world.sum_([failed])
-    if bool(failed > 0):
-        return why or "the outputs cannot be differentiated in another process"
-    _sum_up([grams[site.path] for site in sites], sites, device, world)
-    world.sum_(list(energies.values()))
-    blind = _weight_evenly(grams, {path: float(e[0] / e[1].clamp_min(1)) for path, e in energies.items()})
+    _scale(grams, changes, world)
     stats.manifest["gradient_samples"] = samples
     if taken.asked is not None:
         stats.manifest["outputs"] = outputs_to_json(taken.asked)
     if blind:
         stats.manifest["unreached"] = blind
-    for path, statistic in grams.items():
-        stats.sites[path][GradientGram.name] = statistic
     return None
+
+
+_Reached = list[tuple[Site, nn.Module, Tensor, Tensor]]  # a site, its layer, what it was given, its output
+
+
+def _differentiated(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    sites: Sites,
+    part: Batch,
+    taken: Taken,
+    draw: torch.Generator,
+) -> tuple[_Reached, list[Tensor | None]]:
+    """Every call of a site on a batch, and the gradient of one random projection of the outputs there."""
+    seen: _Reached = []
+    handles = [modules[site.path].register_forward_hook(_watch(site, seen), with_kwargs=True) for site in sites]
+    try:
+        with evaluating(model), torch.enable_grad():
+            returned = taken.of(run(model, to_device(part, device_of(model))))
+            reached = list(seen)  # a checkpoint in the model runs its layers again on the way back
+            projected = _projected(returned, list(taken.kinds.values()), draw)
+            values = [value for *_, value in reached]
+            return reached, list(torch.autograd.grad(projected, values, allow_unused=True))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scale(grams: Mapping[str, GradientGram], changes: Mapping[str, Change], world: World) -> None:
+    """Scale every gradient Gram by the coherence of its site's errors."""
+    sums = torch.tensor([[each.squares, each.samples] for each in changes.values()], dtype=torch.float64)
+    world.sum_([sums])
+    for (path, change), (squares, samples) in zip(changes.items(), sums.tolist(), strict=True):
+        change.squares, change.samples = squares, round(samples)
+        gram, scale = grams[path], change.coherence
+        gram.total = None if gram.total is None else gram.total * scale
+        gram.first = None if gram.first is None else gram.first * scale
 
 
 def _projected(outputs: Sequence[Tensor], kinds: Sequence[Output], draw: torch.Generator) -> Tensor:
@@ -161,8 +204,11 @@ def _weight_evenly(grams: dict[str, GradientGram], sizes: dict[str, float]) -> l
         if total is None or not sizes[path] > 0:
             continue
         entries = total.shape[0] * total.shape[1]
-        level = statistics.median(seen) / (sizes[path] * entries) * max(grams[path].count, 1)
-        total.diagonal(dim1=1, dim2=2).add_(level)
+        level = statistics.median(seen) / (sizes[path] * entries)
+        eye = torch.eye(total.shape[1]).to(total).expand(total.shape)
+        grams[path].total = eye * (level * max(grams[path].count, 1))
+        if grams[path].first is not None:
+            grams[path].first = eye * (level * grams[path].first_count)
     return blind
 
 
@@ -195,12 +241,12 @@ def _sum_up(grams: Sequence[GradientGram], sites: Sites, device: torch.device, w
         gram.count, gram.first_count = count, first_count
 
 
-def _watch(site: Site, seen: list[tuple[Site, nn.Module, Tensor]]) -> Any:
+def _watch(site: Site, seen: _Reached) -> Any:
     """A hook that keeps a layer's output for differentiation and hands on a copy, which may be written into."""
 
-    def hook(layer: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         value = output if output.requires_grad else output.detach().requires_grad_()
-        seen.append((site, layer, value))
+        seen.append((site, layer, input_of(args, kwargs), value))
         return value.clone()
 
     return hook
@@ -208,12 +254,12 @@ def _watch(site: Site, seen: list[tuple[Site, nn.Module, Tensor]]) -> Any:
 
 def _add(
     grams: dict[str, GradientGram],
-    seen: Sequence[tuple[Site, nn.Module, Tensor]],
+    seen: _Reached,
     gradients: Sequence[Tensor | None],
     samples: int,
 ) -> None:
     counted: set[str] = set()
-    for (site, layer, value), gradient in zip(seen, gradients, strict=True):
+    for (site, layer, _, value), gradient in zip(seen, gradients, strict=True):
         adapter = adapter_for(layer)
         if adapter is None:
             raise TypeError(f"{site.path} has no adapter")
