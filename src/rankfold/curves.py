@@ -173,8 +173,9 @@ def _curve(
             total += energy
     if stats is not None and stats.has_halves(site.path):  # each half judges the other: the mean of both
         summed, total = summed / 2, total / 2
-    # A rank more may lose more on other samples; that is no reason to prefer a lower one that costs less anyway.
-    errors = torch.cummin(summed if weighted or total <= 0 else summed / total, 0).values
+    errors = summed if weighted or total <= 0 else summed / total
+    if all(isinstance(rank, int) for rank in ranks):  # a rank more may lose more on other samples, by chance
+        errors = torch.cummin(errors, 0).values
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
     return RankCurve(site, method, tuple(ranks), costs, tuple(errors.tolist()), total)
 

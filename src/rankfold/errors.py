@@ -100,6 +100,8 @@ def is_out_of_memory(cause: BaseException) -> bool:
     """Whether an error says that memory could not be had: Python's, a device's, or that of torch's CPU allocator."""
     if isinstance(cause, MemoryError) or "OutOfMemory" in type(cause).__name__:
         return True
+    if isinstance(cause, RankfoldError):  # it has been looked at, whatever words it quotes
+        return False
     text = str(cause) if isinstance(cause, RuntimeError) else ""
     return any(words in text for words in ("not enough memory", "DefaultCPUAllocator", "out of memory"))
 

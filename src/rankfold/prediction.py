@@ -18,7 +18,7 @@ from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, 
 from rankfold.rates import Rates
 from rankfold.repair import Lockstep
 from rankfold.statistics.collect import PIECE
-from rankfold.statistics.data import HELD_OUT
+from rankfold.statistics.data import held_out_among
 from rankfold.statistics.draws import enough_positions
 from rankfold.statistics.gradients import BATCH
 from rankfold.statistics.size import CHUNK_BYTES, CHUNKS, ELEMENT, sizes_of
@@ -105,7 +105,7 @@ class Predicted:
         groups: Sequence[ChannelGroup],
     ) -> None:
         self.sites, self.course, self.rates, self.groups = sites, course, rates, groups
-        self.samples, self.held = samples, samples // HELD_OUT
+        self.samples, self.held = samples, samples // held_out_among(samples)
         self.fit = samples - self.held
         self.forward = rates.forward(model, example)
         self.batch = batch_size(example)
@@ -235,7 +235,7 @@ class Predicted:
         """One pass of lockstep repair over some samples, with the check of the module."""
         if self.course.repair is None:
             raise TypeError("there is no repair")
-        options, total = self.course.repair, self.forward * samples * (2 + 1 / HELD_OUT)
+        options, total = self.course.repair, self.forward * samples * (2 + self.held / max(self.samples, 1))
         for site in self.sites:
             geometry = site.geometry
             wanted = enough_positions(geometry.features, options.samples_per_feature, max(drawn_for, 1))

@@ -76,11 +76,11 @@ def test_of_several_outputs_the_ruined_one_is_named() -> None:
 
 
 def test_held_out_is_only_said_of_samples_nothing_was_fitted_on() -> None:
-    report = compressed(8)
+    report = compressed(4)
     assert not report.held_out
-    assert report.samples == 8
+    assert report.samples == 4
     text = report.text(width=200)
-    assert "on the 8 calibration inputs it was fitted on: agreement" in text
+    assert "on the 4 calibration inputs it was fitted on: agreement" in text
     assert "held-out inputs:" not in text
     assert "held-out divergence" not in text
     assert any("none was held out" in line for line in report.warnings)

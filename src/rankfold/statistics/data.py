@@ -58,11 +58,16 @@ def held_out_of(data: Iterable[Batch]) -> int:
         data: The calibration data; read until it is known that it has many samples.
     """
     samples = 0
-    for batch in data:
+    for _, batch in numbered(data):
         samples += batch_size(batch)
         if samples >= HELD_OUT * ENOUGH_HELD_OUT:
-            return HELD_OUT
-    return max(MOST_HELD_OUT, samples // ENOUGH_HELD_OUT)
+            break
+    return held_out_among(samples)
+
+
+def held_out_among(samples: int) -> int:
+    """One sample in how many is held out of so many; see `held_out_of`."""
+    return min(HELD_OUT, max(MOST_HELD_OUT, samples // ENOUGH_HELD_OUT))
 
 
 @dataclass(frozen=True, eq=False)
