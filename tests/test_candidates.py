@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.attempts import Attempt
 from rankfold.candidates import FINALISTS, Maker, candidates_of, part_of
 from rankfold.errors import BudgetError, DataError, NumericsError, SelfCheckError, TraceError
-from rankfold.job import Attempt, Job
+from rankfold.job import Job
 from rankfold.plan import Decision, Plan
 
 BUDGET = rf.Budget(params=0.5)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from rankfold.applying import carry_out
+from rankfold.attempts import Attempt, Clock, Compressed, one_latency
 from rankfold.candidates import FINALISTS, Maker, candidates_of, part_of
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
-from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError, allocating
+from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError
 from rankfold.graph.models import COMPILED, check_model, is_compiled
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, find_sites
 from rankfold.graph.trace import Batch, batch_size, device_of, take
 from rankfold.graph.values import Spill
-from rankfold.metrics.compare import Comparison, compare
-from rankfold.metrics.cost import Cost
+from rankfold.metrics.compare import compare
 from rankfold.metrics.counted import count
-from rankfold.metrics.latency import Latency, latency_ratio
 from rankfold.metrics.outputs import Outputs, Taken, outputs_to_json, settled
 from rankfold.plan import Plan
 from rankfold.progress import Progress
@@ -50,41 +48,6 @@ SHUFFLED = (
     "the data gives other batches at each pass: held-out samples of one pass were fitted on in another, so candidates "
     "and the comparison are judged too well; pass a list of batches, or a loader that does not shuffle"
 )
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Compressed:
-    """What `compress` returns.
-
-    Attributes:
-        model: The compressed model, a plain `nn.Module`.
-        plan: What was decided.
-        report: What was done, before and after.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: Report
-
-
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """One plan carried out.
-
-    Attributes:
-        comparison: On the held-out samples.
-        model: The compressed model.
-        plan: The plan.
-        remarks: For the report.
-        cost: Counted on the compressed model; None for a trial on a part of the samples, which nobody gets.
-    """
-
-    comparison: Comparison
-    model: nn.Module
-    plan: Plan
-    remarks: tuple[str, ...]
-    cost: Cost | None = None
 
 
 @dataclass(eq=False)
@@ -97,7 +60,7 @@ class Job:
     judged: Iterable[Batch]
     stats: Statistics
     notes: list[str]
-    clock: _Clock
+    clock: Clock
     progress: Progress
     spill: Spill
     every: int = HELD_OUT  # one sample in so many is held out
@@ -120,7 +83,7 @@ class Job:
         """Check the inputs and find the sites; one sample in `every` is held out, None goes by their number."""
         given, model = model, check_model(model)
         spill = Spill(None if limit is None else limit // 2)
-        batches, clock, notes = as_batches(data), _Clock(spill.tidy), []
+        batches, clock, notes = as_batches(data), Clock(spill.tidy), []
         example = first_of(batches)
         if is_compiled(given):
             notes.append(COMPILED)
@@ -410,7 +373,7 @@ class Job:
             few = example
             if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
                 few = take(example, torch.arange(min(batch_size(example), LATENCY_SAMPLES)))
-            latency = self.clock.time("latency", lambda: _one_latency(self.model, best.model, few))
+            latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, few))
         report = Report(
             self.sites.model,
             rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts)),
@@ -443,36 +406,3 @@ class Job:
 
 def _candidate(name: str, attempt: Attempt, samples: int | None = None) -> Candidate:
     return Candidate(name, attempt.comparison.divergence, attempt.comparison.agreement, False, samples)
-
-
-def _one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> Latency:
-    """Measured by the first process while all others wait, so that none disturbs it."""
-    together_with = world()
-    latency = torch.zeros(3, dtype=torch.float64)
-    if together_with.owns(0):
-        measured = latency_ratio(original, compressed, example)
-        latency = torch.tensor([measured.ratio, measured.lower, measured.upper], dtype=torch.float64)
-    together_with.broadcast_([latency], 0)
-    return Latency(*latency.tolist())
-
-
-class _Clock:
-    """Wall-clock seconds a stage.
-
-    Args:
-        after: Called after each stage.
-    """
-
-    def __init__(self, after: Callable[[], None]) -> None:
-        self._after = after
-        self.seconds: dict[str, float] = {}
-
-    def time(self, stage: str, work: Callable[[], T]) -> T:
-        """Do some work and add its seconds to a stage."""
-        start = time.perf_counter()
-        try:
-            with allocating(stage, f"the stage {stage!r}"):
-                return work()
-        finally:
-            self._after()
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start

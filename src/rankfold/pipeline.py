@@ -11,6 +11,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from rankfold.applying import decided_sites, held_out_in
+from rankfold.attempts import Compressed
 from rankfold.candidates import Maker, rank_makers
 from rankfold.channels.widths import WidthSelector
 from rankfold.curves import check_families, default_families, measure, needed
@@ -21,7 +22,7 @@ from rankfold.graph.models import check_module
 from rankfold.graph.sites import Skip, check_selection
 from rankfold.graph.trace import batch_size, device_of
 from rankfold.graph.values import Memory, parse_memory
-from rankfold.job import Compressed, Job
+from rankfold.job import Job
 from rankfold.metrics.outputs import Outputs, check_outputs, outputs_from_json, outputs_to_json
 from rankfold.plan import Plan, budget_of
 from rankfold.planning import check_kinds, make_plan

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import rankfold.job
+import rankfold.attempts
 import rankfold.metrics.latency
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that `cli_networks:NAME` can be imported
@@ -20,7 +20,7 @@ def _short_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time the two forwards for an instant, not for a second."""
     brief = functools.partial(rankfold.metrics.latency.latency_ratio, seconds=0.0)
     monkeypatch.setattr(rankfold.metrics.latency, "latency_ratio", brief)
-    monkeypatch.setattr(rankfold.job, "latency_ratio", brief)
+    monkeypatch.setattr(rankfold.attempts, "latency_ratio", brief)
 
 
 class Result:
@@ -54,7 +54,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "small"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            rankfold.job,
+            rankfold.attempts,
             "latency_ratio",
             functools.partial(rankfold.metrics.latency.latency_ratio, seconds=0.0),
         )

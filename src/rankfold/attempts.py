@@ -1,0 +1,89 @@
+"""What comes of carrying out a plan, and how long it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from rankfold.errors import allocating
+from rankfold.graph.trace import Batch
+from rankfold.metrics.compare import Comparison
+from rankfold.metrics.cost import Cost
+from rankfold.metrics.latency import Latency, latency_ratio
+from rankfold.plan import Plan
+from rankfold.report.data import Report
+from rankfold.statistics.distributed import world
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` returns.
+
+    Attributes:
+        model: The compressed model, a plain `nn.Module`.
+        plan: What was decided.
+        report: What was done, before and after.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One plan carried out.
+
+    Attributes:
+        comparison: On the held-out samples.
+        model: The compressed model.
+        plan: The plan.
+        remarks: For the report.
+        cost: Counted on the compressed model; None for a trial on a part of the samples, which nobody gets.
+    """
+
+    comparison: Comparison
+    model: nn.Module
+    plan: Plan
+    remarks: tuple[str, ...]
+    cost: Cost | None = None
+
+
+def one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> Latency:
+    """Measured by the first process while all others wait, so that none disturbs it."""
+    together_with = world()
+    latency = torch.zeros(3, dtype=torch.float64)
+    if together_with.owns(0):
+        measured = latency_ratio(original, compressed, example)
+        latency = torch.tensor([measured.ratio, measured.lower, measured.upper], dtype=torch.float64)
+    together_with.broadcast_([latency], 0)
+    return Latency(*latency.tolist())
+
+
+class Clock:
+    """Wall-clock seconds a stage.
+
+    Args:
+        after: Called after each stage.
+    """
+
+    def __init__(self, after: Callable[[], None]) -> None:
+        self._after = after
+        self.seconds: dict[str, float] = {}
+
+    def time(self, stage: str, work: Callable[[], T]) -> T:
+        """Do some work and add its seconds to a stage."""
+        start = time.perf_counter()
+        try:
+            with allocating(stage, f"the stage {stage!r}"):
+                return work()
+        finally:
+            self._after()
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
