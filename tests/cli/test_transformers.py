@@ -60,7 +60,7 @@ def test_a_language_model_goes_the_whole_road_on_a_text(directory: Path, text: P
     assert found.json["weights"] == "directory"
     made = cli("compress", directory, *data, "--params", "0.8", "--out", tmp_path / "small", "--json")
     assert made.code == 0, made.err
-    assert made.json["plan"]["calibration"]["samples"] == 45
+    assert made.json["plan"]["calibration"]["samples"] == 40
     seen = cli("compare", directory, tmp_path / "small", *data, "--json")
     assert seen.code == 0, seen.err
     assert seen.json["comparison"]["samples"] == 50
