@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold import job
+from rankfold import attempts
 from rankfold.metrics.latency import latency_ratio
 from rankfold.progress import Progress, silent
 
@@ -91,7 +91,7 @@ def ended(data: Any, progress: Progress) -> tuple[str, str, float]:
 def main(folder: Path, rank: int, size: int) -> None:
     patience = timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{folder}/meet", world_size=size, rank=rank, timeout=patience)
-    job.latency_ratio = partial(latency_ratio, seconds=0.0)
+    attempts.latency_ratio = partial(latency_ratio, seconds=0.0)
     result: dict[str, Any] = {}
     for road, options in ROADS.items():
         out = rf.compress(network(), images(road), budget=BUDGET, **options)

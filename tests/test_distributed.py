@@ -15,7 +15,7 @@ import torch
 from tests.distributed_worker import BUDGET, ROADS, images, network
 
 import rankfold as rf
-from rankfold import job
+from rankfold import attempts
 from rankfold.metrics.latency import Latency
 from rankfold.statistics.distributed import ALONE, World, world
 
@@ -50,7 +50,7 @@ def alone() -> dict[str, rf.Compressed]:
     torch.set_num_threads(1)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(job, "latency_ratio", lambda *models: Latency(1.0, 1.0, 1.0))
+            patch.setattr(attempts, "latency_ratio", lambda *models: Latency(1.0, 1.0, 1.0))
             return {road: rf.compress(network(), images(road), budget=BUDGET, **ROADS[road]) for road in ROADS}
     finally:
         torch.set_num_threads(threads)

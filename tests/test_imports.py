@@ -34,6 +34,7 @@ LEVELS: tuple[frozenset[str], ...] = (
             "surgery",
             "repair",
             "applying",
+            "attempts",
             "job",
             "pipeline",
             "checkpoint",
