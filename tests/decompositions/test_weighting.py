@@ -39,7 +39,7 @@ def true_error(method: Decomposition, weight: Tensor, rank: int, own: Moments, j
 
 
 @pytest.mark.parametrize("outputs", [None, 8])
-@pytest.mark.parametrize("method", [SVD(), WhitenedSVD()])
+@pytest.mark.parametrize("method", [SVD(), WhitenedSVD(damping=0.0)])
 def test_a_curve_is_the_error_in_the_metric_of_the_inputs(method: Decomposition, outputs: int | None) -> None:
     weight = normal(8, 12, seed=5)
     own, judge = moments(12, outputs), moments(12, outputs, seed=7)
@@ -47,7 +47,7 @@ def test_a_curve_is_the_error_in_the_metric_of_the_inputs(method: Decomposition,
         errors, energy = output_errors(method, weight, own, given)
         for rank, error in zip(method.candidates(weight.shape), errors.tolist(), strict=True):
             expected = true_error(method, weight, int(rank), own, own if given is None else given)  # type: ignore[arg-type]
-            assert error * energy == pytest.approx(expected, rel=1e-3, abs=1e-9 * energy)
+            assert error * energy == pytest.approx(expected, rel=1e-4, abs=1e-9 * energy)
 
 
 def test_the_better_method_has_the_lower_curve() -> None:
