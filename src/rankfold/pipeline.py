@@ -137,7 +137,7 @@ def compress(
         selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
             `InterpolativeGreedy`); what it chooses is then chosen by it alone. With a selector of ranks and families
             that remove channels, its ranks, channels, and both together are still tried.
-        weighting: Weigh errors by what the network's outputs feel of them (one backward pass over 256 samples).
+        weighting: Weigh errors by what the network's outputs feel of them (two backward passes over 256 samples).
         outputs: What the outputs are: `Logits()`, `Values()` or `Embedding()`, or a dict of these by name of the
             output, such as `{"cls": Logits(), "boxes[0]": Values(), "pooler_output": None}` (None leaves one out). It
             says what of a change counts, in the weighting, in the choice between candidates and in the report. None

@@ -28,7 +28,7 @@ from rankfold.serialization import canonical_json, read_json, write_file
 from rankfold.statistics import Statistics
 from rankfold.statistics.data import digest
 
-VERSION = 1
+VERSION = 2  # 2: moments in halves, gradient Grams scaled by coherence
 HEAD, CURVES, PLANS, RESULTS = "work.json", "curves.json", "plans", "results"
 
 
