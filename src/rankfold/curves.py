@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -85,10 +86,16 @@ def measure(
     weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
     with progress("curves", len(sites)) as advance:
         for number, site in enumerate(sites):
-            for method in families if not site.fixed else ():
-                if method.refuses(site.geometry.canonical_shape) is None and _saves(site, method):
-                    own = world.owns(number)
-                    curves.append(_curve(site, modules[site.path], method, stats, weighted=weighted, known=own))
+            own = [
+                method
+                for method in families
+                if not site.fixed and method.refuses(site.geometry.canonical_shape) is None and _saves(site, method)
+            ]
+            for method in own:
+                _check_collected(site, method, stats)
+            groups = range(site.geometry.groups if own and world.owns(number) else 0)
+            fits = [_fits(site, group, stats) for group in groups]
+            curves += [_curve(site, modules[site.path], method, fits, weighted=weighted) for method in own]
             advance()
     curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
@@ -136,16 +143,24 @@ def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics 
     Raises:
         DataError: They were not collected.
     """
-    if stats is None:
-        if method.needs:
-            raise DataError(
-                repr(site.path),
-                law=f"{method} reads {', '.join(method.needs)}",
-                got="no statistics",
-                cure="pass data, or statistics collected with rankfold.collect",
-            )
-        return Moments(bias=site.geometry.bias)
-    missing = [name for name in method.needs if name not in stats.sites.get(site.path, {})]
+    _check_collected(site, method, stats)
+    return Moments(bias=site.geometry.bias) if stats is None else stats.moments(site, group)
+
+
+def _check_collected(site: Site, method: Decomposition, stats: Statistics | None) -> None:
+    """Refuse statistics that lack what a method reads.
+
+    Raises:
+        DataError: As said.
+    """
+    if stats is None and method.needs:
+        raise DataError(
+            repr(site.path),
+            law=f"{method} reads {', '.join(method.needs)}",
+            got="no statistics",
+            cure="pass data, or statistics collected with rankfold.collect",
+        )
+    missing = [name for name in method.needs if stats is not None and name not in stats.sites.get(site.path, {})]
     if missing:
         raise DataError(
             repr(site.path),
@@ -153,43 +168,40 @@ def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics 
             got=f"no {', '.join(missing)}",
             cure="collect with statistics=rankfold.needed(families)",
         )
-    return stats.moments(site, group)
 
 
-def _curve(
-    site: Site, module: nn.Module, method: Decomposition, stats: Statistics | None, *, weighted: bool, known: bool
-) -> RankCurve:
-    """The curve of one method at a site; where it is another process's to know, one of zeros."""
+_Fits: TypeAlias = list[tuple[Moments, Moments | None]]  # what factors are made with, and judged on; None is the same
+
+
+def _fits(site: Site, group: int, stats: Statistics | None) -> _Fits:
+    """What factors of a group are made with and judged on: each half of the samples on the other, if they are known."""
+    if stats is None:
+        return [(Moments(bias=site.geometry.bias), None)]
+    if not stats.has_halves(site.path):
+        return [(stats.moments(site, group), None)]
+    own = [stats.moments(site, group, half=half) for half in (0, 1)]
+    other = [stats.moments(site, group, half=half, shrink=False) for half in (1, 0)]
+    return list(zip(own, other, strict=True))
+
+
+def _curve(site: Site, module: nn.Module, method: Decomposition, fits: Sequence[_Fits], *, weighted: bool) -> RankCurve:
+    """The curve of one method at a site, from the fits of its groups; of zeros where another process has these."""
     adapter = adapter_for(module)
     if adapter is None:
         raise TypeError(f"{site.path} has no adapter")
     weight = widen(adapter.canonical(module))
     ranks = method.candidates(site.geometry.canonical_shape)
     summed, total = weight.new_zeros(len(ranks)), 0.0
-    for group in range(site.geometry.groups if known else 0):
-        for moments, judge in _fits(site, group, method, stats):
+    for group, own in enumerate(fits):
+        for moments, judge in own:
             relative, energy = output_errors(method, weight[group], moments, judge)
-            summed += relative.to(summed) * energy
-            total += energy
-    if stats is not None and stats.has_halves(site.path):  # each half judges the other: the mean of both
-        summed, total = summed / 2, total / 2
+            summed += relative.to(summed) * energy / len(own)  # of two halves the mean
+            total += energy / len(own)
     errors = summed if weighted or total <= 0 else summed / total
     if all(isinstance(rank, int) for rank in ranks):  # a rank more may lose more on other samples, by chance
         errors = torch.cummin(errors, 0).values
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
     return RankCurve(site, method, tuple(ranks), costs, tuple(errors.tolist()), total)
-
-
-def _fits(
-    site: Site, group: int, method: Decomposition, stats: Statistics | None
-) -> list[tuple[Moments, Moments | None]]:
-    """What factors are made with and judged on: each half of the samples on the other, where they are told apart."""
-    whole = moments_of(site, group, method, stats)
-    if stats is None or not stats.has_halves(site.path):
-        return [(whole, None)]
-    own = [stats.moments(site, group, half=half) for half in (0, 1)]
-    other = [stats.moments(site, group, half=half, shrink=False) for half in (1, 0)]
-    return list(zip(own, other, strict=True))
 
 
 def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.errors import MemoryLimitError, bytes_shown, is_out_of_memory
-from rankfold.repair.moments import PairMoments
+from rankfold.repair.moments import PairMoments, SplitMoments
 from rankfold.statistics import size
-from rankfold.statistics.size import HALVES, bounded, size_of, sizes_of
+from rankfold.statistics.size import bounded, size_of, sizes_of
 
 NAMES = ("input-gram", "input-mean", "output-gram")
 
@@ -53,26 +53,18 @@ def test_predicted_bytes_of_statistics_are_those_collected() -> None:
     model, data = Taps(), signals()
     sites = rf.find_sites(model, data[0])
     collected = rf.collect(model, data, sites=sites, statistics=NAMES)
+    rf.collect_gradients(model, data, collected, sites=sites)
     for site in sites:
-        halves = {name: 1 if name.startswith("output") else HALVES for name in NAMES}
-        one = sum(
-            halves[name] * statistic.total.numel() * 8 // _parts(statistic)
-            for name, statistic in collected.sites[site.path].items()
-            if statistic.total is not None
-        )
-        assert size_of(site, NAMES).statistics == one, site.path
-
-
-def _parts(statistic: Any) -> int:
-    """How many parts of the samples a statistic's total holds."""
-    return statistic.total.shape[0] if statistic.total.ndim > 3 else 1
+        own = collected.sites[site.path]
+        sums = [each for statistic in own.values() for each in (statistic.total, statistic.first) if each is not None]
+        assert size_of(site, list(own)).statistics == sum(each.nbytes for each in sums), site.path
 
 
 def test_predicted_bytes_of_a_repair_are_those_of_its_moments() -> None:
     (site,) = (site for site in rf.find_sites(Taps(), signals()[0]) if site.path == "wide")
-    moments = PairMoments.zeros(1, 512, 8, torch.device("cpu"))
-    each = sum(value.numel() * 8 for value in (moments.xx, moments.yx, moments.x, moments.y, moments.yy))
-    assert size_of(site, NAMES).repair == (HALVES + 1) * each
+    split = SplitMoments.zeros(1, 512, 8, torch.device("cpu"))
+    live = [getattr(each, name) for each in (*split.parts, split.fit) for name in ("xx", "yx", "x", "y", "yy")]
+    assert size_of(site, NAMES).repair == sum(each.nbytes for each in live)
     assert size_of(site, NAMES, repaired=False).repair == 0
 
 

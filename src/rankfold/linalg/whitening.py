@@ -137,17 +137,20 @@ def shrunk(gram: Tensor, mean: Tensor | None, rho: float) -> Tensor:
         mean: `x̄`, shape (p,); None shrinks the second moment itself.
         rho: `ρ`, in [0, 1].
     """
-    centre = torch.zeros_like(gram) if mean is None else torch.outer(mean, mean)
-    covariance = gram - centre
-    levels = rho * covariance.diagonal()
-    result = (1 - rho) * covariance
-    result.diagonal().add_(levels)
-    return result + centre
+    own = covariance(gram, mean)
+    result = add_diagonal_((1 - rho) * own, rho * own.diagonal())
+    return result if mean is None else result + torch.outer(mean, mean)
 
 
-def centred(gram: Tensor, mean: Tensor | None) -> Tensor:
-    """`A − x̄x̄ᵀ`, the covariance; `A` itself where there is no mean."""
+def covariance(gram: Tensor, mean: Tensor | None) -> Tensor:
+    """`A − x̄x̄ᵀ`; `A` itself where there is no mean."""
     return gram if mean is None else gram - torch.outer(mean, mean)
+
+
+def correlations(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """`D^{-1/2} A D^{-1/2}`, `D = diag(A)`, shape (p, p), and the inverse scales `D^{-1/2}`, shape (p,)."""
+    scales = inverse_scales(gram)
+    return gram * scales[:, None] * scales, scales
 
 
 def damped_gram(gram: Tensor, *, damping: float) -> Tensor:
@@ -165,7 +168,7 @@ def damped_gram(gram: Tensor, *, damping: float) -> Tensor:
 
 
 def add_diagonal_(matrix: Tensor, level: Tensor) -> Tensor:
-    """`M + λI`, in place; returns `M`."""
+    """`M + λI`, or `M + diag(λ)` for one level a row, in place; returns `M`."""
     matrix.diagonal().add_(level)
     return matrix
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankfold.decompositions import Moments
-from rankfold.linalg.whitening import inverse_scales, shrinkage, shrinkage_of, shrunk
+from rankfold.linalg.whitening import add_diagonal_, correlations, covariance, shrinkage, shrinkage_of, shrunk
 from rankfold.repair.moments import PairMoments, SplitMoments
 
 STEP = 10.0  # from one ridge that is tried to the next
@@ -62,8 +62,7 @@ def _chosen(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, st
     """`λ` for all samples."""
     if not moments.halved:
         second, _, _, _ = centred(moments.fit, group, bias=bias)
-        scales = inverse_scales(second)
-        rho = shrinkage(second * scales[:, None] * scales, moments.fit.count)
+        rho = shrinkage(correlations(second)[0], moments.fit.count)
         return max(strength, min(rho / max(1 - rho, 1e-3), len(second) / max(moments.fit.count, 1)))
     sides = []
     for part in (moments.first, moments.second):
@@ -94,11 +93,9 @@ def _change(second: Tensor, residual: Tensor, level: float) -> Tensor:
         residual: `C − WS`, shape (out, n).
         level: `λ`.
     """
-    scales = inverse_scales(second)
-    correlations = second * scales[:, None] * scales
-    silent = (scales == 0).to(correlations.dtype)  # inputs that are always 0: nothing is to be changed there
-    correlations.diagonal().add_(level + silent)
-    return _solve(correlations, (residual * scales).mT).mT * scales
+    matrix, scales = correlations(second)
+    silent = (scales == 0).to(matrix.dtype)  # inputs that are always 0: nothing is to be changed there
+    return _solve(add_diagonal_(matrix, level + silent), (residual * scales).mT).mT * scales
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -119,9 +116,7 @@ def as_moments(moments: SplitMoments, group: int, *, bias: bool, gradient_gram: 
         halves = [centred(part, group, bias=True)[0] for part in (moments.first, moments.second)]
         _, rho = shrinkage_of(*halves)
     else:
-        covariance = gram - torch.outer(mean, mean)
-        scales = inverse_scales(covariance)
-        rho = shrinkage(covariance * scales[:, None] * scales, n)
+        rho = shrinkage(correlations(covariance(gram, mean))[0], n)
     return Moments(shrunk(gram, mean, rho), mean, None, bias, gradient_gram)
 
 

@@ -7,12 +7,13 @@ is common to all of them passes, what differs is averaged away. The true value o
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.decompositions import WhitenedSVD, factorise
+from rankfold.decompositions._base import judged_energy
 from rankfold.decompositions.weighting import damped_gradients
 from rankfold.graph.sites import Site
 from rankfold.layers import adapter_for
@@ -70,12 +71,13 @@ def change_of(site: Site, layer: nn.Module, stats: Statistics) -> Change | None:
         if min(out, inputs) > 1:
             change = flat - factorise(WhitenedSVD(), weight, rank, moments).reconstruct().flatten(1)
         judge = stats.moments(site, group, shrink=False)
-        if moments.gradient_gram is None or judge.mean is None:
+        gradients, mean = judge.gradient_gram, judge.mean
+        if gradients is None or mean is None:
             return None
-        metric = damped_gradients(moments.gradient_gram).to(flat)
-        predicted += float((metric * (change @ judge.metric(site.path).to(flat) @ change.mT)).sum())
+        damped = replace(judge, gradient_gram=damped_gradients(gradients))
+        predicted += float(judged_energy(change, damped, site.path))
         changes.append(change.reshape(weight.shape))
-        shifts.append(change @ judge.mean.to(flat))
+        shifts.append(change @ mean.to(flat))
     changed = copy.deepcopy(layer).requires_grad_(False)
     with torch.no_grad():
         canonical = adapter.canonical(changed)

@@ -123,7 +123,7 @@ def collect(
     if samples == 0:
         raise no_batch()
     world.agree("calibration data", sha.hexdigest())
-    _sum_up([statistic for feeder in feeders for statistic in feeder.statistics], device, world)
+    sum_up([statistic for feeder in feeders for statistic in feeder.statistics], device, world)
     unseen = [feeder.site.path for feeder in feeders if kinds and feeder.statistics[0].count == 0]
     if unseen:
         raise DataError(
@@ -153,7 +153,7 @@ def check_positions(positions: int | None) -> None:
         raise OptionError("positions", law="an int of at least 1, or None", got=shown(positions), cure="try 64")
 
 
-def _sum_up(statistics: Sequence[Statistic], device: torch.device, world: World) -> None:
+def sum_up(statistics: Sequence[Statistic], device: torch.device, world: World) -> None:
     """Sum statistics over all processes; one that saw no position of a site learns the shape from the others."""
     if world.size == 1 or not statistics:
         return

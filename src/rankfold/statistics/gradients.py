@@ -15,12 +15,11 @@ from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import adapter_for
 from rankfold.layers.calls import input_of
-from rankfold.linalg.precision import work_dtype
 from rankfold.metrics.outputs import Output, Outputs, Taken, first_samples, outputs_to_json, settled
 from rankfold.progress import Progress, silent
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.coherence import Change, add_samples, change_of
-from rankfold.statistics.collect import labels_of_rows, of_rows, rows_of
+from rankfold.statistics.collect import labels_of_rows, of_rows, rows_of, sum_up
 from rankfold.statistics.data import no_batch
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import generator
@@ -104,7 +103,7 @@ def collect_gradients(
         world.sum_([failed])
         if bool(failed > 0):
             return why or "the outputs cannot be differentiated in another process"
-        _sum_up([grams[site.path] for site in sites], sites, device, world)
+        sum_up([grams[site.path] for site in sites], device, world)
         world.sum_(list(energies.values()))
         blind = _weight_evenly(grams, {path: float(e[0] / e[1].clamp_min(1)) for path, e in energies.items()})
         for path, statistic in grams.items():
@@ -218,27 +217,6 @@ def _forget(model: nn.Module, part: Batch, device: torch.device) -> None:
     if any(isinstance(value, Tensor) and value.grad_fn is not None for value in kept):
         with evaluating(model), torch.no_grad():
             run(model, to_device(part, device))
-
-
-def _sum_up(grams: Sequence[GradientGram], sites: Sites, device: torch.device, world: World) -> None:
-    """Sum over all processes; one without samples adds zeros."""
-    if world.size == 1:
-        return
-    totals: list[Tensor] = []
-    for gram, site in zip(grams, sites, strict=True):
-        if gram.total is None:
-            outputs = site.geometry.canonical_shape[0]
-            gram.total = torch.zeros(site.geometry.groups, outputs, outputs, dtype=work_dtype(device), device=device)
-        totals.append(gram.total)
-        if gram.first is None:
-            gram.first = torch.zeros_like(gram.total)
-        elif gram.first is gram.total:
-            gram.first = gram.total.clone()
-        totals.append(gram.first)
-    counts = torch.tensor([[gram.count, gram.first_count] for gram in grams], dtype=torch.int64)
-    world.sum_([counts, *totals])
-    for (count, first_count), gram in zip(counts.tolist(), grams, strict=True):
-        gram.count, gram.first_count = count, first_count
 
 
 def _watch(site: Site, seen: _Reached) -> Any:

@@ -15,7 +15,8 @@ from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
 
 ELEMENT = 8  # bytes of a float64, in which all moments are kept
-HALVES = 2  # moments of inputs are kept for so many parts of the samples
+SUMS = 2  # a statistic that tells two halves of the samples apart keeps the sum over all, and over the first
+PAIRS = 4  # a repair keeps its moments of two halves, of held-out samples, and of both halves together
 WORKING = 4  # copies of a site's Gram while it is decomposed or solved: shrunk, scaled, its root, its factor
 CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
 CHUNKS = 3  # of them at once: patches, those drawn for one half of the samples, and outputs
@@ -73,8 +74,9 @@ class Sizes:
 def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> SiteSize:
     """Bytes of one site.
 
-    With g groups of n features and m outputs, the Gram of the inputs has `g n²` elements of 8 bytes, and is kept for
-    two halves of the samples; a repair has `g (n² + nm)` for each half that is fitted on and for those held out.
+    With g groups of n features and m outputs, the Gram of the inputs has `g n²` elements of 8 bytes, and is kept twice,
+    for all samples and for the first half; a repair has `g (n² + nm)` for each half that is fitted on, for both
+    together and for those held out.
 
     Args:
         site: The site.
@@ -86,14 +88,14 @@ def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> 
     outputs = site.geometry.canonical_shape[0]
     kept = largest = 0
     for name in statistics:
-        reads_outputs = cast(type[Statistic], lookup(name, Statistic)).reads_outputs
-        width = outputs if reads_outputs else features
+        kind = cast(type[Statistic], lookup(name, Statistic))
+        width = outputs if kind.reads_outputs else features
         elements = width if name.endswith("-mean") else width * width
-        kept += groups * elements * (1 if reads_outputs else HALVES)
+        kept += groups * elements * (SUMS if kind.halved else 1)
         largest = max(largest, elements)
     pairs = groups * (features * features + outputs * features + features + outputs + 1) if repaired else 0
     working = WORKING * max(largest, features * features if repaired else 0)
-    return SiteSize(site.path, ELEMENT * kept, ELEMENT * (HALVES + 1) * pairs, ELEMENT * working)
+    return SiteSize(site.path, ELEMENT * kept, ELEMENT * PAIRS * pairs, ELEMENT * working)
 
 
 def sizes_of(sites: Iterable[Site], statistics: Sequence[str], *, repaired: bool = True) -> Sizes:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from rankfold.decompositions import Moments
 from rankfold.errors import CheckpointError, DataError, RegistryError
 from rankfold.graph.sites import Site
-from rankfold.linalg.whitening import centred, inverse_scales, shrinkage, shrinkage_of, shrunk
+from rankfold.linalg.whitening import correlations, covariance, shrinkage, shrinkage_of, shrunk
 from rankfold.registry import lookup
 from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
 from rankfold.statistics._base import Statistic, merge
@@ -193,14 +193,12 @@ def _shrinkage(gram: Statistic, mean: Statistic | None, group: int, half: int | 
         half: 0 or 1 for a half of the samples; None for all.
     """
 
-    def covariance(part: int | None) -> torch.Tensor:
-        return centred(gram.mean(part)[group], None if mean is None else mean.mean(part)[group])
+    def seen(part: int | None) -> torch.Tensor:
+        return covariance(gram.mean(part)[group], None if mean is None else mean.mean(part)[group])
 
     if not gram.has_halves or (mean is not None and not mean.has_halves):
-        whole = covariance(None)
-        scales = inverse_scales(whole)
-        return shrinkage(whole * scales[:, None] * scales, gram.count)
-    of_half, of_all = shrinkage_of(covariance(0), covariance(1))
+        return shrinkage(correlations(seen(None))[0], gram.count)
+    of_half, of_all = shrinkage_of(seen(0), seen(1))
     return of_all if half is None else of_half
 
 
