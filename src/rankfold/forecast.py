@@ -10,12 +10,13 @@ from torch import nn
 
 from rankfold.decompositions import Interpolative
 from rankfold.errors import bytes_shown
+from rankfold.graph.reach import Blocker
 from rankfold.graph.sites import Sites
 from rankfold.graph.trace import Batch, batch_size, device_of
 from rankfold.metrics.cost import Cost
 from rankfold.prediction import Course, Predicted, SiteForecast
 from rankfold.rates import Rates
-from rankfold.reach import Blocker, groups_of, reach_of
+from rankfold.reach import groups_of, reach_of
 from rankfold.serialization import canonical_json
 from rankfold.statistics.data import first_of, sample_count
 
@@ -43,7 +44,7 @@ class Forecast:
         bounds: The budget, as whole-model values by resource.
         smallest: By resource the smallest whole-model value that can be reached.
         cuttable: By resource the share of the model in layers that can be cut, 0 to 1.
-        blockers: Layers that keep most of the parameters, the largest first.
+        blockers: Modules that are made no smaller and hold most of the parameters, the largest first.
         notes: What the reader should know.
     """
 
@@ -103,10 +104,7 @@ class Forecast:
             )
         if self.blockers:
             lines.append("what stays at the smallest, of the parameters:")
-            lines += [
-                f"  {each.path or '(the model)'}: {each.share:.1%}" + (f" ({each.reason})" if each.reason else "")
-                for each in self.blockers
-            ]
+            lines += [f"  {each.path or '(the model)'}: {each.share:.1%} ({each.reason})" for each in self.blockers]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines) + "\n"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,25 +12,11 @@ from rankfold.channels.elimination import RemovalCurve, even
 from rankfold.channels.ledger import Widths, stacks_of
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.graph.channels import ChannelGroup, find_channels
+from rankfold.graph.reach import NOTHING_SMALLER, Blocker, blockers
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.cost import RESOURCES, Cost, dense_cost, site_cost
 
 SHOWN = 5  # layers that are named at most
-
-
-@dataclass(frozen=True)
-class Blocker:
-    """A layer that keeps a model from getting smaller.
-
-    Attributes:
-        path: Of the layer.
-        share: Of the whole model's parameters that stay in it at least, 0 to 1.
-        reason: Why it cannot be made smaller; "" for a layer that can, of which this is the least.
-    """
-
-    path: str
-    share: float
-    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,7 +26,7 @@ class Reach:
     Attributes:
         smallest: By resource the smallest whole-model value that plans of ranks, or of channels, reach.
         cuttable: By resource the share of the model that lies in layers that can be cut, 0 to 1.
-        blockers: Layers that keep most of the parameters at the smallest, the largest first.
+        blockers: Modules that these families make no smaller and that hold most of the parameters, the largest first.
     """
 
     smallest: dict[str, int]
@@ -63,14 +49,17 @@ def reach_of(model: nn.Module, sites: Sites, families: Sequence[Family], groups:
     ways = [by_ranks, *(_by_channels(model, sites, groups, method) for method in families if _removes(method, groups))]
     touched = {path for group in groups for path in (*group.made, *group.read)}
     cut = _sum([dense_cost(site) for site in sites if least[site.path] != dense_cost(site) or site.path in touched])
+    stays = {
+        site.path: site.fixed or NOTHING_SMALLER
+        for site in sites
+        if least[site.path] == dense_cost(site) and site.path not in touched
+    }
     carried = {name.rpartition(".")[0] for group in groups for name in group.carried} - set(least)
     cut = _sum([cut, *(_held(model, path) for path in carried)])
     return Reach(
         {name: min(way[name] for way in ways) for name in RESOURCES},
         {name: min(cut.amounts()[name] / max(total[name], 1), 1.0) for name in RESOURCES},
-        _blockers(
-            model, sites, {path: cost.params for path, cost in least.items() if path not in touched}, spared=carried
-        ),
+        tuple(each for each in blockers(sites, "params", most=None, frozen=stays) if each.path not in carried)[:SHOWN],
     )
 
 
@@ -109,17 +98,6 @@ def _held(model: nn.Module, path: str) -> Cost:
     """Parameters of a module's own, and their bytes."""
     own = list(model.get_submodule(path).parameters(recurse=False))
     return Cost(sum(p.numel() for p in own), 0, sum(p.numel() * p.element_size() for p in own))
-
-
-def _blockers(model: nn.Module, sites: Sites, least: dict[str, int], *, spared: Collection[str]) -> tuple[Blocker, ...]:
-    """The layers of which most stays; those spared lose channels with the layers around them."""
-    total = max(sites.cost.params, 1)
-    found = [Blocker(path, params / total, sites.at(path).fixed) for path, params in least.items()]
-    for skip in sites.skips:
-        if skip.path not in spared:
-            found.append(Blocker(skip.path, _held(model, skip.path).params / total, skip.reason))
-    found.sort(key=lambda blocker: -blocker.share)
-    return tuple(blocker for blocker in found[:SHOWN] if blocker.share >= 0.001)
 
 
 def _sum(costs: Sequence[Cost]) -> Cost:
