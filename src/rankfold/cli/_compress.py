@@ -136,7 +136,7 @@ def compress(
             " /--no-weighting",
             show_default=False,
             rich_help_panel=CHOICE,
-            help="Take every layer's error as it is, not by what the output feels of it (saves a backward pass).",
+            help="Take every layer's error as it is, not by what the output feels of it (saves two backward passes).",
         ),
     ] = True,
     only: Annotated[
