@@ -100,7 +100,8 @@ def test_as_many_plans_are_predicted_as_are_asked_for(
     predicted = dry(**options).trials
     with pytest.raises(BudgetError, match="counted"):
         rf.compress(Net(), options["data"], budget=rf.Budget(params=0.5), families=families, selector=selector)
-    assert asked[0] in (predicted[0], predicted[1])
+    bare = int(asked[0] > 1)  # below 500 samples the best of several is carried out without its repair too
+    assert asked[0] in (predicted[0], predicted[1] - bare)
     assert (predicted[0] > 0) == (samples == 170 and asked[0] > 2)
 
 
@@ -162,5 +163,6 @@ def test_a_method_of_ones_own_is_timed_like_others() -> None:
 
 def test_counts_of_plans_follow_the_families() -> None:
     every = [rf.WhitenedSVD(), rf.SpatialSVD(), rf.Tucker2(), rf.Interpolative()]
-    assert plans_of(every, chosen_by=False) == (8, 4)
+    assert plans_of(every, chosen_by=False) == (9, 4)
+    assert plans_of(every, chosen_by=False, weighting=False) == (8, 4)
     assert plans_of(every[:1], chosen_by=True) == (1, 1)

@@ -40,7 +40,10 @@ class Maker:
 def rank_makers(
     curves: Curves, selector: RankSelector | None, make: Callable[[Curves, RankSelector], Plan]
 ) -> list[Maker]:
-    """Ways to cut ranks: by both selectors with all families, and with each family alone.
+    """Ways to cut ranks: by both selectors with all families, with positions for independent, with each family alone.
+
+    How errors add up within a sample is measured for one layer at a time. Where it is much the same everywhere (in
+    residual networks) its noise costs more than it tells, so a plan that takes positions for independent is tried too.
 
     A family alone is among what all together may choose, and prices say it is no better. But prices are estimates, and
     where a layer's neighbours are cut too a family may do better alone than in the choice: so it is tried.
@@ -55,6 +58,8 @@ def rank_makers(
     methods = list(dict.fromkeys(curve.method for curve in curves))
     first = Lagrangian()
     makers = [Maker(name_of(each), partial(make, curves, each)) for each in (first, Uniform())]
+    if any(curve.independent is not None for curve in curves):
+        makers.append(Maker(f"{name_of(first)}, independent", partial(make, curves.independent(), first), always=False))
     for method in methods if len(methods) > 1 else ():
         own = replace(curves, curves=tuple(curve for curve in curves if curve.method == method))
         makers.append(Maker(f"{name_of(first)}, {name_of(method)} alone", partial(make, own, first), always=False))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rankfold.decompositions import (
     SVD,
@@ -21,6 +21,7 @@ from rankfold.decompositions import (
     output_errors,
 )
 from rankfold.errors import DataError, OptionError, shown
+from rankfold.factors import Rank
 from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.layers import adapter_for
 from rankfold.linalg.precision import widen
@@ -28,7 +29,7 @@ from rankfold.metrics.cost import dense_cost, site_cost
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.ranks import RankSelector, Selector
 from rankfold.ranks.curve import Curves, RankCurve
-from rankfold.statistics import Statistics
+from rankfold.statistics import Coherence, Statistic, Statistics
 from rankfold.statistics.distributed import ALONE, World
 
 DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tucker2())
@@ -53,9 +54,10 @@ def measure(
     """For every site and family that can make it smaller: what each rank costs and what error it makes.
 
     Where the statistics hold the gradient Gram `G` of every site, the error is the Gauss–Newton estimate of the
-    squared change of the network's output, `tr(G D A Dᵀ)`; otherwise the energy of the site's output error over the
-    energy of its output, `tr(D A Dᵀ)/tr(W A Wᵀ)`. Either way errors of different layers can be summed. They are scaled
-    so that losing every site's output costs 1 a site on average.
+    squared change of the network's output, `tr(G D A Dᵀ)`, times the coherence of such errors where it was collected
+    (`rankfold.statistics.Coherence`); otherwise the energy of the site's output error over the energy of its output,
+    `tr(D A Dᵀ)/tr(W A Wᵀ)`. Either way errors of different layers can be summed. They are scaled so that losing every
+    site's output costs 1 a site on average.
 
     Args:
         model: The model the statistics are of.
@@ -95,7 +97,8 @@ def measure(
                 _check_collected(site, method, stats)
             groups = range(site.geometry.groups if own and world.owns(number) else 0)
             fits = [_fits(site, group, stats) for group in groups]
-            curves += [_curve(site, modules[site.path], method, fits, weighted=weighted) for method in own]
+            coherence = stats.sites.get(site.path, {}).get(Coherence.name) if stats is not None and weighted else None
+            curves += [_curve(site, modules[site.path], method, fits, weighted, coherence) for method in own]
             advance()
     curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
@@ -184,7 +187,14 @@ def _fits(site: Site, group: int, stats: Statistics | None) -> _Fits:
     return list(zip(own, other, strict=True))
 
 
-def _curve(site: Site, module: nn.Module, method: Decomposition, fits: Sequence[_Fits], *, weighted: bool) -> RankCurve:
+def _curve(
+    site: Site,
+    module: nn.Module,
+    method: Decomposition,
+    fits: Sequence[_Fits],
+    weighted: bool,
+    coherence: Statistic | None,
+) -> RankCurve:
     """The curve of one method at a site, from the fits of its groups; of zeros where another process has these."""
     adapter = adapter_for(module)
     if adapter is None:
@@ -198,23 +208,39 @@ def _curve(site: Site, module: nn.Module, method: Decomposition, fits: Sequence[
             summed += relative.to(summed) * energy / len(own)  # of two halves the mean
             total += energy / len(own)
     errors = summed if weighted or total <= 0 else summed / total
-    if all(isinstance(rank, int) for rank in ranks):  # a rank more may lose more on other samples, by chance
-        errors = torch.cummin(errors, 0).values
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
-    return RankCurve(site, method, tuple(ranks), costs, tuple(errors.tolist()), total)
+    if not isinstance(coherence, Coherence):
+        return RankCurve(site, method, tuple(ranks), costs, _falling(errors, ranks), total)
+    felt = _falling(errors * coherence.at(errors / (total or 1.0)), ranks)
+    total *= float(coherence.at(errors.new_ones(1)))
+    return RankCurve(site, method, tuple(ranks), costs, felt, total, _falling(errors, ranks))
+
+
+def _falling(errors: Tensor, ranks: Sequence[Rank]) -> tuple[float, ...]:
+    """Errors that never grow with the rank, though by chance a rank more may lose more on other samples."""
+    if all(isinstance(rank, int) for rank in ranks):
+        errors = torch.cummin(errors, 0).values
+    return tuple(errors.tolist())
 
 
 def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:
     """Every process's curves, given that those it does not know are zero: the sum is exact."""
     if world.size == 1:
         return curves
-    flat = torch.tensor([value for curve in curves for value in (*curve.errors, curve.energy)], dtype=torch.float64)
-    world.sum_([flat])
-    parts = torch.split(flat, [len(curve.errors) + 1 for curve in curves])
-    return [
-        replace(curve, errors=tuple(part[:-1].tolist()), energy=float(part[-1]))
-        for curve, part in zip(curves, parts, strict=True)
-    ]
+    rows = [torch.tensor([*curve.errors, curve.energy, *(curve.independent or ())]).double() for curve in curves]
+    world.sum_(rows)
+    result = []
+    for curve, row in zip(curves, rows, strict=True):
+        errors, energy, rest = row.tensor_split([len(curve.errors), len(curve.errors) + 1])
+        result.append(
+            replace(
+                curve,
+                errors=tuple(errors.tolist()),
+                energy=float(energy),
+                independent=tuple(rest.tolist()) if len(rest) else None,
+            )
+        )
+    return result
 
 
 def _mean_energy(curves: Sequence[RankCurve]) -> float:
@@ -224,4 +250,5 @@ def _mean_energy(curves: Sequence[RankCurve]) -> float:
 
 
 def _scaled(curve: RankCurve, scale: float) -> RankCurve:
-    return replace(curve, errors=tuple(error / scale for error in curve.errors))
+    apart = None if curve.independent is None else tuple(error / scale for error in curve.independent)
+    return replace(curve, errors=tuple(error / scale for error in curve.errors), independent=apart)

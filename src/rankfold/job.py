@@ -29,7 +29,7 @@ from rankfold.metrics.outputs import Outputs, Taken, outputs_to_json, settled
 from rankfold.plan import Plan
 from rankfold.progress import Progress
 from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
-from rankfold.registry import name_of
+from rankfold.registry import name_of, to_json
 from rankfold.repair import Lockstep
 from rankfold.repair.site import always_solve
 from rankfold.report.data import Candidate, Report, environment, rows
@@ -319,6 +319,13 @@ class Job:
             ranked = {one.selector: plans[one.selector] for one in tried}
             done = self._each("candidates", ranked, whole, wanted=FINALISTS)
         least = min(done, key=lambda one: one.divergence)
+        plan = plans[least.selector]
+        if len(plans) > 1 and self.every < HELD_OUT and plan.repair == to_json(Lockstep()):
+            # with few samples, what a repair that nobody asked for fits to them may not hold for others
+            bare = {f"{least.selector}, no repair": replace(plan, repair=None)}
+            done += self._each("candidates", bare, whole)
+            plans |= bare
+            least = min(done, key=lambda one: one.divergence)
         if not best or best[0].plan is not plans[least.selector]:  # an earlier run judged it: its sites are kept
             best[:] = [self.attempt(plans[least.selector])]
         return best[0], [*(replace(one, taken=one is least) for one in done), *tried]

@@ -210,7 +210,7 @@ def compress(
     collected = [*names, GradientGram.name] if weighting else names
     job.bound_moments(collected, repair, limit)
     if dry_run:
-        plans, always = plans_of(families, chosen_by=selector is not None)
+        plans, always = plans_of(families, chosen_by=selector is not None, weighting=weighting)
         course = Course(families, collected, repair, plans, always, weighting, positions, ENOUGH, limit)
         traced, bounds = job.clock.seconds["trace"], budget.bounds(job.sites.cost)
         return forecast_of(job.model, job.batches, job.sites, course, traced=traced, bounds=bounds)

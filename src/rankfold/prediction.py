@@ -18,7 +18,7 @@ from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, 
 from rankfold.rates import Rates
 from rankfold.repair import Lockstep
 from rankfold.statistics.collect import PIECE
-from rankfold.statistics.data import held_out_among
+from rankfold.statistics.data import HELD_OUT, held_out_among
 from rankfold.statistics.draws import enough_positions
 from rankfold.statistics.gradients import BATCH
 from rankfold.statistics.size import CHUNK_BYTES, CHUNKS, ELEMENT, sizes_of
@@ -76,16 +76,17 @@ class Course:
         return [method for method in self.families if isinstance(method, Decomposition)]
 
 
-def plans_of(families: Sequence[Family], *, chosen_by: bool) -> tuple[int, int]:
+def plans_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool = True) -> tuple[int, int]:
     """How many plans are made where many are tried, and where few are.
 
     Args:
         families: Methods to choose from.
         chosen_by: Whether a selector is named.
+        weighting: Whether gradients are collected: curves with positions for independent make a plan more.
     """
     forms = [method for method in families if isinstance(method, Decomposition)]
     removing = sum(isinstance(method, Interpolative) for method in families)
-    own = 0 if not forms else 1 if chosen_by else 2 + (len(forms) if len(forms) > 1 else 0)
+    own = 0 if not forms else 1 if chosen_by else 2 + weighting + (len(forms) if len(forms) > 1 else 0)
     sized = (2 if chosen_by else 3) if forms else 1 if chosen_by else len(SIZES)
     few = (0 if not forms else 1 if chosen_by else 2) + removing * (2 if forms else sized)
     return own + removing * sized, few
@@ -116,6 +117,7 @@ class Predicted:
         self.part = samples // every if parted and plans > FINALISTS else 0
         self.trials = plans if self.part else 0
         self.whole = FINALISTS if self.part else plans
+        self.bare = int(plans > 1 and course.repair == Lockstep() and held_out_among(samples) < HELD_OUT)
         self.by_site: dict[str, float] = {site.path: 0.0 for site in sites}
         self.sizes = sizes_of(sites, course.statistics, repaired=course.repair is not None)
 
@@ -138,6 +140,8 @@ class Predicted:
         else:
             result["repair"] = self.trials * (judged + self._walk(self.part, self.fit // DENSER, self.trials))
             result["repair"] += self.whole * (judged + self._walk(self.samples, self.samples, self.whole))
+            if self.bare:
+                result["apply"] = judged + sum(self._spent(site, self._solved(site)) for site in self.sites)
         result["latency"] = max(TIMED_SECONDS, 6 * forward * min(self.batch, TIMED_SAMPLES))
         return result
 
@@ -150,7 +154,7 @@ class Predicted:
         chunks = CHUNKS * max((min(CHUNK_BYTES, piece * self._patches(site)) for site in self.sites), default=0)
         result = {"statistics": kept + chunks + running}
         if self.course.weighting:
-            result["gradients"] = kept + 2 * self.together * min(self.batch, BATCH)
+            result["gradients"] = kept + moments.followed + 2 * self.together * min(self.batch, BATCH)
         result["curves"] = kept + working
         if self.course.repair is None:
             result["apply"] = kept + working + running

@@ -28,7 +28,7 @@ from rankfold.serialization import canonical_json, read_json, write_file
 from rankfold.statistics import Statistics
 from rankfold.statistics.data import digest
 
-VERSION = 2  # 2: moments in halves, gradient Grams scaled by coherence
+VERSION = 3  # 2: moments in halves; 3: coherence for every rank
 HEAD, CURVES, PLANS, RESULTS = "work.json", "curves.json", "plans", "results"
 
 
@@ -159,6 +159,7 @@ class Work:
                 "ranks": list(curve.ranks),
                 "errors": list(curve.errors),
                 "energy": curve.energy,
+                "independent": None if curve.independent is None else list(curve.independent),
             }
             for curve in curves
         ]
@@ -217,7 +218,8 @@ class Work:
             site, method = sites.at(row["site"]), families[row["family"]]
             ranks = tuple(tuple(rank) if isinstance(rank, list) else rank for rank in row["ranks"])
             costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
-            curves.append(RankCurve(site, method, ranks, costs, tuple(row["errors"]), row["energy"]))
+            apart = None if row["independent"] is None else tuple(row["independent"])
+            curves.append(RankCurve(site, method, ranks, costs, tuple(row["errors"]), row["energy"], apart))
         return Curves(sites, tuple(curves))
 
 

@@ -34,7 +34,7 @@ def true_error(method: Decomposition, weight: Tensor, rank: int, own: Moments, j
     """`tr(G D B Dᵀ)`, written out."""
     change = (weight - factorise(method, weight, rank, own).reconstruct()).flatten(1)
     metric = judge.metric(method)
-    left = torch.eye(len(change)).double() if own.gradient_gram is None else damped_gradients(own.gradient_gram)
+    left = torch.eye(len(change)).double() if judge.gradient_gram is None else damped_gradients(judge.gradient_gram)
     return float((left @ change @ metric @ change.mT).trace())
 
 

@@ -16,8 +16,10 @@ from rankfold.layers import adapter_for
 from rankfold.linalg.interpolative import backward_elimination, pivoted_cholesky, strong_rrqr
 from rankfold.linalg.precision import widen
 from rankfold.linalg.whitening import cholesky, damped_gram
-from rankfold.statistics import Statistics
+from rankfold.statistics import Coherence, Statistics
 from rankfold.statistics.draws import generator
+
+USUAL = 0.1  # relative error at which a reader's coherence is taken: what a removal usually costs it
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +142,9 @@ def _reader(site: Site, layer: nn.Module, units: Units, stats: Statistics, *, ce
     weighted = relative
     if moments.gradient_gram is not None:
         weighted = output_root(moments.gradient_gram.to(weight)) @ weight
+        coherence = stats.sites[site.path].get(Coherence.name)
+        if isinstance(coherence, Coherence):
+            weighted = weighted * coherence.at(weight.new_tensor(USUAL)).sqrt()
     own = gram[inside][:, inside]
     if len(outside):  # what stays anyway takes its part of the correction: the Schur complement is what is left
         inner = cholesky(damped_gram(gram[outside][:, outside], damping=1e-6))

@@ -188,6 +188,9 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
         own = {}
         index = kept.outputs if depthwise else features_of(site.geometry, kept)
         for name, statistic in stats.sites.get(site.path, {}).items():
+            if not statistic.of_channels:
+                own[name] = statistic
+                continue
             axis = 0 if depthwise and kept else 1
             place = kept.outputs if statistic.reads_outputs else index
             total, first = (_cut_sum(each, place, axis) for each in (statistic.total, statistic.first))

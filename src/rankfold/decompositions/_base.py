@@ -17,7 +17,7 @@ from rankfold.linalg.precision import widen
 from rankfold.linalg.spectrum import weighted_energy
 from rankfold.registry import name_of
 
-ANCHORS = 7  # candidates at which a curve is judged by decomposing
+ANCHORS = 4  # candidates at which a curve is judged by decomposing
 NOTHING = 1e-14  # relative errors below it are rounding
 CONSTANT = 1e-6  # share of the second moment below which a covariance is nothing but rounding
 
@@ -165,7 +165,8 @@ class Decomposition(Family, ABC):
         if float(total) <= 0:
             return own.new_zeros(len(own))
         order = own.argsort()
-        places = order[torch.linspace(0, len(own) - 1, min(len(own), ANCHORS)).round().long()]
+        order = order[min(int((own <= NOTHING).sum()), len(own) - 1) :]  # exact ranks say nothing of the others
+        places = order[torch.linspace(0, len(order) - 1, min(len(order), ANCHORS)).round().long()]
         seen = torch.stack(
             [
                 judged_energy(flat - self.decompose(weight, ranks[i], moments).reconstruct().flatten(1), judge, self)

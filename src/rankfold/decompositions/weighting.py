@@ -45,23 +45,25 @@ def output_errors(
         method: The method.
         weight: Canonical weight of one group.
         moments: What the method reads.
-        judge: What the errors are measured in, of which `G` is that of `moments`; None is `moments`.
+        judge: What the errors are measured in; None is `moments`, of which `G` is also taken where it has none.
 
     Returns:
         Shape (candidates,), and `tr(G W A Wᵀ)`, `A` the metric of the judge; without a gradient Gram `G = I`, without
         an input Gram `A = I`. Whatever moments a method reads, all are measured in that one metric.
     """
     weight = widen(weight)
-    gradients = moments.gradient_gram
-    if gradients is not None and method.needs:  # as `factorise` decomposes it: the mixed weight, in the metric `I`
-        weight, gradients = _mix(output_root(gradients.to(weight)), weight), None
-    elif gradients is not None:
-        gradients = damped_gradients(gradients.to(weight))
-    measured = replace(moments if judge is None else judge, gradient_gram=gradients)
+    fitted = None if moments.gradient_gram is None else moments.gradient_gram.to(weight)
+    felt = fitted if judge is None or judge.gradient_gram is None else judge.gradient_gram.to(weight)
+    felt = None if felt is None else damped_gradients(felt)
+    if fitted is not None and method.needs:  # as `factorise` decomposes it: the mixed weight
+        root = output_root(fitted)
+        weight = _mix(root, weight)
+        felt = None if judge is None else _mixed_metric(root, felt)
+    measured = replace(moments if judge is None else judge, gradient_gram=felt)
     energy = float(judged_energy(weight.flatten(1), measured, method))
     if judge is None and "input-gram" in method.needs:
         return method.errors(weight, moments), energy
-    if measured.gram is None and gradients is None:
+    if measured.gram is None and felt is None:
         return method.errors(weight, moments), energy
     return method.judged_errors(weight, moments, measured), energy
 
@@ -82,3 +84,13 @@ def damped_gradients(gradient_gram: Tensor) -> Tensor:
 
 def _mix(matrix: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("po,o...->p...", matrix, weight)
+
+
+def _mixed_metric(root: Tensor, felt: Tensor | None) -> Tensor | None:
+    """`F⁻ᵀ G F⁻¹`: the metric of mixed outputs in which `F y` costs what `y` costs in `G`."""
+    if felt is None:
+        return None
+    eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+    inverse = torch.linalg.solve_triangular(root, eye, upper=True)
+    mixed: Tensor = inverse.mT @ felt @ inverse
+    return mixed

@@ -64,11 +64,19 @@ def judged_tail(basis: Tensor, weight: Tensor, gram: Tensor | None, gradient_gra
     """
     rows = basis.mT @ weight
     energy = rows @ rows.mT if gram is None else rows @ gram @ rows.mT
-    if gradient_gram is None:
-        left = energy.diagonal().flip(0).cumsum(0).flip(0)
-    else:
-        energy = energy * (basis.mT @ gradient_gram @ basis)
-        left = energy.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    if gradient_gram is not None:
+        return tail_sums(energy * (basis.mT @ gradient_gram @ basis))
+    left = energy.diagonal().flip(0).cumsum(0).flip(0)
+    return torch.cat([left, left.new_zeros(1)]).clamp_min(0)
+
+
+def tail_sums(matrix: Tensor) -> Tensor:
+    """Sum of `H` over `i, j > r`, for r = 0 to k, clamped at 0.
+
+    Args:
+        matrix: `H`, shape (k, k).
+    """
+    left = matrix.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     return torch.cat([left, left.new_zeros(1)]).clamp_min(0)
 
 

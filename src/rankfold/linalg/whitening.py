@@ -113,10 +113,54 @@ def shrinkage_of(first: Tensor, second: Tensor) -> tuple[float, float]:
     both = both * scales[:, None] * scales
     both.diagonal(dim1=1, dim2=2).zero_()
     shared = float((both[0] * both[1]).sum().clamp_min(0))
-    chance = max(float(both.square().sum()) / 2 - shared, 0.0)
+    return _of_halves(shared, float(both.square().sum()) / 2)
+
+
+def scales_shrinkage(first: Tensor, second: Tensor) -> tuple[float, float]:
+    """How far the scales of inputs should be shrunk towards each other, from two halves of the samples.
+
+    As `shrinkage_of`, with the logarithms of the diagonals less their means in the place of the correlations: a scale
+    of few samples is off by a factor, be it large or small.
+
+    Args:
+        first: Covariance (or second moment) of one half, shape (p, p).
+        second: Of the other.
+
+    Returns:
+        `ρ` for one half, and for both together, each in [0, 1].
+    """
+    both = torch.stack([widen(first).diagonal(), widen(second).diagonal()])
+    both = both[:, (both > 0).all(0)].log()
+    if both.shape[1] < 2:
+        return 0.0, 0.0
+    both = both - both.mean(1, keepdim=True)
+    shared = float((both[0] * both[1]).sum().clamp_min(0))
+    return _of_halves(shared, float(both.square().sum()) / 2)
+
+
+def _of_halves(shared: float, energy: float) -> tuple[float, float]:
+    """`N/(S + N)` and `N/(2S + N)`, `N` the energy of a half beyond the `S` that both share."""
+    chance = max(energy - shared, 0.0)
     if not chance > 0:
         return 0.0, 0.0
     return chance / (shared + chance), chance / (2 * shared + chance)
+
+
+def with_even_scales(gram: Tensor, rho: float) -> Tensor:
+    """`diag(t) A diag(t)` with `log(t²A_ii) = (1 − ρ) log A_ii + ρ mean log A + c`; `c` keeps the trace.
+
+    Args:
+        gram: `A`, shape (p, p).
+        rho: `ρ`, in [0, 1].
+    """
+    level = gram.diagonal()
+    usable = level > 0
+    if rho <= 0 or not bool(usable.any()):
+        return gram
+    logs = torch.where(usable, level.clamp_min(torch.finfo(level.dtype).tiny).log(), 0.0)
+    factor = torch.where(usable, (rho * (logs.sum() / usable.sum() - logs)).exp(), 1.0)
+    factor = (factor * (level.sum() / (level * factor).sum())).sqrt()
+    return gram * factor[:, None] * factor
 
 
 def inverse_scales(gram: Tensor) -> Tensor:

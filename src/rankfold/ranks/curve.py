@@ -24,6 +24,8 @@ class RankCurve:
         costs: Of the site at each rank.
         errors: Error at each rank, comparable across sites; see `measure` for its meaning.
         energy: What the errors are measured against: the energy of the site's output.
+        independent: The errors if those at the positions of a sample were independent; None where they are not told
+            apart from `errors`.
     """
 
     site: Site
@@ -32,6 +34,7 @@ class RankCurve:
     costs: tuple[Cost, ...]
     errors: tuple[float, ...]
     energy: float = 1.0
+    independent: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,11 @@ class Curves:
     def __len__(self) -> int:
         """Number of curves."""
         return len(self.curves)
+
+    def independent(self) -> Curves:
+        """The curves as they would be if errors at the positions of a sample were independent."""
+        apart = (c if c.independent is None else replace(c, errors=c.independent) for c in self.curves)
+        return replace(self, curves=tuple(apart))
 
     def of(self, site: Site) -> list[RankCurve]:
         """All curves of a site."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from rankfold.linalg.whitening import add_diagonal_, correlations, covariance, s
 from rankfold.repair.moments import PairMoments, SplitMoments
 
 STEP = 10.0  # from one ridge that is tried to the next
-LARGEST = 100.0  # the last one before the original weight itself
+LEVELS = 6  # that are tried; beyond the last is the original weight itself
+FIRST = 2  # where the search begins: in the middle
 
 
 def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,15 +71,21 @@ def _chosen(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, st
         second, crossed, _, _ = centred(part, group, bias=bias)
         sides.append((second, crossed - weight @ second))
     pairs = [(sides[0], sides[1]), (sides[1], sides[0])]
-    best, least, level = math.inf, 0.0, strength
-    while level <= LARGEST:
-        gain = sum(_gain(_change(*fitted, level), *judge) for fitted, judge in pairs)
-        if gain < least:
-            best, least = level, gain
-        elif not math.isinf(best):
-            break  # beyond the best one: more ridge only takes away
-        level *= STEP
-    return max(strength, best / 2)
+
+    @cache
+    def gain(step: int) -> float:
+        if not 0 <= step < LEVELS:
+            return 0.0 if step == LEVELS else math.inf
+        return sum(_gain(_change(*fitted, strength * STEP**step), *judge) for fitted, judge in pairs)
+
+    step = FIRST  # downhill from there: the error falls with the ridge, and then grows
+    while gain(step + 1) <= gain(step):
+        step += 1
+        if step == LEVELS:
+            return math.inf
+    while gain(step - 1) < gain(step):
+        step -= 1
+    return max(strength, strength * STEP**step / 2)
 
 
 def _gain(change: Tensor, second: Tensor, residual: Tensor) -> float:

@@ -1,8 +1,9 @@
 """Streaming, mergeable summaries of what a site sees."""
 
 from rankfold.statistics._base import Statistic
+from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics._moments import InputGram, InputMean, OutputGram
 from rankfold.statistics.store import Statistics
 
-__all__ = ["GradientGram", "InputGram", "InputMean", "OutputGram", "Statistic", "Statistics"]
+__all__ = ["Coherence", "GradientGram", "InputGram", "InputMean", "OutputGram", "Statistic", "Statistics"]

@@ -27,6 +27,7 @@ class Statistic(ABC):
     name: ClassVar[str]
     reads_outputs: ClassVar[bool] = False
     halved: ClassVar[bool] = False
+    of_channels: ClassVar[bool] = True  # whether axes of the sum are channels, of which some may go
     count: int = 0
     total: Tensor | None = field(default=None, repr=False)
     first_count: int = 0

@@ -1,114 +1,131 @@
-"""Whether a site's errors at its positions add up or cancel: one number a site, by which its gradient Gram is scaled.
+"""Whether a site's errors at its positions add up or cancel: by how much a curve's errors are off, at every error.
 
-`tr(G D A Dᵀ)` takes the errors of a sample's positions for independent. In front of a pooling layer they are not: what
-is common to all of them passes, what differs is averaged away. The true value of one change `D` tells how much.
+`tr(G D A Dᵀ)` takes the errors of a sample's positions for independent, of each other and of the gradients. In front of
+a pooling layer they are not: what is common to all of them passes, what differs is averaged away. How a cut's error
+`D_r (x − x̄)` really moves the output of every sample tells, for all ranks at once.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.decompositions import WhitenedSVD, factorise
-from rankfold.decompositions._base import judged_energy
-from rankfold.decompositions.weighting import damped_gradients
+from rankfold.decompositions import Moments, WhitenedSVD, output_root
 from rankfold.graph.sites import Site
 from rankfold.layers import adapter_for
-from rankfold.linalg.precision import widen
+from rankfold.linalg.precision import gram, widen
+from rankfold.linalg.spectrum import tail_sums
+from rankfold.linalg.whitening import left_spectrum
+from rankfold.statistics._coherence import Coherence
 from rankfold.statistics.collect import rows_of
 from rankfold.statistics.store import Statistics
 
-SHARE = 0.6  # of the rank at which two factors are as large as the layer: what cuts usually leave
-
 
 @dataclass(eq=False)
-class Change:
-    """A change of one site, and what it is predicted to cost.
+class Followed:
+    """What follows the errors `D_r (x − x̄)` of a site to the network's outputs, for all ranks at once.
+
+    `D_r = F⁻¹(I − U_r U_rᵀ) F W`, with `FᵀF = G + λI` and `U` that of the whitened SVD of `F W`. So the change of a
+    sample's output is `Σ_{i>r} h_i`, `h = Σ (UᵀF (y − ȳ)) ∘ (UᵀF⁻ᵀ g)` over its positions and calls.
 
     Attributes:
-        layer: Computes `D (x − x̄)`: the layer's own kind, with the change for a weight.
-        predicted: `tr(G D A Dᵀ)` over all groups.
-        squares: Sum over samples of `⟨gradient, D (x − x̄)⟩²`, each summed over positions and calls first.
-        samples: How many samples.
+        outputs: `UᵀF`, shape (groups, k, out).
+        gradients: `UᵀF⁻ᵀ`, shape (groups, k, out).
+        mean: `ȳ`, shape (groups, out).
+        energy: `UᵀF W A WᵀFᵀU`, shape (groups, k, k).
+        felt: `Σ_s (Σ_{i>r} h_i)²` for every r from 0, shape (k + 1,).
+        gram: Of `UᵀF⁻ᵀ g`, shape (groups, k, k).
+        samples: How many.
     """
 
-    layer: nn.Module
-    predicted: float
-    squares: float = 0.0
+    outputs: Tensor
+    gradients: Tensor
+    mean: Tensor
+    energy: Tensor
+    felt: Tensor
+    gram: Tensor
     samples: int = 0
 
-    @property
-    def coherence(self) -> float:
-        """True over predicted; 1 where there is nothing to compare."""
-        if not self.predicted > 0 or not self.squares > 0 or not self.samples:
-            return 1.0
-        return self.squares / self.samples / self.predicted
-
-
-def change_of(site: Site, layer: nn.Module, stats: Statistics) -> Change | None:
-    """The change that a cut to a usual rank would make; the loss of the whole weight where there is no rank to cut.
-
-    Args:
-        site: The site.
-        layer: Its layer.
-        stats: With input moments and the gradient Gram; None is returned where they were not collected.
-    """
-    own = stats.sites.get(site.path, {})
-    adapter = adapter_for(layer)
-    if adapter is None or not all(name in own for name in ("input-gram", "input-mean", "gradient-gram")):
-        return None
-    weights = widen(adapter.canonical(layer))
-    out, inputs = weights.shape[1], weights[0, 0].numel()
-    rank = max(1, round(SHARE * out * inputs / (out + inputs)))
-    changes, shifts, predicted = [], [], 0.0
-    for group, weight in enumerate(weights):
-        moments = stats.moments(site, group)
-        flat = weight.flatten(1)
-        change = flat
-        if min(out, inputs) > 1:
-            change = flat - factorise(WhitenedSVD(), weight, rank, moments).reconstruct().flatten(1)
-        judge = stats.moments(site, group, shrink=False)
-        gradients, mean = judge.gradient_gram, judge.mean
-        if gradients is None or mean is None:
+    @classmethod
+    def of(cls, site: Site, layer: nn.Module, stats: Statistics) -> Followed | None:
+        """Of a site, before any sample; None where moments or gradient Grams were not collected."""
+        own, adapter = stats.sites.get(site.path, {}), adapter_for(layer)
+        if adapter is None or not all(name in own for name in ("input-gram", "input-mean", "gradient-gram")):
             return None
-        damped = replace(judge, gradient_gram=damped_gradients(gradients))
-        predicted += float(judged_energy(change, damped, site.path))
-        changes.append(change.reshape(weight.shape))
-        shifts.append(change @ mean.to(flat))
-    changed = copy.deepcopy(layer).requires_grad_(False)
-    with torch.no_grad():
-        canonical = adapter.canonical(changed)
-        canonical.copy_(torch.stack(changes).reshape(canonical.shape))
-        bias = adapter.bias(changed)
+        parts = [
+            _rotation(weight, stats.moments(site, group), stats.moments(site, group, shrink=False))
+            for group, weight in enumerate(widen(adapter.canonical(layer)).flatten(2))
+        ]
+        outputs, gradients, mean, energy = (torch.stack(each) for each in zip(*parts, strict=True))
+        bias = adapter.bias(layer)
         if bias is not None:
-            bias.copy_(-torch.cat(shifts).to(bias))
-    return Change(changed, predicted)
+            mean = mean + widen(bias.detach()).reshape(mean.shape)
+        return cls(outputs, gradients, mean, energy, energy.new_zeros(energy.shape[1] + 1), torch.zeros_like(energy))
+
+    def rotated(self, outputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """`h` at every position, shape (positions, k), and the Gram of `UᵀF⁻ᵀ g`.
+
+        Args:
+            outputs: `y`, shape (groups, positions, out).
+            gradients: `g`, of that shape.
+        """
+        changes = (outputs - self.mean.to(outputs)[:, None]) @ self.outputs.to(outputs).mT
+        turned = gradients @ self.gradients.to(gradients).mT
+        return (changes * turned).sum(0), gram(turned)
+
+    def add(self, changes: Tensor) -> None:
+        """Add samples.
+
+        Args:
+            changes: `h`, shape (samples, k).
+        """
+        self.felt[:-1] += changes.to(self.felt).flip(1).cumsum(1).flip(1).square().sum(0)
+        self.samples += len(changes)
+
+    def statistic(self) -> Coherence:
+        """What was seen."""
+        predicted = torch.stack([tail_sums(one) for one in self.energy * self.gram]).sum(0)
+        return Coherence(self.samples, torch.stack([self.felt, predicted])[None])
+
+
+def _rotation(weight: Tensor, moments: Moments, seen: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`UᵀF`, `UᵀF⁻ᵀ`, `W x̄` and `UᵀF W A WᵀFᵀU` of one group, `A` the covariance as it was seen."""
+    method = WhitenedSVD()
+    if moments.gradient_gram is None or seen.gram is None or seen.mean is None:
+        raise TypeError("moments and gradient Grams were collected of every group or of none")
+    root = output_root(moments.gradient_gram.to(weight))
+    basis, _ = left_spectrum(root @ weight, moments.metric(method).to(weight), damping=method.damping)
+    rows = basis.mT @ root @ weight
+    energy = rows @ seen.metric(method).to(weight) @ rows.mT
+    mean = weight @ seen.mean if seen.bias else torch.zeros_like(weight[:, 0])
+    return basis.mT @ root, torch.linalg.solve_triangular(root.mT, basis, upper=False).mT, mean, energy
 
 
 def add_samples(
-    changes: dict[str, Change],
-    reached: list[tuple[Site, nn.Module, Tensor, Tensor]],
-    gradients: list[Tensor | None],
+    followed: Mapping[str, Followed],
+    reached: Sequence[tuple[Site, nn.Module, Tensor]],
+    gradients: Sequence[Tensor | None],
     samples: int,
 ) -> None:
     """Add the samples of one batch.
 
     Args:
-        changes: By path; changed.
-        reached: Every call of a site: the site, its layer, what the layer was given, and its output.
+        followed: By path; changed.
+        reached: Every call of a site: the site, its layer, and its output.
         gradients: Of a random projection of the network's outputs, by each of those outputs.
         samples: In the batch.
     """
-    totals: dict[str, Tensor] = {}
-    for (site, layer, inputs, _), gradient in zip(reached, gradients, strict=True):
-        change, adapter = changes.get(site.path), adapter_for(layer)
-        if change is None or adapter is None or gradient is None or rows_of(adapter, layer, inputs) % samples:
+    changes: dict[str, Tensor] = {}
+    for (site, layer, outputs), gradient in zip(reached, gradients, strict=True):
+        own, adapter = followed.get(site.path), adapter_for(layer)
+        if own is None or adapter is None or gradient is None or rows_of(adapter, layer, outputs) % samples:
             continue
-        felt = (change.layer(inputs.detach()) * gradient).double().reshape(samples, -1).sum(1)
-        totals[site.path] = totals.get(site.path, 0) + felt
-    for path, total in totals.items():
-        changes[path].squares += float(total.square().sum())
-        changes[path].samples += samples
+        here, seen = own.rotated(adapter.outputs(layer, outputs.detach()), adapter.outputs(layer, gradient))
+        own.gram += seen
+        here = here.reshape(samples, -1, here.shape[1]).sum(1)
+        changes[site.path] = here + changes[site.path] if site.path in changes else here
+    for path, here in changes.items():
+        followed[path].add(here)

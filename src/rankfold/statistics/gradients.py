@@ -1,4 +1,4 @@
-"""One backward pass over a few samples: the Gauss–Newton Gram of every site's output."""
+"""Two backward passes over a few samples: the Gauss–Newton Gram of every site's output, and its coherence."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from rankfold.graph.models import check_module
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import adapter_for
-from rankfold.layers.calls import input_of
 from rankfold.metrics.outputs import Output, Outputs, Taken, first_samples, outputs_to_json, settled
 from rankfold.progress import Progress, silent
+from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
-from rankfold.statistics.coherence import Change, add_samples, change_of
+from rankfold.statistics.coherence import Followed, add_samples
 from rankfold.statistics.collect import labels_of_rows, of_rows, rows_of, sum_up
 from rankfold.statistics.data import no_batch
 from rankfold.statistics.distributed import ALONE, World
@@ -49,8 +49,8 @@ def collect_gradients(
     by its size, so that what is weighted is the relative error of each. No gradient of a parameter is computed. The
     model is left as it was.
 
-    The Gram is then scaled, so that it is right about one change of the site's weight (that of a cut to a usual rank)
-    as a second backward pass in other directions sees it: see `rankfold.statistics.coherence`.
+    A second backward pass, in other directions, follows the errors of every rank to the outputs, and adds a
+    `Coherence`: see `rankfold.statistics.coherence`.
 
     A site that no gradient reaches (before an arg-max, say), while it reaches others, is weighted evenly, by so much
     that its output counts as that of the others does in the median; the manifest names it under "unreached".
@@ -94,7 +94,7 @@ def collect_gradients(
                 why = f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
                 break
             _add(grams, reached, gradients, batch_size(part))
-            for site, _, _, value in reached:
+            for site, _, value in reached:
                 energies[site.path] += torch.tensor([float(value.detach().double().square().sum()), value.numel()])
             advance()
         if parts:
@@ -108,20 +108,24 @@ def collect_gradients(
         blind = _weight_evenly(grams, {path: float(e[0] / e[1].clamp_min(1)) for path, e in energies.items()})
         for path, statistic in grams.items():
             stats.sites[path][GradientGram.name] = statistic
-        changes = {
-            site.path: change
+        followed = {
+            site.path: own
             for site in sites
-            if site.path not in blind and (change := change_of(site, modules[site.path], stats)) is not None
+            if site.path not in blind and (own := Followed.of(site, modules[site.path], stats)) is not None
         }
         for number, part in parts:
-            if changes:
+            if followed:
                 draw = generator(seed, number, 1)  # directions that nothing was fitted to
                 reached, gradients = _differentiated(model, modules, sites, part, taken, draw)
-                add_samples(changes, reached, gradients, batch_size(part))
+                add_samples(followed, reached, gradients, batch_size(part))
             advance()
     if parts:
         _forget(model, parts[-1][1], device)
-    _scale(grams, changes, world)
+    coherences = {path: own.statistic() for path, own in followed.items()}
+    sum_up(list(coherences.values()), device, world)
+    for path, coherence in coherences.items():
+        if coherence.count:
+            stats.sites[path][Coherence.name] = coherence
     stats.manifest["gradient_samples"] = samples
     if taken.asked is not None:
         stats.manifest["outputs"] = outputs_to_json(taken.asked)
@@ -130,7 +134,7 @@ def collect_gradients(
     return None
 
 
-_Reached = list[tuple[Site, nn.Module, Tensor, Tensor]]  # a site, its layer, what it was given, its output
+_Reached = list[tuple[Site, nn.Module, Tensor]]  # a site, its layer, its output
 
 
 def _differentiated(
@@ -143,7 +147,7 @@ def _differentiated(
 ) -> tuple[_Reached, list[Tensor | None]]:
     """Every call of a site on a batch, and the gradient of one random projection of the outputs there."""
     seen: _Reached = []
-    handles = [modules[site.path].register_forward_hook(_watch(site, seen), with_kwargs=True) for site in sites]
+    handles = [modules[site.path].register_forward_hook(_watch(site, seen)) for site in sites]
     try:
         with evaluating(model), torch.enable_grad():
             returned = taken.of(run(model, to_device(part, device_of(model))))
@@ -154,17 +158,6 @@ def _differentiated(
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _scale(grams: Mapping[str, GradientGram], changes: Mapping[str, Change], world: World) -> None:
-    """Scale every gradient Gram by the coherence of its site's errors."""
-    sums = torch.tensor([[each.squares, each.samples] for each in changes.values()], dtype=torch.float64)
-    world.sum_([sums])
-    for (path, change), (squares, samples) in zip(changes.items(), sums.tolist(), strict=True):
-        change.squares, change.samples = squares, round(samples)
-        gram, scale = grams[path], change.coherence
-        gram.total = None if gram.total is None else gram.total * scale
-        gram.first = None if gram.first is None else gram.first * scale
 
 
 def _projected(outputs: Sequence[Tensor], kinds: Sequence[Output], draw: torch.Generator) -> Tensor:
@@ -222,9 +215,9 @@ def _forget(model: nn.Module, part: Batch, device: torch.device) -> None:
 def _watch(site: Site, seen: _Reached) -> Any:
     """A hook that keeps a layer's output for differentiation and hands on a copy, which may be written into."""
 
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def hook(layer: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
         value = output if output.requires_grad else output.detach().requires_grad_()
-        seen.append((site, layer, input_of(args, kwargs), value))
+        seen.append((site, layer, value))
         return value.clone()
 
     return hook
@@ -237,7 +230,7 @@ def _add(
     samples: int,
 ) -> None:
     counted: set[str] = set()
-    for (site, layer, _, value), gradient in zip(seen, gradients, strict=True):
+    for (site, layer, value), gradient in zip(seen, gradients, strict=True):
         adapter = adapter_for(layer)
         if adapter is None:
             raise TypeError(f"{site.path} has no adapter")

@@ -13,6 +13,8 @@ from rankfold.errors import MemoryLimitError, bytes_shown
 from rankfold.graph.sites import Site, Sites, Skip
 from rankfold.registry import lookup
 from rankfold.statistics._base import Statistic
+from rankfold.statistics._coherence import Coherence
+from rankfold.statistics._gradients import GradientGram
 
 ELEMENT = 8  # bytes of a float64, in which all moments are kept
 SUMS = 2  # a statistic that tells two halves of the samples apart keeps the sum over all, and over the first
@@ -35,12 +37,14 @@ class SiteSize:
         statistics: Of what is collected at it and kept until the end.
         repair: Of the moments of both networks while it is solved.
         working: Of the copies made while it is decomposed or solved.
+        followed: Of what its errors are followed to the outputs with, kept for all sites while gradients are collected.
     """
 
     path: str
     statistics: int
     repair: int
     working: int
+    followed: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,14 @@ class Sizes:
         return max((site.repair + site.working for site in self.sites), default=0)
 
     @property
+    def followed(self) -> int:
+        """Of what the errors of all sites are followed with."""
+        return sum(site.followed for site in self.sites)
+
+    @property
     def moments(self) -> int:
         """Most bytes of Grams and other moments at once."""
-        return self.statistics + self.solving
+        return self.statistics + max(self.solving, self.followed)
 
 
 def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> SiteSize:
@@ -76,7 +85,7 @@ def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> 
 
     With g groups of n features and m outputs, the Gram of the inputs has `g n²` elements of 8 bytes, and is kept twice,
     for all samples and for the first half; a repair has `g (n² + nm)` for each half that is fitted on, for both
-    together and for those held out.
+    together and for those held out. Following errors to the outputs takes `2 g k (k + m)` for k = min(m, n).
 
     Args:
         site: The site.
@@ -87,7 +96,10 @@ def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> 
     groups, features = site.geometry.groups, site.geometry.features
     outputs = site.geometry.canonical_shape[0]
     kept = largest = 0
+    rank = min(outputs, features)
     for name in statistics:
+        if name == Coherence.name:  # comes with the gradient Gram
+            continue
         kind = cast(type[Statistic], lookup(name, Statistic))
         width = outputs if kind.reads_outputs else features
         elements = width if name.endswith("-mean") else width * width
@@ -95,7 +107,11 @@ def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> 
         largest = max(largest, elements)
     pairs = groups * (features * features + outputs * features + features + outputs + 1) if repaired else 0
     working = WORKING * max(largest, features * features if repaired else 0)
-    return SiteSize(site.path, ELEMENT * kept, ELEMENT * PAIRS * pairs, ELEMENT * working)
+    followed = 0
+    if GradientGram.name in statistics:
+        kept += 2 * (rank + 1)
+        followed = 2 * groups * rank * (rank + outputs)
+    return SiteSize(site.path, ELEMENT * kept, ELEMENT * PAIRS * pairs, ELEMENT * working, ELEMENT * followed)
 
 
 def sizes_of(sites: Iterable[Site], statistics: Sequence[str], *, repaired: bool = True) -> Sizes:

@@ -13,7 +13,15 @@ from safetensors.torch import load_file, save_file
 from rankfold.decompositions import Moments
 from rankfold.errors import CheckpointError, DataError, RegistryError
 from rankfold.graph.sites import Site
-from rankfold.linalg.whitening import correlations, covariance, shrinkage, shrinkage_of, shrunk
+from rankfold.linalg.whitening import (
+    correlations,
+    covariance,
+    scales_shrinkage,
+    shrinkage,
+    shrinkage_of,
+    shrunk,
+    with_even_scales,
+)
 from rankfold.registry import lookup
 from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
 from rankfold.statistics._base import Statistic, merge
@@ -61,7 +69,7 @@ class Statistics:
             mean,
             average("output-gram"),
             site.geometry.bias,
-            self.gradient_gram(site.path, group),
+            self.gradient_gram(site.path, group, half=half, shrink=shrink),
         )
 
     def has_halves(self, path: str) -> bool:
@@ -69,14 +77,26 @@ class Statistics:
         own = self.sites.get(path, {})
         return all(name in own and own[name].has_halves for name in ("input-gram", "input-mean"))
 
-    def gradient_gram(self, path: str, group: int) -> torch.Tensor | None:
+    def gradient_gram(
+        self, path: str, group: int, *, half: int | None = None, shrink: bool = True
+    ) -> torch.Tensor | None:
         """The output weighting of a site, or None where no gradients were collected.
 
         Shrunk for its number of samples: 256 random directions say little about the 1000 outputs of a classifier, and
         unshrunk they would make 744 of them free.
         """
         statistic = self.sites.get(path, {}).get("gradient-gram")
-        return None if statistic is None else shrunk(statistic.mean()[group], None, _shrinkage(statistic, None, group))
+        if statistic is None:
+            return None
+        half = half if statistic.has_halves else None
+        gram = statistic.mean(half)[group]
+        if not shrink:
+            return gram
+        gram = shrunk(gram, None, _shrinkage(statistic, None, group, half))
+        if not statistic.has_halves:
+            return gram
+        of_half, of_all = scales_shrinkage(statistic.mean(0)[group], statistic.mean(1)[group])
+        return with_even_scales(gram, of_all if half is None else of_half)
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics over the data of both.
