@@ -189,7 +189,8 @@ def _checked(
     if repaired.unrepaired:
         named, more = ", ".join(repaired.unrepaired[:5]), len(repaired.unrepaired) - 5
         remarks.append(
-            f"repair made the held-out error larger and was not used at: {named}" + (f" and {more} more" * (more > 0))
+            f"repair did not clearly lower the held-out error and was not used at: {named}"
+            + (f" and {more} more" * (more > 0))
         )
     if options.reestimate_batch_norms:
         norms = reestimate_batch_norms(result, fitted, world=world)

@@ -19,11 +19,13 @@ from rankfold.linalg.whitening import (
     damped_gram,
     left_spectrum,
     pseudo_inverse,
+    scales_shrinkage,
     shrinkage,
     shrinkage_of,
     shrunk,
     square_root,
     symmetric_eigen,
+    with_even_scales,
 )
 from rankfold.testing.matrices import normal
 
@@ -245,3 +247,35 @@ def test_positions_that_repeat_within_a_sample_are_no_new_samples() -> None:
     many = [each.repeat(50, 1).mT @ each.repeat(50, 1) / 300 for each in (rows[::2], rows[1::2])]
     assert shrinkage_of(*many) == pytest.approx(shrinkage_of(*few))
     assert shrinkage(sum(many) / 2, 600) < 0.1 * shrinkage(sum(few) / 2, 12)  # type: ignore[arg-type]
+
+
+def test_scales_of_chance_are_shrunk_towards_each_other_and_true_ones_are_not() -> None:
+    """Of few draws, inputs of one scale seem to have many; scales that both halves see stay as they are."""
+    draw = torch.Generator().manual_seed(0)
+    level = torch.logspace(-3, 3, 40, dtype=torch.float64)
+    for true, bounds in ((torch.ones(40, dtype=torch.float64), (0.5, 1.0)), (level, (0.0, 0.05))):
+        first, second = (
+            torch.diag((torch.randn(6, 40, generator=draw).double() * true.sqrt()).square().mean(0)) for _ in range(2)
+        )
+        of_half, of_all = scales_shrinkage(first, second)
+        assert bounds[0] <= of_all <= of_half <= bounds[1]
+        mean = (first + second) / 2
+        found = with_even_scales(mean, of_all)
+        assert float(found.trace()) == pytest.approx(float(mean.trace()))
+        off = (found.diagonal().log() - true.log()).std()
+        assert float(off) <= float((mean.diagonal().log() - true.log()).std()) * (0.7 if bounds[1] == 1.0 else 1.01)
+
+
+def test_even_scales_keep_correlations_and_zeros() -> None:
+    gram = gram_of(9)
+    gram[2], gram[:, 2] = 0, 0
+    found = with_even_scales(gram, 1.0)
+    live = torch.arange(6) != 2
+    torch.testing.assert_close(found.diagonal()[live], found.diagonal()[live].mean().expand(5))
+    own, mine = (
+        each[live][:, live] / each.diagonal()[live].sqrt().outer(each.diagonal()[live].sqrt()) for each in (gram, found)
+    )
+    torch.testing.assert_close(mine, own)
+    assert float(found[2].abs().sum()) == 0
+    assert with_even_scales(gram, 0.0) is gram
+    assert scales_shrinkage(torch.zeros(3, 3), torch.zeros(3, 3)) == (0.0, 0.0)

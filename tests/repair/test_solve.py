@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rankfold.repair.moments import PairMoments, SplitMoments
+from rankfold.repair.site import doubt
 from rankfold.repair.solve import as_moments, ridge
 
 HERE = torch.device("cpu")
@@ -123,3 +124,37 @@ def test_halves_together_are_all() -> None:
     assert fit.count == whole.count
     for name in ("xx", "yx", "x", "y", "yy"):
         assert torch.allclose(getattr(fit, name), getattr(whole, name), rtol=1e-12)
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3, 3.0, 30.0])
+@pytest.mark.parametrize("strength", [1e-3, 1e-5, 0.5])
+def test_the_search_finds_the_best_of_all_levels(noise: float, strength: float) -> None:
+    x = drawn(60, 20)
+    weight, true = drawn(3, 20, seed=1), drawn(3, 20, seed=1) + 0.3 * drawn(3, 20, seed=2)
+    y = x @ true.mT + noise * drawn(60, 3, seed=3)
+    halves = [(x[::2], y[::2]), (x[1::2], y[1::2])]
+
+    def error(level: float) -> float:
+        total = 0.0
+        for (a, b), (c, d) in (halves, halves[::-1]):
+            second = a.mT @ a / len(a)
+            fitted = weight + ((b.mT @ a / len(a)) - weight @ second) @ torch.linalg.inv(
+                second + level * second.diagonal().diag()
+            )
+            total += float((d - c @ fitted.mT).square().sum() / len(c))
+        return total
+
+    levels = [strength * 10**step for step in range(12) if strength * 10**step < 320]
+    plain = sum(float((d - c @ weight.mT).square().sum() / len(c)) for c, d in halves)
+    best = min(levels, key=error)
+    _, found = ridge(moments(x, y), 0, weight, bias=False, strength=strength)
+    if error(best) >= plain:
+        assert math.isinf(found)
+    else:
+        assert found == pytest.approx(max(strength, best / 2))
+
+
+def test_a_gain_is_doubted_more_where_fewer_samples_judge() -> None:
+    assert doubt(0) == 0
+    assert doubt(10) == pytest.approx(0.05, abs=0.001)
+    assert doubt(1000) < 0.01 < doubt(100)

@@ -28,6 +28,7 @@ class Share:
         numbers: For each of them, its number among those of all processes.
         starts: For each of them, the place of its first sample in the whole set.
         samples: How many samples the positions are drawn for: all of all processes, or more where these are a part.
+        judging: How many samples of all processes are held out.
         world: The processes.
     """
 
@@ -36,6 +37,7 @@ class Share:
     numbers: list[int]
     starts: list[int]
     samples: int
+    judging: int = 0
     world: World = ALONE
 
     def labels_of(self, index: int, rows: int) -> Tensor:

@@ -38,7 +38,7 @@ class Repaired:
         layers: New layer of every site that changes, by path.
         buffers: Changed running means of batch norms, by name.
         errors: For every solved site the relative error on held-out samples, (without repair, as returned).
-        unrepaired: Sites whose repair made the held-out error larger; they keep the unrepaired layer.
+        unrepaired: Sites whose repair did not make the held-out error clearly smaller; they keep the unrepaired layer.
         parts: The micro-batches walked.
         held: For each of them, which samples are held out.
         outputs: Outputs of both networks, one entry a micro-batch.
@@ -106,9 +106,10 @@ def lockstep(
     result = Repaired()
     numbers: list[int] = []
     starts: list[int] = []
-    samples = number = 0
+    samples = judging = number = 0
     for number, (part, rows) in enumerate(micro_batches(iter(batches), size), start=1):
         samples += len(rows)
+        judging += sum(row % every == every - 1 for row in rows)
         if sites.graph.static_batch is not None and len(rows) != size:
             raise TraceError(
                 sites.model,
@@ -141,7 +142,9 @@ def lockstep(
     originals = dict(model.named_modules(remove_duplicate=False))
     modules = originals if base is None else dict(base.named_modules(remove_duplicate=False))
     kept = {call.path: kept_of(call.path, originals[call.path], plan.cuts) for call in calls}
-    share = Share(result.parts, result.held, numbers, starts, samples if drawn_for is None else drawn_for, world)
+    share = Share(
+        result.parts, result.held, numbers, starts, samples if drawn_for is None else drawn_for, judging, world
+    )
     solver = SiteSolver(modules, plan, options, stats, share, kept)
     if several := {path for path, times in Counter(call.path for call in calls).items() if times > 1}:
         solver.look_ahead(model, several)

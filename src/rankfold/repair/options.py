@@ -19,7 +19,8 @@ class Lockstep:
     `y + (skip − skip')/a`, so that the site also takes up the error its skip branch carries. A layer without a bias
     gets none: a batch norm right behind it takes the shift into its running mean, otherwise raw moments are used.
 
-    A site whose repair makes the error on held-out inputs larger keeps the unrepaired layer.
+    A site whose repair does not lower the error on n held-out samples by more than `0.16/√n` of it keeps the
+    unrepaired layer.
 
     Attributes:
         ridge: `λ` relative to the mean input energy, in (0, 1].

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -30,6 +31,7 @@ from rankfold.statistics import Statistics
 from rankfold.statistics.size import size_of
 from rankfold.surgery import unrepaired
 
+DOUBT = 0.16  # of one held-out sample
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
 
 
@@ -48,6 +50,18 @@ class Solved:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     errors: tuple[float, float] | None = None
     repaired: bool = False
+
+
+def doubt(samples: int) -> float:
+    """By what share a repair must lower the held-out error to be used: `0.16/√n` for n held-out samples.
+
+    With ten a gain of 5 % is as likely chance. Where the repair leaves a percent of gain there, as at the last layers
+    of MobileNetV1 with 50 photographs, decisions are lost by it; where it is worth its while it gains far more.
+
+    Args:
+        samples: `n`; 0 where fitted samples judge, which is told in the report.
+    """
+    return DOUBT / math.sqrt(samples) if samples else 0.0
 
 
 Recall: TypeAlias = Callable[[str, Callable[[], Solved]], Solved]  # (path, how to solve it) → its solution
@@ -158,7 +172,7 @@ class SiteSolver:
         judge = seen.held if seen.held.count else seen.fit
         energy = float(judge.yy.sum() / max(judge.count, 1)) or 1.0
         errors = plain.error(judge) / energy, repaired.error(judge) / energy
-        if errors[1] > errors[0]:
+        if errors[1] > errors[0] * (1 - doubt(self._share.judging)):
             return Solved(self._build(layer, adapter, decision, plain), {}, (errors[0], errors[0]))
         buffers = {}
         if norm is not None and repaired.bias is not None:

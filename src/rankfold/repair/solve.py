@@ -13,8 +13,7 @@ from rankfold.linalg.whitening import add_diagonal_, correlations, covariance, s
 from rankfold.repair.moments import PairMoments, SplitMoments
 
 STEP = 10.0  # from one ridge that is tried to the next
-LEVELS = 6  # that are tried; beyond the last is the original weight itself
-FIRST = 2  # where the search begins: in the middle
+LARGEST = 100.0  # the last one; beyond it is the original weight itself
 
 
 def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -72,16 +71,18 @@ def _chosen(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, st
         sides.append((second, crossed - weight @ second))
     pairs = [(sides[0], sides[1]), (sides[1], sides[0])]
 
+    levels = 1 + max(0, round(math.log(LARGEST / strength, STEP)))
+
     @cache
     def gain(step: int) -> float:
-        if not 0 <= step < LEVELS:
-            return 0.0 if step == LEVELS else math.inf
+        if not 0 <= step < levels:
+            return 0.0 if step == levels else math.inf
         return sum(_gain(_change(*fitted, strength * STEP**step), *judge) for fitted, judge in pairs)
 
-    step = FIRST  # downhill from there: the error falls with the ridge, and then grows
+    step = levels // 3  # downhill from there: the error falls with the ridge, and then grows
     while gain(step + 1) <= gain(step):
         step += 1
-        if step == LEVELS:
+        if step == levels:
             return math.inf
     while gain(step - 1) < gain(step):
         step -= 1

@@ -101,7 +101,7 @@ def _rotation(weight: Tensor, moments: Moments, seen: Moments) -> tuple[Tensor, 
     rows = basis.mT @ root @ weight
     energy = rows @ seen.metric(method).to(weight) @ rows.mT
     mean = weight @ seen.mean if seen.bias else torch.zeros_like(weight[:, 0])
-    return basis.mT @ root, torch.linalg.solve_triangular(root.mT, basis, upper=False).mT, mean, energy
+    return basis.mT @ root, torch.linalg.solve_triangular(root, basis, upper=True).mT, mean, energy
 
 
 def add_samples(

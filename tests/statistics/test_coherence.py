@@ -1,0 +1,136 @@
+"""Coherence: what is followed for all ranks at once, against every rank followed by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import rankfold as rf
+from rankfold.channels.narrowing import narrowed_statistics
+from rankfold.decompositions import WhitenedSVD, factorise
+from rankfold.errors import RankfoldError
+from rankfold.metrics.outputs import settled
+from rankfold.statistics import Coherence
+from rankfold.statistics.draws import generator
+from rankfold.statistics.gradients import _differentiated
+
+
+class Pooled(nn.Module):
+    """A convolution whose outputs are averaged over all positions."""
+
+    def __init__(self, bias: bool, groups: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(4, 6, 3, padding=1, bias=bias, groups=groups)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of each image."""
+        pooled: Tensor = self.last(torch.relu(self.first(x)).mean((2, 3)))
+        return pooled
+
+
+def images(number: int, *, alike: float = 0.0) -> Tensor:
+    """Noise, with a share of it common to all positions of an image."""
+    draw = torch.Generator().manual_seed(1)
+    own, common = torch.randn(number, 4, 5, 5, generator=draw), torch.randn(number, 4, 1, 1, generator=draw)
+    return own * (1 - alike) ** 0.5 + common * alike**0.5 + 0.5
+
+
+def collected(model: nn.Module, x: Tensor) -> tuple[rf.Sites, rf.Statistics]:
+    sites = rf.find_sites(model, x)
+    stats = rf.collect(model, [x], sites=sites)
+    assert rf.collect_gradients(model, [x], stats, sites=sites) is None
+    return sites, stats
+
+
+@pytest.mark.parametrize(("bias", "groups"), [(True, 1), (False, 1), (True, 2)])
+def test_all_ranks_at_once_are_each_rank_by_itself(bias: bool, groups: int) -> None:
+    model, x = Pooled(bias, groups).eval(), images(20)
+    sites, stats = collected(model, x)
+    site, found = sites.at("first"), stats.sites["first"]["coherence"].mean()[0]
+    ranks = 6 // groups
+    assert found.shape == (2, ranks + 1)
+    taken = settled(model, [x], None)
+    reached, gradients = _differentiated(model, dict(model.named_modules()), sites, x, taken, generator(0, 0, 1))
+    ((_, layer, _),) = [each for each in reached if each[0].path == "first"]
+    gradient = gradients[[each[0].path for each in reached].index("first")]
+    assert gradient is not None
+    weight = layer.weight.detach().double().unflatten(0, (groups, -1))  # type: ignore[operator, union-attr]
+    for rank in range(ranks):
+        felt, predicted = torch.zeros(20).double(), 0.0
+        for group in range(groups):
+            moments, seen = stats.moments(site, group), stats.moments(site, group, shrink=False)
+            change = weight[group]
+            if rank:
+                change = change - factorise(WhitenedSVD(), weight[group], rank, moments).reconstruct()
+            patches = F.unfold(x.double().unflatten(1, (groups, -1))[:, group], 3, padding=1)  # samples, n, positions
+            if bias:
+                assert seen.mean is not None
+                patches = patches - seen.mean[:, None]
+            g = gradient.double().unflatten(1, (groups, -1))[:, group].flatten(2)
+            felt += (torch.einsum("on,snp->sop", change.flatten(1), patches) * g).sum((1, 2))
+            energy = change.flatten(1) @ seen.metric("test") @ change.flatten(1).mT
+            predicted += float(torch.einsum("sop,oq,sqp->", g, energy, g))
+        assert float(found[0, rank]) == pytest.approx(float(felt.square().mean()), rel=1e-3)
+        assert float(found[1, rank]) == pytest.approx(predicted / 20, rel=1e-3)
+    assert found[:, -1].tolist() == [0, 0]
+
+
+def test_errors_that_all_positions_share_add_up() -> None:
+    errors = torch.tensor([0.5])
+    apart, alike = (
+        float(collected(Pooled(True).eval(), images(400, alike=share))[1].sites["first"]["coherence"].at(errors))  # type: ignore[attr-defined]
+        for share in (0.0, 0.9)
+    )
+    assert alike > 2 * apart
+
+
+def test_without_positions_there_is_nothing_to_add_up() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 5).eval()
+    x = torch.randn(4000, 6, generator=torch.Generator().manual_seed(1))
+    _, stats = collected(nn.Sequential(model), x)
+    own = stats.sites["0"]["coherence"]
+    assert isinstance(own, Coherence)
+    assert own.count == 256
+    torch.testing.assert_close(own.at(torch.tensor([1.0, 0.3, 0.1])), torch.ones(3), rtol=0.25, atol=0)
+
+
+def test_curves_are_multiplied_by_it_and_know_what_they_were() -> None:
+    model, x = Pooled(True).eval(), images(200, alike=0.9)
+    sites, stats = collected(model, x)
+    curves = rf.measure(model, stats, sites=sites, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
+    for curve in curves.of(sites.at("first")):
+        assert curve.independent is not None
+        assert curve.errors[0] / curve.errors[-2] > 1.5 * curve.independent[0] / curve.independent[-2]
+        assert curves.independent().of(curve.site)[0].errors is not None
+    apart = {curve.site.path: curve.independent for curve in curves}
+    assert {curve.site.path: curve.errors for curve in curves.independent()} == apart
+    without = {name: own for name, own in stats.sites["first"].items() if name != "coherence"}
+    plain = rf.Statistics({**stats.sites, "first": without}, stats.manifest, stats.fingerprint)
+    for curve in rf.measure(model, plain, sites=sites, families=[rf.WhitenedSVD()]).of(sites.at("first")):
+        assert curve.independent is None
+
+
+def test_it_is_saved_merged_and_stays_where_channels_go(tmp_path: object) -> None:
+    model, x = Pooled(True).eval(), images(40)
+    sites, stats = collected(model, x)
+    stats.save(f"{tmp_path}/stats")
+    again = rf.Statistics.load(f"{tmp_path}/stats")
+    mine, theirs = stats.sites["first"]["coherence"], again.sites["first"]["coherence"]
+    assert torch.equal(mine.mean(), theirs.mean())
+    merged = stats.merge(again).sites["first"]["coherence"]
+    assert merged.count == 2 * mine.count
+    torch.testing.assert_close(merged.mean(), mine.mean())
+    cuts = {"first.weight": {0: [0, 2, 3, 5]}}
+    narrow = narrowed_statistics(stats, model, sites, cuts, "narrow")  # type: ignore[arg-type]
+    assert narrow.sites["first"]["coherence"] is mine
+
+
+def test_it_is_not_collected_in_a_forward_pass() -> None:
+    model, x = Pooled(True).eval(), images(8)
+    with pytest.raises((RankfoldError, TypeError), match="coherence"):
+        rf.collect(model, [x], sites=rf.find_sites(model, x), statistics=["coherence"])
