@@ -105,8 +105,9 @@ def test_as_many_plans_are_predicted_as_are_asked_for(
     assert (predicted[0] > 0) == (samples == 170 and asked[0] > 2)
 
 
-def test_more_samples_and_wider_layers_take_longer(found: rf.Forecast) -> None:
-    many = dry(data=images(3000))
+def test_more_samples_take_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Rates, "timed", lambda self, work, repeats=1: 1e-3)  # on any machine, however busy
+    found, many = dry(), dry(data=images(3000))
     assert many.seconds["repair"] > found.seconds["repair"]
     assert many.memory["repair"] > found.memory["repair"]
     assert many.memory["curves"] == found.memory["curves"]  # moments know no samples

@@ -11,15 +11,16 @@ import torch
 from torch import nn
 
 from rankfold.errors import allocating
-from rankfold.graph.trace import Batch
+from rankfold.graph.trace import Batch, batch_size, take
 from rankfold.metrics.compare import Comparison
 from rankfold.metrics.cost import Cost
 from rankfold.metrics.latency import Latency, latency_ratio
 from rankfold.plan import Plan
-from rankfold.report.data import Report
+from rankfold.report.data import Candidate, Report
 from rankfold.statistics.distributed import world
 
 T = TypeVar("T")
+LATENCY_SAMPLES = 32  # at most so many of a batch are timed, where the model takes a batch of any size
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +56,22 @@ class Attempt:
     remarks: tuple[str, ...]
     cost: Cost | None = None
 
+    def told(self, name: str, samples: int | None = None) -> Candidate:
+        """For the report: by name, and how many samples it was carried out on where these are not all."""
+        return Candidate(name, self.comparison.divergence, self.comparison.agreement, False, samples)
 
-def one_latency(original: nn.Module, compressed: nn.Module, example: Batch) -> Latency:
-    """Measured by the first process while all others wait, so that none disturbs it."""
+
+def one_latency(original: nn.Module, compressed: nn.Module, example: Batch, *, whole: bool) -> Latency:
+    """Measured by the first process while all others wait, so that none disturbs it.
+
+    Args:
+        original: The original.
+        compressed: The compressed model.
+        example: One batch.
+        whole: Whether all of it is timed, since the model may take no other size.
+    """
+    if not whole:
+        example = take(example, torch.arange(min(batch_size(example), LATENCY_SAMPLES)))
     together_with = world()
     latency = torch.zeros(3, dtype=torch.float64)
     if together_with.owns(0):

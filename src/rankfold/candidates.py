@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.errors import BudgetError
 from rankfold.graph.lockstep import micro_batches
 from rankfold.graph.trace import Batch, batch_size
@@ -64,6 +65,42 @@ def rank_makers(
         own = replace(curves, curves=tuple(curve for curve in curves if curve.method == method))
         makers.append(Maker(f"{name_of(first)}, {name_of(method)} alone", partial(make, own, first), always=False))
     return makers
+
+
+@dataclass(frozen=True)
+class ChannelWay:
+    """A way to remove channels.
+
+    Attributes:
+        name: What the candidate is called.
+        share: Of the way to the budget that channels go; ranks go the rest.
+        sizes: Chooses how many units of each group stay.
+        selector: Chooses the ranks.
+        always: As of a `Maker`.
+    """
+
+    name: str
+    share: float
+    sizes: WidthSelector
+    selector: RankSelector
+    always: bool
+
+
+def channel_ways(selector: RankSelector | None, sizes: WidthSelector | None, *, ranks: bool) -> list[ChannelWay]:
+    """Ways to remove channels: all the way, and half of it with ranks for the rest; without ranks, by all selectors.
+
+    Args:
+        selector: Of ranks, the one that was named; None is each of the defaults.
+        sizes: Of channels, the one that was named; None is each of the defaults.
+        ranks: Whether there are families with ranks.
+    """
+    ranked = [Lagrangian(), Uniform()] if selector is None else [selector]
+    if not ranks:
+        tried = SIZES if sizes is None else {name_of(sizes): sizes}
+        return [ChannelWay(f"channels, {name}", 1.0, each, ranked[0], True) for name, each in tried.items()]
+    half = SIZES[HALF_WAY]
+    mixed = [ChannelWay(f"channels + {name_of(each)}", 0.5, half, each, each is ranked[0]) for each in ranked]
+    return [ChannelWay("channels", 1.0, half, ranked[0], True), *mixed]
 
 
 def candidates_of(makers: Sequence[Maker], bounds: Mapping[str, int]) -> dict[str, Plan]:

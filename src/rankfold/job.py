@@ -7,29 +7,28 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankfold.applying import carry_out
 from rankfold.attempts import Attempt, Clock, Compressed, one_latency
-from rankfold.candidates import FINALISTS, Maker, candidates_of, part_of
+from rankfold.candidates import FINALISTS, Maker, candidates_of, channel_ways, part_of
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
-from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
+from rankfold.channels.widths import WidthSelector
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError, SiteError
 from rankfold.graph.models import COMPILED, check_model, is_compiled
 from rankfold.graph.refusals import BY_BATCH
 from rankfold.graph.sites import Sites, find_sites
-from rankfold.graph.trace import Batch, batch_size, device_of, take
+from rankfold.graph.trace import Batch, batch_size, device_of
 from rankfold.graph.values import Spill
 from rankfold.metrics.compare import compare
 from rankfold.metrics.counted import count
 from rankfold.metrics.outputs import Outputs, Taken, outputs_to_json, settled
 from rankfold.plan import Plan
 from rankfold.progress import Progress
-from rankfold.ranks import Budget, Lagrangian, RankSelector, Uniform
-from rankfold.registry import name_of, to_json
+from rankfold.ranks import Budget, RankSelector
+from rankfold.registry import to_json
 from rankfold.repair import Lockstep
 from rankfold.repair.site import always_solve
 from rankfold.report.data import Candidate, Report, environment, rows
@@ -42,7 +41,6 @@ from rankfold.statistics.size import bounded, machine_memory
 from rankfold.surgery import check_copy, copied
 from rankfold.work import Work
 
-LATENCY_SAMPLES = 32  # at most so many of the first batch are timed, where the model takes a batch of any size
 DENSER = 2  # on a part of the samples so many times the positions of each are looked at
 SHUFFLED = (
     "the data gives other batches at each pass: held-out samples of one pass were fitted on in another, so candidates "
@@ -200,14 +198,7 @@ class Job:
         repair: Lockstep | None,
     ) -> list[Maker]:
         """Plans that remove channels: alone, and with other families for the rest of the way."""
-        tried = SIZES if sizes is None else {name_of(sizes): sizes}
-        ranked = [Lagrangian(), Uniform()] if selector is None else [selector]
-        half = SIZES[HALF_WAY]
-        if forms:
-            ways = [("channels", 1.0, half, ranked[0])]
-            ways += [(f"channels + {name_of(each)}", 0.5, half, each) for each in ranked]
-        else:
-            ways = [(f"channels, {name}", 1.0, each, ranked[0]) for name, each in tried.items()]
+        ways = channel_ways(selector, sizes, ranks=bool(forms))
         try:
             remover = self.clock.time(
                 "curves",
@@ -217,7 +208,7 @@ class Job:
                     self.sites,
                     self.stats,
                     method,
-                    selectors=[each for _, _, each, _ in ways],
+                    selectors=[way.sizes for way in ways],
                     seed=seed,
                 ),
             )
@@ -228,21 +219,21 @@ class Job:
             return []
         return [
             Maker(
-                name,
+                way.name,
                 partial(
                     remover.plan,
                     budget,
-                    share=share,
-                    sizes=each,
+                    share=way.share,
+                    sizes=way.sizes,
                     families=forms,
-                    selector=chosen,
+                    selector=way.selector,
                     seed=seed,
                     repair=repair,
                     world=world(),
                 ),
-                always=not forms or chosen is ranked[0],
+                always=way.always,
             )
-            for name, share, each, chosen in ways
+            for way in ways
         ]
 
     def attempt(self, plan: Plan, part: Sequence[Batch] | None = None) -> Attempt:
@@ -301,13 +292,13 @@ class Job:
                     budget.check_held(attempt.cost, self.sites.cost)
                 if not best or attempt.comparison.divergence < best[0].comparison.divergence:
                     best[:] = [attempt]  # one compressed model at a time is kept
-                return _candidate(name, attempt)
+                return attempt.told(name)
 
             return replace(self.work.result(plan, "all", Candidate, work), selector=name)
 
         def trial(name: str, plan: Plan) -> Candidate:
             def work() -> Candidate:
-                return _candidate(name, self.attempt(plan, part), samples)
+                return self.attempt(plan, part).told(name, samples)
 
             return replace(self.work.result(plan, f"a part of {samples}", Candidate, work), selector=name)
 
@@ -377,10 +368,8 @@ class Job:
         if budget is not None:
             budget.check_held(after, self.sites.cost)
         with self.progress("latency", None):
-            few = example
-            if self.sites.graph.program is not None and self.sites.graph.static_batch is None:
-                few = take(example, torch.arange(min(batch_size(example), LATENCY_SAMPLES)))
-            latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, few))
+            whole = self.sites.graph.program is None or self.sites.graph.static_batch is not None
+            latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, example, whole=whole))
         report = Report(
             self.sites.model,
             rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts)),
@@ -409,7 +398,3 @@ class Job:
             f"as wide as before, though channels went: {', '.join(left)}, which the forward on the example does not "
             "reach; code that calls them elsewhere (in training, say) may find channels gone"
         ]
-
-
-def _candidate(name: str, attempt: Attempt, samples: int | None = None) -> Candidate:
-    return Candidate(name, attempt.comparison.divergence, attempt.comparison.agreement, False, samples)

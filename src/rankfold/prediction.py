@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankfold.candidates import FEWEST, FINALISTS, SPARSEST
 from rankfold.channels.widths import SIZES
-from rankfold.decompositions import Decomposition, Family, Interpolative
+from rankfold.decompositions import Decomposition, Family, Interpolative, WhitenedSVD
 from rankfold.graph.channels import ChannelGroup
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
@@ -25,6 +25,7 @@ from rankfold.statistics.size import CHUNK_BYTES, CHUNKS, ELEMENT, sizes_of
 
 DENSER = 2  # a trial looks at so many times the positions of a sample
 TRIANGLE = 0.75  # of a Gram's products are computed
+DIAL = 1 + 2 * 3  # solves of a site: for three levels of the ridge each half, and once all samples
 HEAVIEST = 5  # sites that are named
 TIMED_SAMPLES, TIMED_SECONDS = 32, 1.0  # of the measured latency
 
@@ -193,12 +194,15 @@ class Predicted:
 
     def _gradients(self) -> float:
         samples = min(256, self.fit)
-        total = self.forward * (3 * samples + BATCH)
+        total = self.forward * (2 * 3 * samples + BATCH)
         for site in self.sites:
             geometry = site.geometry
             outputs, rows = geometry.canonical_shape[0], samples * _positions(site)
-            products = self.rates.product(TRIANGLE * geometry.groups * rows * outputs**2)
-            total += self._spent(site, products + self.rates.copy(2 * geometry.groups * rows * outputs))
+            rank = min(outputs, geometry.features)
+            products = TRIANGLE * outputs**2 + rank * (2 * outputs + TRIANGLE * rank)  # Gram; both turned, and its Gram
+            copied = self.rates.copy(geometry.groups * rows * (2 * outputs + 4 * rank))
+            basis = geometry.groups * self.rates.decompose(WhitenedSVD(), (outputs, geometry.features))
+            total += self._spent(site, self.rates.product(geometry.groups * rows * products) + copied + basis)
         return total
 
     def _moments(self, site: Site, rows: float, pieces: float, *, outputs: int) -> float:
@@ -214,7 +218,8 @@ class Predicted:
 
     def _curves(self, site: Site) -> float:
         shape = site.geometry.canonical_shape
-        return site.geometry.groups * sum(self.rates.errors(method, shape) for method in self._methods(site))
+        halves = 2  # each fitted on one and judged on the other
+        return site.geometry.groups * halves * sum(self.rates.errors(method, shape) for method in self._methods(site))
 
     def _groups(self) -> float:
         """Each channel group is tried three times, on the batch first, and then ordered."""
@@ -245,7 +250,7 @@ class Predicted:
             wanted = enough_positions(geometry.features, options.samples_per_feature, max(drawn_for, 1))
             rows = samples * min(_positions(site), wanted)
             own = self._moments(site, rows, 2 * samples / options.batch, outputs=geometry.canonical_shape[0])
-            own += geometry.groups * self.rates.solve(geometry.features) + 2 * self._solved(site)
+            own += geometry.groups * DIAL * self.rates.solve(geometry.features) + 2 * self._solved(site)
             self._spent(site, own * times)
             total += own
         return total

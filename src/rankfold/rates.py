@@ -95,11 +95,11 @@ class Rates:
         return self._scaled("elimination", (outputs, units, taps), work)
 
     def errors(self, method: Decomposition, shape: Sequence[int]) -> float:
-        """Seconds of a method's errors at all its ranks, of one weight of a shape (out, in, kernel…)."""
+        """Seconds of a method's errors at all ranks, judged on others, of a weight of a shape (out, in, kernel…)."""
 
         def work(small: tuple[int, ...]) -> Callable[[], object]:
             weight, moments = self._problem(small)
-            return lambda: output_errors(method, weight, moments)
+            return lambda: output_errors(method, weight, moments, moments)
 
         return self._scaled(("errors", method), shape, work)
 

@@ -6,19 +6,18 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any, overload
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rankfold.errors import ModelError, OptionError, SiteError, TraceError, is_out_of_memory, near_matches, shown
-from rankfold.factors import Rank
 from rankfold.graph.models import check_model, check_module
 from rankfold.graph.probe import observe, paths_of
 from rankfold.graph.refusals import Context, why_entangled, why_unfit
+from rankfold.graph.room import has_room
 from rankfold.graph.trace import Batch, Graph, split_batch, trace
-from rankfold.layers import Geometry, adapter_for, forms, stages
+from rankfold.layers import Geometry, adapter_for
 from rankfold.metrics.cost import Cost, Holding
 from rankfold.metrics.counted import Counted, count_bytes, count_params, counted, holdings
 
@@ -199,7 +198,7 @@ def find_sites(
             _, adapter = layers[id(module)]
             size = adapter.canonical(module).element_size()
             site = Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(seen[id(module)].calls), size)
-            if reason is None and not _has_room(site):
+            if reason is None and not has_room(site):
                 reason = "no room: no factorisation of rank 1 is smaller than the layer"
         if reason is not None:
             skips.append(Skip(path, reason))
@@ -388,32 +387,3 @@ def _refuse_lazy(path: str) -> Callable[[nn.Module, Any], None]:
         )
 
     return refuse
-
-
-def _has_room(site: Site) -> bool:
-    """Whether some form at its smallest rank has fewer parameters, or fewer MACs, than the layer."""
-    from rankfold.metrics.cost import dense_cost, site_cost
-
-    dense = dense_cost(site)
-    for form in forms():
-        rank = smallest_rank(form, site.geometry)
-        if rank is None or prod(part.n_weights for part in stages(site.geometry, form, rank)) == 0:
-            continue
-        cost = site_cost(site, form, rank)
-        if cost.params < dense.params or cost.macs < dense.macs:
-            return True
-    return False
-
-
-def smallest_rank(form: str, geometry: Geometry) -> Rank | None:
-    """The smallest rank of a form, or None where the form has no case in this geometry."""
-    kernel = geometry.kernel
-    if form == "matrix":
-        return 1
-    if form == "mirrored":
-        return 1 if any(size > 1 for size in kernel) else None
-    if form == "spatial":
-        return 1 if len(kernel) == 2 and min(kernel) > 1 else None
-    if form == "tucker":
-        return (1, 1) if any(size > 1 for size in kernel) else None
-    return None
