@@ -15,7 +15,9 @@ import rankfold as rf
 from rankfold.errors import OptionError, PlanError, SelfCheckError
 from rankfold.graph.sites import find_sites
 from rankfold.metrics.counted import count
+from rankfold.repair.gather import Share
 from rankfold.repair.lockstep import install, lockstep, self_check
+from rankfold.repair.moments import FIRST, HELD, SECOND
 from rankfold.statistics.collect import collect
 
 
@@ -295,3 +297,14 @@ def test_a_plan_with_an_unknown_repair_option_is_refused() -> None:
     text = out.plan.to_json().replace('"absorb_skip"', '"absorb_skips"')
     with pytest.raises(PlanError, match="absorb_skip"):
         rf.apply(model, rf.Plan.from_json(text), data)
+
+
+def test_with_time_in_front_no_step_passes_for_a_held_out_sample() -> None:
+    """Ten steps of ten samples: rows are steps, so none of them is a sample that nothing was fitted on."""
+    share = Share([torch.zeros(10, 10, 6)], [torch.arange(10) % 10 == 9], [0], [0], 10, 1)
+    own = share.labels_of(0, 10, (1,)).tolist()
+    assert own == [FIRST, SECOND] * 4 + [FIRST, HELD]
+    assert set(share.labels_of(0, 10, (10,)).tolist()) <= {FIRST, SECOND}
+    assert share.labels_of(0, 20, (2,)).tolist() == [
+        each for each in share.labels_of(0, 10, (1,)).tolist() for _ in "ab"
+    ]

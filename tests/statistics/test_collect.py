@@ -13,7 +13,7 @@ from rankfold.errors import DataError, NumericsError, OptionError, TraceError
 from rankfold.graph.sites import Sites, find_sites
 from rankfold.statistics import Statistics
 from rankfold.statistics import collect as module
-from rankfold.statistics.collect import collect
+from rankfold.statistics.collect import collect, tells_apart
 from rankfold.statistics.data import Split
 from rankfold.testing import toy_network
 from rankfold.testing.devices import generator_states, same_states
@@ -260,3 +260,31 @@ def test_many_samples_need_few_positions_each() -> None:
     assert looked_at(torch.utils.data.DataLoader(torch.cat(batches), 50), positions=64, enough=48) == 500 * 64
     with pytest.raises(OptionError, match="enough"):
         looked_at(batches, positions=64, enough=0)
+
+
+class TimeFirst(nn.Module):
+    """Layers that see time in front, as `batch_first=False` has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sequences of the batch, samples × time × 6, to values of each sample."""
+        y: Tensor = self.out(torch.relu(self.inner(x.transpose(0, 1))).mean(0))
+        return y
+
+
+def test_with_time_in_front_samples_are_not_told_apart_by_it() -> None:
+    """Eight steps of four samples: a multiple, but rows are steps, and each holds all samples."""
+    x = torch.randn(4, 8, 6, generator=torch.Generator().manual_seed(0))
+    sites = find_sites(TimeFirst().eval(), x)
+    assert (sites.at("inner").rows, sites.at("out").rows) == ((8,), (1,))
+    stats = collect(TimeFirst().eval(), [x], sites=sites)
+    assert not stats.has_halves("inner")
+    assert stats.has_halves("out")
+    assert tells_apart(8, 4, (2,))
+    assert not tells_apart(8, 4, (8,))
+    assert tells_apart(8, 1, (8,))
+    assert tells_apart(8, 4, ())

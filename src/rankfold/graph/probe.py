@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rankfold.errors import is_out_of_memory
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import Adapter, input_of
+from rankfold.layers.calls import rows_of
 from rankfold.metrics.counted import run_one
 
 Calls = list[tuple[tuple[int, ...], int]]
@@ -30,11 +31,13 @@ class Seen:
 
     Attributes:
         calls: For every call the spatial size of the input, and how often the layer is applied in it, per sample.
+        rows: For every call how many entries the axis of samples has, per sample: 1, or several as of windows.
         misuse: Why a replacement would break the code around the layer; None where it would not.
         by_batch: Whether one sample alone does not reach the layer, and the whole batch does.
     """
 
     calls: Calls = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
     misuse: str | None = None
     by_batch: bool = False
 
@@ -53,6 +56,7 @@ class _StandIn(nn.Sequential):
         alone = len(args) + len(options) == 1
         if alone and isinstance(inputs, Tensor) and not inputs.is_nested and inputs.layout is torch.strided:
             self._seen.calls.append(self._adapter.sample_size(self._layer, inputs))
+            self._seen.rows.append(rows_of(self._adapter, self._layer, inputs))
         else:
             given = ", ".join([*(type(value).__name__ for value in args), *options])
             self._note(f"it is called with ({given}) where a replacement takes one plain tensor")
@@ -165,6 +169,7 @@ def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module
             parent._modules[name] = child
     for each in seen.values():
         each.calls = [(size, max(1, round(count / samples))) for size, count in each.calls]
+        each.rows = [rows // samples for rows in each.rows if rows % samples == 0]
     return seen
 
 
@@ -172,7 +177,7 @@ def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module
 def _afresh(seen: dict[int, Seen]) -> Iterator[None]:
     """Inside, a try of which nothing that an earlier one showed is left."""
     for each in seen.values():
-        each.calls, each.misuse = [], None
+        each.calls, each.rows, each.misuse = [], [], None
     yield
 
 

@@ -35,6 +35,8 @@ class Site:
             applied in it (tokens of a linear layer; 1 for a convolution). Counts are per sample.
         element_size: Bytes of one weight element.
         fixed: Why no other module can take the layer's place, where it can still lose channels; "" where one can.
+        rows: How many entries the axis of samples has at a call of one sample alone: 1, or several, as of windows or
+            where time stands in front; empty where that is not known.
     """
 
     path: str
@@ -44,6 +46,7 @@ class Site:
     calls: tuple[tuple[tuple[int, ...], int], ...]
     element_size: int
     fixed: str = ""
+    rows: tuple[int, ...] = ()
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -197,7 +200,9 @@ def find_sites(
         if id(module) in layers and (reason is None or Skip(path, reason).kind == "read elsewhere"):
             _, adapter = layers[id(module)]
             size = adapter.canonical(module).element_size()
-            site = Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(seen[id(module)].calls), size)
+            own = seen[id(module)]
+            rows = tuple(sorted(set(own.rows)))
+            site = Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(own.calls), size, rows=rows)
             if reason is None and not has_room(site):
                 reason = "no room: no factorisation of rank 1 is smaller than the layer"
         if reason is not None:

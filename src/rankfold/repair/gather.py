@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from rankfold.channels.narrowing import Kept
 from rankfold.graph.trace import Batch
 from rankfold.layers import Adapter
+from rankfold.layers.calls import rows_of
 from rankfold.repair.moments import FIRST, HELD, SECOND, SplitMoments
 from rankfold.repair.widened import channel_axis, narrowed
-from rankfold.statistics.collect import chunks, labels_of_rows, of_rows, rows_of
+from rankfold.statistics.collect import chunks, labels_of_rows, of_rows, tells_apart
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import enough_positions, generator
 
@@ -40,7 +42,7 @@ class Share:
     judging: int = 0
     world: World = ALONE
 
-    def labels_of(self, index: int, rows: int) -> Tensor:
+    def labels_of(self, index: int, rows: int, alone: Collection[int]) -> Tensor:
         """For every row of a layer's input in a micro-batch whether it is of the first half, the second, or held out.
 
         Where no sample can be told apart, all rows are fitted on, in one half or the other by turns.
@@ -48,12 +50,13 @@ class Share:
         Args:
             index: Of the micro-batch, among those walked here.
             rows: How many rows the layer sees.
+            alone: How many it sees of one sample alone; empty where that is not known.
         """
         held, start = self.held[index], self.starts[index]
-        if rows % len(held):
+        if not tells_apart(rows, len(held), alone):
             return torch.full((rows,), self.numbers[index] % 2)
         fitted = torch.where(torch.arange(start, start + len(held)) % 2 == 0, FIRST, SECOND)
-        return labels_of_rows(torch.where(held, HELD, fitted), rows)
+        return labels_of_rows(torch.where(held, HELD, fitted), rows, alone)
 
 
 class Gather:
@@ -67,6 +70,7 @@ class Gather:
         per_feature: Positions looked at for each feature.
         seed: Of the draw of positions.
         device: Where the sums are kept.
+        alone: How many rows the layer sees of one sample alone; empty where that is not known.
     """
 
     def __init__(
@@ -78,9 +82,10 @@ class Gather:
         per_feature: int,
         seed: int,
         device: torch.device,
+        alone: Collection[int] = (),
     ) -> None:
         self._layer, self._adapter, self._kept, self._share = layer, adapter, kept, share
-        self._per_feature, self._seed = per_feature, seed
+        self._per_feature, self._seed, self._alone = per_feature, seed, alone
         geometry = adapter.geometry(layer)
         self._seen = SplitMoments.zeros(geometry.groups, geometry.features, geometry.canonical_shape[0], device)
 
@@ -96,7 +101,7 @@ class Gather:
         """
         layer, adapter, axis = self._layer, self._adapter, channel_axis(self._layer)
         positions = self._positions(inputs, index, call)
-        labels = self._share.labels_of(index, rows_of(adapter, layer, inputs)).to(inputs.device)
+        labels = self._share.labels_of(index, rows_of(adapter, layer, inputs), self._alone).to(inputs.device)
         read = [narrowed(each, axis, self._kept.outputs) for each in (target, *skip)]
         inputs = narrowed(inputs, axis, self._kept.inputs)
         for rows, patches, (wanted, *rest) in chunks(adapter, layer, inputs, read, positions):

@@ -145,7 +145,7 @@ def lockstep(
     share = Share(
         result.parts, result.held, numbers, starts, samples if drawn_for is None else drawn_for, judging, world
     )
-    solver = SiteSolver(modules, plan, options, stats, share, kept)
+    solver = SiteSolver(modules, plan, options, stats, share, kept, {site.path: site.rows for site in sites})
     if several := {path for path, times in Counter(call.path for call in calls).items() if times > 1}:
         solver.look_ahead(model, several)
     buffers = dict(model.named_buffers(remove_duplicate=False))

@@ -100,6 +100,7 @@ class SiteSolver:
         stats: Statistics of the original.
         share: The micro-batches walked here.
         kept: What stays of each site's channels, by path; `modules` are then narrowed. None cuts nothing.
+        alone: By path, how many rows a site sees of one sample alone; none where that is not known.
     """
 
     def __init__(
@@ -110,7 +111,9 @@ class SiteSolver:
         stats: Statistics | None,
         share: Share,
         kept: Mapping[str, Kept] | None = None,
+        alone: Mapping[str, Collection[int]] | None = None,
     ) -> None:
+        self._alone = {} if alone is None else alone
         self._kept = {} if kept is None else kept
         self._later: dict[str, SplitMoments] = {}  # of all calls but the first, by path
         self._modules, self._plan, self._options, self._stats, self._share = modules, plan, options, stats, share
@@ -234,7 +237,8 @@ class SiteSolver:
     def gather(self, path: str, layer: nn.Module, adapter: Adapter, device: torch.device) -> Gather:
         """What takes in the inputs and targets of a site."""
         kept = self._kept.get(path, Kept())
-        return Gather(layer, adapter, kept, self._share, self._options.samples_per_feature, self._plan.seed, device)
+        dense, seed, alone = self._options.samples_per_feature, self._plan.seed, self._alone.get(path, ())
+        return Gather(layer, adapter, kept, self._share, dense, seed, device, alone)
 
     def look_ahead(self, model: nn.Module, paths: Collection[str]) -> None:
         """Run the original over the calibration set, and note what some sites are given at their later calls.

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from rankfold.decompositions import Moments, WhitenedSVD, output_root
 from rankfold.graph.sites import Site
 from rankfold.layers import adapter_for
+from rankfold.layers.calls import rows_of
 from rankfold.linalg.precision import gram, widen
 from rankfold.linalg.spectrum import tail_sums
 from rankfold.linalg.whitening import left_spectrum
 from rankfold.statistics._coherence import Coherence
-from rankfold.statistics.collect import rows_of
+from rankfold.statistics.collect import tells_apart
 from rankfold.statistics.store import Statistics
 
 
@@ -121,7 +122,9 @@ def add_samples(
     changes: dict[str, Tensor] = {}
     for (site, layer, outputs), gradient in zip(reached, gradients, strict=True):
         own, adapter = followed.get(site.path), adapter_for(layer)
-        if own is None or adapter is None or gradient is None or rows_of(adapter, layer, outputs) % samples:
+        if own is None or adapter is None or gradient is None:
+            continue
+        if not tells_apart(rows_of(adapter, layer, outputs), samples, site.rows):
             continue
         here, seen = own.rotated(adapter.outputs(layer, outputs.detach()), adapter.outputs(layer, gradient))
         own.gram += seen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, cast
 
@@ -23,6 +23,7 @@ from rankfold.graph.lockstep import micro_batches
 from rankfold.graph.sites import Site, Sites, check_sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import Adapter, adapter_for, input_of
+from rankfold.layers.calls import rows_of
 from rankfold.linalg.precision import work_dtype
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.registry import lookup
@@ -226,7 +227,8 @@ class _Feeder:
         inputs: Tensor = input_of(args, kwargs)
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
-        labels = labels_of_rows(self._first, rows_of(self._adapter, layer, inputs)).to(inputs.device)
+        seen = rows_of(self._adapter, layer, inputs)
+        labels = labels_of_rows(self._first, seen, self.site.rows).to(inputs.device)
         with allocating(repr(self.site.path), "the statistics of a layer", needs=self._needs):
             for rows, patches, outputs in chunks(self._adapter, layer, inputs, [output] if reads else [], chosen):
                 for first in (True, False):
@@ -258,22 +260,31 @@ class _Feeder:
                 )
 
 
-def rows_of(adapter: Adapter, layer: nn.Module, inputs: Tensor) -> int:
-    """Entries along the axis of samples of a layer's input; 1 for an input that has no such axis."""
-    axes = len(adapter.geometry(layer).kernel)
-    return inputs.shape[0] if inputs.ndim >= (axes + 2 if axes else 2) else 1
+def tells_apart(rows: int, samples: int, alone: Collection[int]) -> bool:
+    """Whether the rows of a layer's input are those of one sample after the other.
+
+    With time in front (`batch_first=False`) they are not, also where they happen to be a multiple of the samples: one
+    sample alone has as many.
+
+    Args:
+        rows: How many rows the layer sees.
+        samples: Of how many samples.
+        alone: How many it sees of one sample alone, in any of its calls; empty where that is not known.
+    """
+    return rows % samples == 0 and (not alone or rows // samples in alone)
 
 
-def labels_of_rows(labels: Tensor, rows: int) -> Tensor:
+def labels_of_rows(labels: Tensor, rows: int, alone: Collection[int] = ()) -> Tensor:
     """What samples are told apart by, for the rows of a layer's input: one row a sample, or several in a run.
 
-    Where the rows are no multiple of the samples, nothing tells them apart and all get the label of the first sample.
+    Where nothing tells them apart (`tells_apart`) all rows get the label of the first sample.
 
     Args:
         labels: One a sample.
         rows: How many rows the layer sees.
+        alone: See `tells_apart`.
     """
-    if rows % len(labels):
+    if not tells_apart(rows, len(labels), alone):
         return labels[:1].expand(rows)
     return labels.repeat_interleave(rows // len(labels))
 

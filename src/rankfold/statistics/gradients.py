@@ -14,12 +14,13 @@ from rankfold.graph.models import check_module
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import adapter_for
+from rankfold.layers.calls import rows_of
 from rankfold.metrics.outputs import Output, Outputs, Taken, first_samples, outputs_to_json, settled
 from rankfold.progress import Progress, silent
 from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.coherence import Followed, add_samples
-from rankfold.statistics.collect import labels_of_rows, of_rows, rows_of, sum_up
+from rankfold.statistics.collect import labels_of_rows, of_rows, sum_up
 from rankfold.statistics.data import no_batch
 from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.draws import generator
@@ -236,7 +237,7 @@ def _add(
             raise TypeError(f"{site.path} has no adapter")
         rows = adapter.outputs(layer, torch.zeros_like(value) if gradient is None else gradient)
         halves = torch.arange(samples) % 2 == 0
-        labels = labels_of_rows(halves, rows_of(adapter, layer, value)).to(rows.device)
+        labels = labels_of_rows(halves, rows_of(adapter, layer, value), site.rows).to(rows.device)
         for first in (True, False):
             chosen = labels == first
             if not bool(chosen.any()):
