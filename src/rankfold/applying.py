@@ -208,6 +208,12 @@ def held_out_in(plan: Plan) -> int:
     return every
 
 
+def with_those_of(sites: Sites, plan: Plan) -> Sites:
+    """The sites, with the fixed ones where the plan decides on one: it was made with removal of channels in view."""
+    fixed = {site.path for site in sites.fixed}
+    return sites.with_fixed() if any(decision.site in fixed for decision in plan.decisions) else sites
+
+
 def decided_sites(sites: Sites, plan: Plan) -> tuple[Site, ...]:
     """The sites that a plan decides on, in its order.
 
@@ -277,7 +283,7 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     found = find_sites(model, first_of(batches))
     if target is not model:
         check_copy(model, first_of(batches))
-    found = found.with_fixed() if plan.cuts else found
+    found = with_those_of(found, plan)
     decided = replace(found, sites=decided_sites(found, plan))
     if stats is None:
         stats = _collected(model, batches, decided, names, plan)

@@ -312,9 +312,9 @@ class Job:
         least = min(done, key=lambda one: one.divergence)
         plan = plans[least.selector]
         if len(plans) > 1 and self.every < HELD_OUT and plan.repair == to_json(Lockstep()):
-            # with few samples, what a repair that nobody asked for fits to them may not hold for others
+            # with few samples, what a repair fits to them may not hold for others
             bare = {f"{least.selector}, no repair": replace(plan, repair=None)}
-            done += self._each("candidates", bare, whole)
+            done += self._each("candidates", bare, whole, others=done)
             plans |= bare
             least = min(done, key=lambda one: one.divergence)
         if not best or best[0].plan is not plans[least.selector]:  # an earlier run judged it: its sites are kept
@@ -328,8 +328,17 @@ class Job:
         work: Callable[[str, Plan], Candidate],
         *,
         wanted: int | None = None,
+        others: Sequence[Candidate] = (),
     ) -> list[Candidate]:
-        """Some work for every plan, or for as many as are wanted; one that fails drops out while another is left."""
+        """Some work for every plan, or for as many as are wanted; one that fails drops out while another is left.
+
+        Args:
+            stage: For the progress.
+            plans: By name.
+            work: What is done for each.
+            wanted: How many; None is all.
+            others: What is done already, and left where all of these fail.
+        """
         done: list[Candidate] = []
         failures: list[SelfCheckError | PlanError | NumericsError | BudgetError] = []
         wanted = len(plans) if wanted is None else min(wanted, len(plans))
@@ -340,13 +349,13 @@ class Job:
                 try:
                     done.append(work(name, plan))
                 except (SelfCheckError, PlanError, NumericsError, BudgetError) as cause:
-                    if len(plans) == 1 or world().size > 1:
+                    if (len(plans) == 1 and not others) or world().size > 1:
                         raise
                     failures.append(cause)
                     self.notes.append(f"candidate {name} was dropped: {cause}")
                     continue
                 advance()
-        if not done:
+        if not done and not others:
             raise failures[0]
         return done
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
+import torch
 from torch import nn
 
-from rankfold.applying import decided_sites, held_out_in
+from rankfold.applying import decided_sites, held_out_in, with_those_of
 from rankfold.attempts import Compressed
 from rankfold.candidates import Maker, rank_makers
 from rankfold.channels.widths import WidthSelector
@@ -20,7 +21,7 @@ from rankfold.errors import DataError, OptionError, PlanError, shown
 from rankfold.forecast import Forecast, forecast_of
 from rankfold.graph.models import check_module
 from rankfold.graph.sites import Skip, check_selection
-from rankfold.graph.trace import batch_size, device_of
+from rankfold.graph.trace import batch_size, device_of, take
 from rankfold.graph.values import Memory, parse_memory
 from rankfold.job import Job
 from rankfold.metrics.outputs import Outputs, check_outputs, outputs_from_json, outputs_to_json
@@ -33,7 +34,7 @@ from rankfold.repair import Lockstep
 from rankfold.report.data import Report
 from rankfold.statistics import GradientGram
 from rankfold.statistics.collect import check_positions
-from rankfold.statistics.data import as_batches, no_batch
+from rankfold.statistics.data import as_batches, digest, no_batch
 from rankfold.statistics.distributed import together, world
 from rankfold.statistics.draws import check_seed
 from rankfold.statistics.gradients import SAMPLES
@@ -153,7 +154,7 @@ def compress(
         seed: Seed of everything that is drawn; the same seed gives the same bits on one machine.
         work_dir: A directory that keeps finished statistics, gradients, curves, trials and solved layers. A run that
             was killed and is started again with the same arguments goes on from there and gives the same bits; another
-            budget, selector or repair takes over what does not depend on it.
+            budget or repair, or a selector where `families` are named, takes over what does not depend on it.
         memory: Most bytes that activations and moments may take, as an int or a text such as "512MB" (1 MB is 2²⁰
             bytes). Half of them are for the values that the repair carries from layer to layer; what is beyond lies in
             nameless temporary files, which changes no bit of the result. The other half (64 MB at least) is for Grams
@@ -309,9 +310,9 @@ def execute(
         outputs = outputs_from_json(plan.calibration.get("outputs"), "plan.calibration.outputs")
     check_plan(plain, plan)
     limit = parse_memory(memory)
+    _check_number(data)
     job = Job.start(model, data, progress, limit=limit, every=held_out_in(plan))
-    if plan.cuts:
-        job.sites = job.sites.with_fixed()
+    job.sites = with_those_of(job.sites, plan)
     decided = decided_sites(job.sites, plan)
     left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)
     job.sites = replace(job.sites, sites=decided, skips=(*job.sites.skips, *left))
@@ -338,22 +339,24 @@ def execute(
 
 
 def _check_number(data: Any) -> None:
-    """Refuse a single sample: anything reproduces one.
+    """Refuse a single sample, and many that are all the same: anything reproduces one.
 
     Raises:
         DataError: There is one, or none.
     """
-    seen = 0
+    seen, first = 0, b""
     for batch in as_batches(data):
-        seen += batch_size(batch)
-        if seen > 1:
-            return
+        for row in range(batch_size(batch)):
+            own = digest(take(batch, torch.tensor([row])))
+            if seen and own != first:
+                return
+            seen, first = seen + 1, own
     if not seen:
         raise no_batch()
     raise DataError(
         "data",
         law="several calibration samples: a network of rank 1 reproduces the outputs of a single one",
-        got=f"{seen} sample",
+        got="1 sample" if seen == 1 else f"{seen} samples that are all the same",
         cure="pass some hundred inputs like those the network is for",
     )
 

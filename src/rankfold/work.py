@@ -202,8 +202,10 @@ class Work:
             stats = Statistics.load(path)
         for own in stats.sites.values():
             for statistic in own.values():
-                if statistic.total is not None:  # a copy: in memory of torch's own, aligned as it always is
-                    statistic.total = statistic.total.clone().to(self._device)
+                for name in ("total", "first"):
+                    value = getattr(statistic, name)
+                    if value is not None:  # a copy: in memory of torch's own, aligned as it always is
+                        setattr(statistic, name, value.clone().to(self._device))
         return stats
 
     def _read_curves(self, file: Path, sites: Sites, families: Sequence[Decomposition]) -> Curves | None:

@@ -268,7 +268,7 @@ def _tensor_outputs(model: nn.Module) -> Iterator[None]:
 
     @functools.wraps(forward)
     def followed(*args: Any, **kwargs: Any) -> Any:
-        output = _followed(forward(*args, **kwargs))
+        output = followed_output(forward(*args, **kwargs))
         if not any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(output)):
             raise TypeError("the output holds no tensor that torch.export can follow")
         return output
@@ -283,7 +283,7 @@ def _tensor_outputs(model: nn.Module) -> Iterator[None]:
             del vars(model)["forward"]
 
 
-def _followed(output: Any) -> Any:
+def followed_output(output: Any) -> Any:
     """The output with unknown objects opened where they are mappings or dataclasses, and None in their place otherwise.
 
     What torch's pytrees know (tuples, dicts, the output classes of transformers) keeps its type.
@@ -293,9 +293,9 @@ def _followed(output: Any) -> Any:
         if value is None or isinstance(value, (Tensor, int, float, str, torch.SymInt, torch.SymFloat, torch.SymBool)):
             return value
         if isinstance(value, Mapping):
-            return {name: _followed(entry) for name, entry in value.items()}
+            return {name: followed_output(entry) for name, entry in value.items()}
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {field.name: _followed(getattr(value, field.name)) for field in dataclasses.fields(value)}
+            return {field.name: followed_output(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return None
 
     return _pytree.tree_map(leaf, output)

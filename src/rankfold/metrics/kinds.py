@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rankfold.errors import DataError, OptionError, shown
+from rankfold.linalg.precision import widen
 from rankfold.registry import name_of, register
 
 
@@ -137,7 +138,7 @@ class Logits(Output):
 
     def size(self, output: Tensor) -> Tensor:
         """`√(C Σ_rows (Σ q z² − (Σ q z)²))`."""
-        axis = _axis_of(self.axis, "", output, 2)
+        axis, output = _axis_of(self.axis, "", output, 2), widen(output)
         chances = self._chances(output, axis)
         centred = output - (chances * output).sum(axis, keepdim=True)
         return (chances * output.shape[axis] * centred.square()).sum().sqrt()

@@ -16,7 +16,7 @@ from rankfold.errors import DistributedError, NumericsError, SelfCheckError, Tra
 from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, followed_output, run, take, to_device
 from rankfold.graph.values import Spill
 from rankfold.metrics.misfit import Misfit, misfit
 from rankfold.plan import Plan
@@ -226,7 +226,8 @@ def _seen(model: nn.Module, part: Batch, rows: Tensor, walked: Any, before: Any)
     samples = batch_size(part)
     expected, original = ([x for x in _pytree.tree_leaves(y) if isinstance(x, Tensor)] for y in (walked, before))
     with evaluating(model):  # anew for each: the walk began every micro-batch with the buffers as they are
-        got = [leaf for leaf in _pytree.tree_leaves(run(model, take(part, rows))) if isinstance(leaf, Tensor)]
+        output = followed_output(run(model, take(part, rows)))
+        got = [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     if len(expected) != len(got):
         raise _unequal(model, f"{len(got)} output tensors", f"{len(expected)}")
     for mine, theirs, dense in zip(got, expected, original, strict=True):

@@ -175,7 +175,8 @@ class SiteSolver:
         judge = seen.held if seen.held.count else seen.fit
         energy = float(judge.yy.sum() / max(judge.count, 1)) or 1.0
         errors = plain.error(judge) / energy, repaired.error(judge) / energy
-        if errors[1] > errors[0] * (1 - doubt(self._share.judging)):
+        doubted = doubt(self._share.judging if seen.held.count else 0)
+        if not errors[1] <= errors[0] * (1 - doubted):
             return Solved(self._build(layer, adapter, decision, plain), {}, (errors[0], errors[0]))
         buffers = {}
         if norm is not None and repaired.bias is not None:

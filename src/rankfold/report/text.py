@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rankfold.graph.channels import Channels
     from rankfold.graph.sites import Sites
     from rankfold.metrics.compare import Comparison
+    from rankfold.metrics.tally import OutputComparison
     from rankfold.report.data import Report, Row
 
 FEW = 3  # paths that are named of many
@@ -122,8 +123,14 @@ def alike(comparison: Comparison) -> list[str]:
         elif each.cosine is not None:
             parts.append(f"{of}mean cosine {each.cosine:.4f}")
         if several:
-            parts.append(f"{of}relative error {each.relative_error:.3g}")
-    return [*parts, f"relative output error {comparison.relative_error:.3g}"]
+            parts.append(f"{of}relative error {_error(each):.3g}")
+    errors = [_error(each) for each in comparison.outputs] or [comparison.relative_error]
+    return [*parts, f"relative output error {sum(errors) / len(errors):.3g}"]
+
+
+def _error(output: OutputComparison) -> float:
+    """Of logits with each row centred over its classes, as candidates are ranked: a shift of all changes nothing."""
+    return output.relative_error if output.agreement is None else output.divergence
 
 
 def _change(before: int, after: int) -> str:

@@ -44,5 +44,6 @@ class Coherence(Statistic):
             return torch.ones_like(errors)
         felt, predicted = felt[usable].flip(0), predicted[usable].flip(0)
         levels, ratios = (predicted / predicted[-1]).log(), (felt / predicted).log()
+        levels = levels.cummax(0).values  # by chance, cross terms of a rank more may be predicted to cost more
         wanted = errors.double().clamp_min(SMALLEST).log().cpu()
         return torch.as_tensor(np.interp(wanted.numpy(), levels.numpy(), ratios.numpy())).exp().to(errors)

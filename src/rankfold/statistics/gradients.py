@@ -81,12 +81,16 @@ def collect_gradients(
     energies = {site.path: torch.zeros(2, dtype=torch.float64) for site in sites}
     device = device_of(model)
     taken = settled(model, batches, outputs)
-    parts = [(number, part) for number, part in enumerate(first_samples(batches, samples, BATCH)) if world.owns(number)]
+    parts, start = [], 0
+    for number, part in enumerate(first_samples(batches, samples, BATCH)):
+        if world.owns(number):
+            parts.append((number, start, part))
+        start += batch_size(part)
     if not parts and world.size == 1:
         raise no_batch()
     why: str | None = None
     with progress("gradients", 2 * len(parts)) as advance:
-        for number, part in parts:
+        for number, start, part in parts:
             try:
                 reached, gradients = _differentiated(model, modules, sites, part, taken, generator(seed, number))
             except RuntimeError as cause:
@@ -94,12 +98,12 @@ def collect_gradients(
                     raise
                 why = f"the outputs cannot be differentiated ({str(cause).splitlines()[0][:160]})"
                 break
-            _add(grams, reached, gradients, batch_size(part))
+            _add(grams, reached, gradients, torch.arange(start, start + batch_size(part)) % 2 == 0)
             for site, _, value in reached:
                 energies[site.path] += torch.tensor([float(value.detach().double().square().sum()), value.numel()])
             advance()
         if parts:
-            _forget(model, parts[-1][1], device)
+            _forget(model, parts[-1][2], device)
         failed = torch.tensor([float(why is not None)])
         world.sum_([failed])
         if bool(failed > 0):
@@ -114,14 +118,14 @@ def collect_gradients(
             for site in sites
             if site.path not in blind and (own := Followed.of(site, modules[site.path], stats)) is not None
         }
-        for number, part in parts:
+        for number, _, part in parts:
             if followed:
                 draw = generator(seed, number, 1)  # directions that nothing was fitted to
                 reached, gradients = _differentiated(model, modules, sites, part, taken, draw)
                 add_samples(followed, reached, gradients, batch_size(part))
             advance()
     if parts:
-        _forget(model, parts[-1][1], device)
+        _forget(model, parts[-1][2], device)
     coherences = {path: own.statistic() for path, own in followed.items()}
     sum_up(list(coherences.values()), device, world)
     for path, coherence in coherences.items():
@@ -228,15 +232,15 @@ def _add(
     grams: dict[str, GradientGram],
     seen: _Reached,
     gradients: Sequence[Tensor | None],
-    samples: int,
+    halves: Tensor,
 ) -> None:
+    """Add a batch, of which `halves` says which samples are of the first half: every other one of the whole data."""
     counted: set[str] = set()
     for (site, layer, value), gradient in zip(seen, gradients, strict=True):
         adapter = adapter_for(layer)
         if adapter is None:
             raise TypeError(f"{site.path} has no adapter")
         rows = adapter.outputs(layer, torch.zeros_like(value) if gradient is None else gradient)
-        halves = torch.arange(samples) % 2 == 0
         labels = labels_of_rows(halves, rows_of(adapter, layer, value), site.rows).to(rows.device)
         for first in (True, False):
             chosen = labels == first
