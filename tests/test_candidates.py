@@ -39,7 +39,13 @@ def many() -> rf.Compressed:
 def test_with_many_samples_every_family_is_tried_alone_and_the_best_go_on() -> None:
     candidates = many().report.candidates
     names = {candidate.selector for candidate in candidates}
-    assert {"lagrangian", "uniform", "lagrangian, spatial-svd alone", "lagrangian, whitened-svd alone"} <= names
+    assert {
+        "lagrangian",
+        "uniform",
+        "half-way",
+        "lagrangian, spatial-svd alone",
+        "lagrangian, whitened-svd alone",
+    } <= names
     assert {"lagrangian, independent", "channels", "channels + lagrangian"} <= names
     whole = [candidate for candidate in candidates if candidate.samples is None]
     (bare,) = [candidate for candidate in whole if candidate.selector.endswith(", no repair")]
@@ -65,9 +71,10 @@ def test_with_few_samples_there_are_few_candidates_all_carried_out() -> None:
     assert [candidate.selector for candidate in candidates] == [
         "lagrangian",
         "uniform",
+        "half-way",
         "channels",
         "channels + lagrangian",
-        f"{min(candidates[:4], key=lambda one: one.divergence).selector}, no repair",
+        f"{min(candidates[:5], key=lambda one: one.divergence).selector}, no repair",
     ]
     assert {candidate.samples for candidate in candidates} == {None}
 
@@ -144,7 +151,11 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
     monkeypatch.setattr(Job, "attempt", attempt)
     out = rf.compress(_model(), _images(60), budget=BUDGET, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
     assert failed
-    assert [candidate.selector for candidate in out.report.candidates] == ["lagrangian", "lagrangian, no repair"]
+    assert [candidate.selector for candidate in out.report.candidates] == [
+        "lagrangian",
+        "half-way",
+        "lagrangian, no repair",
+    ]
     assert any(note.startswith("candidate uniform was dropped") for note in out.report.notes)
 
 

@@ -103,7 +103,7 @@ def test_the_closer_of_the_candidates_is_taken() -> None:
     out = rf.compress(MODEL, DATA, budget=rf.Budget(params=0.5))
     candidates = out.report.candidates
     assert [candidate.selector for candidate in candidates][:2] == ["lagrangian", "uniform"]
-    assert len(candidates) == 3  # with few samples, the closer of them without its repair too
+    assert len(candidates) == 4  # with few samples, the closer of them without its repair too
     taken = [candidate for candidate in candidates if candidate.taken]
     assert len(taken) == 1
     assert taken[0].divergence == min(candidate.divergence for candidate in candidates)

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from rankfold.plan import ChannelDecision, Decision, Plan
     from rankfold.planning import make_plan, plan_cost
     from rankfold.progress import progress_bar
-    from rankfold.ranks import Budget, Energy, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
+    from rankfold.ranks import Budget, Energy, HalfWay, Lagrangian, RankCurve, RankSelector, Rounded, Uniform
     from rankfold.registry import register
     from rankfold.repair import Lockstep
     from rankfold.repair.batch_norm import reestimate_batch_norms
@@ -80,7 +80,7 @@ _HOME = {
     "rankfold.pipeline": ("Compressed", "compress", "execute"),
     "rankfold.plan": ("ChannelDecision", "Decision", "Plan"),
     "rankfold.planning": ("make_plan", "plan_cost"),
-    "rankfold.ranks": ("Budget", "Energy", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
+    "rankfold.ranks": ("Budget", "Energy", "HalfWay", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
     "rankfold.registry": ("register",),
     "rankfold.progress": ("progress_bar",),
     "rankfold.repair": ("Lockstep",),
@@ -112,6 +112,7 @@ __all__ = [
     "Factors",
     "Family",
     "Forecast",
+    "HalfWay",
     "Interpolative",
     "InterpolativeGreedy",
     "Lagrangian",

@@ -12,7 +12,7 @@ from rankfold.errors import BudgetError
 from rankfold.graph.lockstep import micro_batches
 from rankfold.graph.trace import Batch, batch_size
 from rankfold.plan import Plan
-from rankfold.ranks import Lagrangian, RankSelector, Uniform
+from rankfold.ranks import HalfWay, Lagrangian, RankSelector, Uniform
 from rankfold.ranks.curve import Curves
 from rankfold.registry import name_of
 from rankfold.statistics.data import Part, joined
@@ -41,7 +41,7 @@ class Maker:
 def rank_makers(
     curves: Curves, selector: RankSelector | None, make: Callable[[Curves, RankSelector], Plan]
 ) -> list[Maker]:
-    """Ways to cut ranks: by both selectors with all families, with positions for independent, with each family alone.
+    """Ways to cut ranks: by each selector with all families, with positions for independent, with each family alone.
 
     How errors add up within a sample is measured for one layer at a time. Where it is much the same everywhere (in
     residual networks) its noise costs more than it tells, so a plan that takes positions for independent is tried too.
@@ -58,7 +58,7 @@ def rank_makers(
         return [Maker(name_of(selector), partial(make, curves, selector))]
     methods = list(dict.fromkeys(curve.method for curve in curves))
     first = Lagrangian()
-    makers = [Maker(name_of(each), partial(make, curves, each)) for each in (first, Uniform())]
+    makers = [Maker(name_of(each), partial(make, curves, each)) for each in (first, Uniform(), HalfWay())]
     if any(curve.independent is not None for curve in curves):
         makers.append(Maker(f"{name_of(first)}, independent", partial(make, curves.independent(), first), always=False))
     for method in methods if len(methods) > 1 else ():

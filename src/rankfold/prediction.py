@@ -87,9 +87,9 @@ def plans_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool = T
     """
     forms = [method for method in families if isinstance(method, Decomposition)]
     removing = sum(isinstance(method, Interpolative) for method in families)
-    own = 0 if not forms else 1 if chosen_by else 2 + weighting + (len(forms) if len(forms) > 1 else 0)
+    own = 0 if not forms else 1 if chosen_by else 3 + weighting + (len(forms) if len(forms) > 1 else 0)
     sized = (2 if chosen_by else 3) if forms else 1 if chosen_by else len(SIZES)
-    few = (0 if not forms else 1 if chosen_by else 2) + removing * (2 if forms else sized)
+    few = (0 if not forms else 1 if chosen_by else 3) + removing * (2 if forms else sized)
     return own + removing * sized, few
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from rankfold.ranks import Energy, Lagrangian, Option, Rounded, Uniform
+from rankfold.ranks import Energy, HalfWay, Lagrangian, Option, Rounded, Uniform
 from rankfold.testing import SelectorConformance
 
 
@@ -20,6 +20,11 @@ class TestEnergy(SelectorConformance):
 class TestUniform(SelectorConformance):
     selector = Uniform()
     variations: ClassVar = {"spared": 0.5}
+
+
+class TestHalfWay(SelectorConformance):
+    selector = HalfWay()
+    variations: ClassVar = {"evenness": 0.25}
 
 
 class TestRounded(SelectorConformance):

@@ -2,6 +2,7 @@
 
 from rankfold.ranks._base import RankSelector, Selector
 from rankfold.ranks._energy import Energy
+from rankfold.ranks._half_way import HalfWay
 from rankfold.ranks._lagrangian import Lagrangian
 from rankfold.ranks._rounded import Rounded
 from rankfold.ranks._uniform import Uniform
@@ -12,6 +13,7 @@ __all__ = [
     "Budget",
     "Curves",
     "Energy",
+    "HalfWay",
     "Lagrangian",
     "Option",
     "Problem",
