@@ -151,11 +151,9 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
     monkeypatch.setattr(Job, "attempt", attempt)
     out = rf.compress(_model(), _images(60), budget=BUDGET, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
     assert failed
-    assert [candidate.selector for candidate in out.report.candidates] == [
-        "lagrangian",
-        "half-way",
-        "lagrangian, no repair",
-    ]
+    names = [candidate.selector for candidate in out.report.candidates]
+    assert names[:2] == ["lagrangian", "half-way"]
+    assert names[2:] in (["lagrangian, no repair"], ["half-way, no repair"])
     assert any(note.startswith("candidate uniform was dropped") for note in out.report.notes)
 
 

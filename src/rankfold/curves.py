@@ -29,7 +29,8 @@ from rankfold.metrics.cost import dense_cost, site_cost
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.ranks import RankSelector, Selector
 from rankfold.ranks.curve import Curves, RankCurve
-from rankfold.statistics import Coherence, Statistic, Statistics
+from rankfold.statistics import Coherence, Statistics
+from rankfold.statistics._coherence import CoherenceCurve, coherences
 from rankfold.statistics.distributed import ALONE, World
 
 DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tucker2())
@@ -86,6 +87,8 @@ def measure(
     modules = dict(model.named_modules(remove_duplicate=False))
     curves: list[RankCurve] = []
     weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
+    seen = {} if stats is None or not weighted else stats.sites
+    told = coherences({path: own.get(Coherence.name) for path, own in seen.items()})
     with progress("curves", len(sites)) as advance:
         for number, site in enumerate(sites):
             own = [
@@ -97,7 +100,7 @@ def measure(
                 _check_collected(site, method, stats)
             groups = range(site.geometry.groups if own and world.owns(number) else 0)
             fits = [_fits(site, group, stats) for group in groups]
-            coherence = stats.sites.get(site.path, {}).get(Coherence.name) if stats is not None and weighted else None
+            coherence = told.get(site.path)
             curves += [_curve(site, modules[site.path], method, fits, weighted, coherence) for method in own]
             advance()
     curves = _exchanged(curves, world)
@@ -193,7 +196,7 @@ def _curve(
     method: Decomposition,
     fits: Sequence[_Fits],
     weighted: bool,
-    coherence: Statistic | None,
+    coherence: CoherenceCurve | None,
 ) -> RankCurve:
     """The curve of one method at a site, from the fits of its groups; of zeros where another process has these."""
     adapter = adapter_for(module)
@@ -209,7 +212,7 @@ def _curve(
             total += energy / len(own)
     errors = summed if weighted or total <= 0 else summed / total
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
-    if not isinstance(coherence, Coherence):
+    if coherence is None:
         return RankCurve(site, method, tuple(ranks), costs, _falling(errors, ranks), total)
     felt = _falling(errors * coherence.at(errors / (total or 1.0)), ranks)
     total *= float(coherence.at(errors.new_ones(1)))

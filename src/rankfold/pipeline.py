@@ -199,9 +199,9 @@ def compress(
     check_seed(seed)
     progress = as_progress(progress)
     limit = parse_memory(memory)
-    _check_number(data)
     job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
     model = job.model
+    _check_number(data)
     budget.check_counted(job.sites.uncounted)
     if any(isinstance(method, Interpolative) for method in families):
         job.sites = job.sites.with_fixed()
@@ -310,8 +310,8 @@ def execute(
         outputs = outputs_from_json(plan.calibration.get("outputs"), "plan.calibration.outputs")
     check_plan(plain, plan)
     limit = parse_memory(memory)
-    _check_number(data)
     job = Job.start(model, data, progress, limit=limit, every=held_out_in(plan))
+    _check_number(data)
     job.sites = with_those_of(job.sites, plan)
     decided = decided_sites(job.sites, plan)
     left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)

@@ -13,6 +13,7 @@ from rankfold.decompositions import WhitenedSVD, factorise
 from rankfold.errors import RankfoldError
 from rankfold.metrics.outputs import settled
 from rankfold.statistics import Coherence
+from rankfold.statistics._coherence import coherences, shrunk_towards_mean
 from rankfold.statistics.draws import generator
 from rankfold.statistics.gradients import _differentiated
 
@@ -52,7 +53,7 @@ def test_all_ranks_at_once_are_each_rank_by_itself(bias: bool, groups: int) -> N
     sites, stats = collected(model, x)
     site, found = sites.at("first"), stats.sites["first"]["coherence"].mean()[0]
     ranks = 6 // groups
-    assert found.shape == (2, ranks + 1)
+    assert found.shape == (3, ranks + 1)
     taken = settled(model, [x], None)
     reached, gradients = _differentiated(model, dict(model.named_modules()), sites, x, taken, generator(0, 0, 1))
     ((_, layer, _),) = [each for each in reached if each[0].path == "first"]
@@ -76,16 +77,17 @@ def test_all_ranks_at_once_are_each_rank_by_itself(bias: bool, groups: int) -> N
             predicted += float(torch.einsum("sop,oq,sqp->", g, energy, g))
         assert float(found[0, rank]) == pytest.approx(float(felt.square().mean()), rel=1e-3)
         assert float(found[1, rank]) == pytest.approx(predicted / 20, rel=1e-3)
-    assert found[:, -1].tolist() == [0, 0]
+        assert float(found[2, rank]) == pytest.approx(float(felt.pow(4).mean()), rel=1e-3)
+    assert found[:, -1].tolist() == [0, 0, 0]
 
 
 def test_errors_that_all_positions_share_add_up() -> None:
-    errors = torch.tensor([0.5])
-    apart, alike = (
-        float(collected(Pooled(True).eval(), images(400, alike=share))[1].sites["first"]["coherence"].at(errors))  # type: ignore[attr-defined]
-        for share in (0.0, 0.9)
-    )
-    assert alike > 2 * apart
+    found = []
+    for share in (0.0, 0.9):
+        own = collected(Pooled(True).eval(), images(400, alike=share))[1].sites["first"]["coherence"]
+        assert isinstance(own, Coherence)
+        found.append(float(own.ratios(torch.tensor([0.5]))[0].exp()))
+    assert found[1] > 2 * found[0]
 
 
 def test_without_positions_there_is_nothing_to_add_up() -> None:
@@ -96,7 +98,9 @@ def test_without_positions_there_is_nothing_to_add_up() -> None:
     own = stats.sites["0"]["coherence"]
     assert isinstance(own, Coherence)
     assert own.count == 256
-    torch.testing.assert_close(own.at(torch.tensor([1.0, 0.3, 0.1])), torch.ones(3), rtol=0.25, atol=0)
+    ratios, variances = own.ratios(torch.tensor([1.0, 0.3, 0.1]))
+    assert bool((ratios.abs() < 3 * variances.sqrt()).all())
+    assert bool(((variances > 1 / 256) & (variances < 8 / 256)).all())  # 2/n for normal changes, more for others
 
 
 def test_curves_are_multiplied_by_it_and_know_what_they_were() -> None:
@@ -134,3 +138,34 @@ def test_it_is_not_collected_in_a_forward_pass() -> None:
     model, x = Pooled(True).eval(), images(8)
     with pytest.raises((RankfoldError, TypeError), match="coherence"):
         rf.collect(model, [x], sites=rf.find_sites(model, x), statistics=["coherence"])
+
+
+def test_estimates_are_drawn_together_as_far_as_chance_explains_them() -> None:
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(60, generator=draw, dtype=torch.float64)
+    variances = torch.full((60,), 0.04, dtype=torch.float64)
+    together = shrunk_towards_mean(1 + 0.2 * noise, variances)
+    assert float((together - 1).square().mean()) < 0.2 * 0.04
+    true = torch.linspace(-3, 3, 60, dtype=torch.float64)
+    apart = shrunk_towards_mean(true + 0.2 * noise, variances)
+    torch.testing.assert_close(apart, true + 0.2 * noise, rtol=0, atol=0.08)
+    unknown = variances.clone()
+    unknown[0] = torch.inf
+    assert abs(float(shrunk_towards_mean(true + 0.2 * noise, unknown)[0])) < 0.3  # the mean of the others
+    assert shrunk_towards_mean(true, torch.full_like(true, torch.inf)).tolist() == [0.0] * 60
+    torch.testing.assert_close(shrunk_towards_mean(true[:1], variances[:1]), true[:1])
+
+
+def test_of_few_samples_the_curves_of_sites_are_closer_together() -> None:
+    def spread(samples: int) -> float:
+        torch.manual_seed(0)
+        layers = [layer for _ in range(6) for layer in (nn.Linear(8, 8), nn.Tanh())]
+        _, stats = collected(nn.Sequential(*layers).eval(), torch.randn(samples, 8))
+        own = {path: each["coherence"] for path, each in stats.sites.items()}
+        at = torch.tensor([0.3])
+        raw = torch.cat([each.ratios(at)[0] for each in own.values() if isinstance(each, Coherence)])
+        told = torch.cat([each.at(at).log() for each in coherences(own).values()])
+        return float(told.std() / raw.std())
+
+    assert spread(12) < 0.7
+    assert coherences({"a": None}) == {}

@@ -17,6 +17,7 @@ from rankfold.linalg.interpolative import backward_elimination, pivoted_cholesky
 from rankfold.linalg.precision import widen
 from rankfold.linalg.whitening import cholesky, damped_gram
 from rankfold.statistics import Coherence, Statistics
+from rankfold.statistics._coherence import CoherenceCurve, coherences
 from rankfold.statistics.draws import generator
 
 USUAL = 0.1  # relative error at which a reader's coherence is taken: what a removal usually costs it
@@ -83,10 +84,11 @@ def removal_curves(
         DataError: The input Grams were not collected.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
+    told = coherences({path: own.get(Coherence.name) for path, own in stats.sites.items()})
     curves = []
     for number, group in enumerate(groups):
         readers = [
-            _reader(sites.at(path), modules[path], units, stats, centred=norms.get(path) is not None)
+            _reader(sites.at(path), modules[path], units, stats, told.get(path), centred=norms.get(path) is not None)
             for path, units in group.read.items()
         ]
         gram = lengths = order = None
@@ -127,7 +129,9 @@ def _places(units: Units, taps: int) -> tuple[Tensor, Tensor]:
 Reader = tuple[Tensor, Tensor]  # K (C, b, C, b) and W (out, C, b), as `backward_elimination` takes them
 
 
-def _reader(site: Site, layer: nn.Module, units: Units, stats: Statistics, *, centred: bool) -> tuple[Reader, Reader]:
+def _reader(
+    site: Site, layer: nn.Module, units: Units, stats: Statistics, coherence: CoherenceCurve | None, *, centred: bool
+) -> tuple[Reader, Reader]:
     """A reader's inputs and weight, unit by unit: weighted by its gradient Gram, and relative to its energy."""
     adapter = adapter_for(layer)
     if adapter is None:
@@ -142,8 +146,7 @@ def _reader(site: Site, layer: nn.Module, units: Units, stats: Statistics, *, ce
     weighted = relative
     if moments.gradient_gram is not None:
         weighted = output_root(moments.gradient_gram.to(weight)) @ weight
-        coherence = stats.sites[site.path].get(Coherence.name)
-        if isinstance(coherence, Coherence):
+        if coherence is not None:
             weighted = weighted * coherence.at(weight.new_tensor(USUAL)).sqrt()
     own = gram[inside][:, inside]
     if len(outside):  # what stays anyway takes its part of the correction: the Schur complement is what is left

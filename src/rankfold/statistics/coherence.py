@@ -37,7 +37,7 @@ class Followed:
         gradients: `UᵀF⁻ᵀ`, shape (groups, k, out).
         mean: `ȳ`, shape (groups, out).
         energy: `UᵀF W A WᵀFᵀU`, shape (groups, k, k).
-        felt: `Σ_s (Σ_{i>r} h_i)²` for every r from 0, shape (k + 1,).
+        felt: `f = Σ_s (Σ_{i>r} h_i)²` for every r from 0, and the sum of the squares of these, shape (2, k + 1).
         gram: Of `UᵀF⁻ᵀ g`, shape (groups, k, k).
         samples: How many.
     """
@@ -64,7 +64,7 @@ class Followed:
         bias = adapter.bias(layer)
         if bias is not None:
             mean = mean + widen(bias.detach()).reshape(mean.shape)
-        return cls(outputs, gradients, mean, energy, energy.new_zeros(energy.shape[1] + 1), torch.zeros_like(energy))
+        return cls(outputs, gradients, mean, energy, energy.new_zeros(2, energy.shape[1] + 1), torch.zeros_like(energy))
 
     def rotated(self, outputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
         """`h` at every position, shape (positions, k), and the Gram of `UᵀF⁻ᵀ g`.
@@ -83,13 +83,14 @@ class Followed:
         Args:
             changes: `h`, shape (samples, k).
         """
-        self.felt[:-1] += changes.to(self.felt).flip(1).cumsum(1).flip(1).square().sum(0)
+        squares = changes.to(self.felt).flip(1).cumsum(1).flip(1).square()
+        self.felt[:, :-1] += torch.stack([squares.sum(0), squares.square().sum(0)])
         self.samples += len(changes)
 
     def statistic(self) -> Coherence:
         """What was seen."""
         predicted = torch.stack([tail_sums(one) for one in self.energy * self.gram]).sum(0)
-        return Coherence(self.samples, torch.stack([self.felt, predicted])[None])
+        return Coherence(self.samples, torch.stack([self.felt[0], predicted, self.felt[1]])[None])
 
 
 def _rotation(weight: Tensor, moments: Moments, seen: Moments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
