@@ -109,7 +109,7 @@ def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> 
     working = WORKING * max(largest, features * features if repaired else 0)
     followed = 0
     if GradientGram.name in statistics:
-        kept += 2 * (rank + 1)
+        kept += 3 * (rank + 1)
         followed = 2 * groups * rank * (rank + outputs)
     return SiteSize(site.path, ELEMENT * kept, ELEMENT * PAIRS * pairs, ELEMENT * working, ELEMENT * followed)
 
