@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rankfold.errors import allocating
+from rankfold.graph.sites import Sites
 from rankfold.graph.trace import Batch, batch_size, take
 from rankfold.metrics.compare import Comparison
 from rankfold.metrics.cost import Cost
@@ -79,6 +80,17 @@ def one_latency(original: nn.Module, compressed: nn.Module, example: Batch, *, w
         latency = torch.tensor([measured.ratio, measured.lower, measured.upper], dtype=torch.float64)
     together_with.broadcast_([latency], 0)
     return Latency(*latency.tolist())
+
+
+def uncalled(sites: Sites, plan: Plan) -> list[str]:
+    """A remark on layers that the forward does not reach, where channels went that such a layer may read."""
+    left = [skip.path for skip in sites.skips if skip.reason.startswith("not called")]
+    if not left or not plan.cuts:
+        return []
+    return [
+        f"as wide as before, though channels went: {', '.join(left)}, which the forward on the example does not "
+        "reach; code that calls them elsewhere (in training, say) may find channels gone"
+    ]
 
 
 class Clock:

@@ -29,7 +29,7 @@ from rankfold.metrics.cost import dense_cost, site_cost
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.ranks import RankSelector, Selector
 from rankfold.ranks.curve import Curves, RankCurve
-from rankfold.statistics import Coherence, Statistics
+from rankfold.statistics import Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
 from rankfold.statistics.distributed import ALONE, World
 
@@ -87,8 +87,7 @@ def measure(
     modules = dict(model.named_modules(remove_duplicate=False))
     curves: list[RankCurve] = []
     weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
-    seen = {} if stats is None or not weighted else stats.sites
-    told = coherences({path: own.get(Coherence.name) for path, own in seen.items()})
+    told = coherences(stats.sites) if stats is not None and weighted else {}
     with progress("curves", len(sites)) as advance:
         for number, site in enumerate(sites):
             own = [

@@ -29,7 +29,7 @@ class Forecast:
 
     Seconds are modelled from one timed forward pass, and from products, factorisations and methods timed on this
     machine. On the digit network (1,347 scans) and a ResNet-20 (256 images), before curves were cross-fitted and the
-    ridge of the repair chosen a site, neither of which is modelled yet, the total was 0.5 to 1.1 of the true one,
+    ridge of the repair chosen a site (both are modelled, and not measured since), the total was 0.5 to 1.1 of the true,
     on two cores shared with other work, and memory 0.8 to 1.2 of it; single stages were off by up to four. Plans that
     turn out equal are tried once, so the number of trials is an upper one.
 

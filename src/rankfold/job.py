@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from rankfold.applying import carry_out
-from rankfold.attempts import Attempt, Clock, Compressed, one_latency
+from rankfold.attempts import Attempt, Clock, Compressed, one_latency, uncalled
 from rankfold.candidates import FINALISTS, Maker, candidates_of, channel_ways, part_of
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.channels.remover import Remover
@@ -389,7 +389,7 @@ class Job:
             best.comparison,
             tuple(candidates) if len(candidates) > 1 else (),
             self.clock.seconds,
-            (*self.notes, *best.remarks, *self._uncalled(best.plan)),
+            (*self.notes, *best.remarks, *uncalled(self.sites, best.plan)),
             best.plan.seed,
             environment(),
             (latency.lower, latency.upper),
@@ -397,13 +397,3 @@ class Job:
             self.stats.manifest.get("samples"),
         )
         return Compressed(best.model, best.plan, report)
-
-    def _uncalled(self, plan: Plan) -> list[str]:
-        """A remark on layers that the forward does not reach, where channels went that such a layer may read."""
-        left = [skip.path for skip in self.sites.skips if skip.reason.startswith("not called")]
-        if not left or not plan.cuts:
-            return []
-        return [
-            f"as wide as before, though channels went: {', '.join(left)}, which the forward on the example does not "
-            "reach; code that calls them elsewhere (in training, say) may find channels gone"
-        ]

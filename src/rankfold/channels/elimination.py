@@ -16,7 +16,7 @@ from rankfold.layers import adapter_for
 from rankfold.linalg.interpolative import backward_elimination, pivoted_cholesky, strong_rrqr
 from rankfold.linalg.precision import widen
 from rankfold.linalg.whitening import cholesky, damped_gram
-from rankfold.statistics import Coherence, Statistics
+from rankfold.statistics import Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
 from rankfold.statistics.draws import generator
 
@@ -84,7 +84,7 @@ def removal_curves(
         DataError: The input Grams were not collected.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    told = coherences({path: own.get(Coherence.name) for path, own in stats.sites.items()})
+    told = coherences(stats.sites)
     curves = []
     for number, group in enumerate(groups):
         readers = [

@@ -53,9 +53,8 @@ class Coherence(Statistic):
         if not bool(usable.any()):
             return none
         felt, predicted, squares = (each[usable].flip(0) for each in (felt, predicted, squares))
-        levels = (
-            (predicted / predicted[-1]).log().cummax(0).values
-        )  # by chance a rank more may be predicted to cost more
+        # a running maximum, since by chance a rank more may seem to cost more
+        levels = (predicted / predicted[-1]).log().cummax(0).values
         spread = ((squares / felt.square() - 1 / self.count) * self.count / (self.count - 1)).clamp_min(0)
         wanted = errors.double().clamp_min(SMALLEST).log().cpu().numpy()
         ratios, variances = (
@@ -108,15 +107,16 @@ class CoherenceCurve:
         return torch.as_tensor(found).exp().to(errors)
 
 
-def coherences(own: Mapping[str, Statistic | None]) -> dict[str, CoherenceCurve]:
+def coherences(collected: Mapping[str, Mapping[str, Statistic]]) -> dict[str, CoherenceCurve]:
     """The curve of every site, at each level drawn towards the mean of all sites as far as chance explains it.
 
     Of a few samples `f/p` scatters, and a choice among sites takes those for cheap where it is too low by chance.
 
     Args:
-        own: What was collected, by path of the site; others than `Coherence` are left out.
+        collected: Statistics by path of the site and name; sites without a `Coherence` are left out.
     """
-    kept = {path: each for path, each in own.items() if isinstance(each, Coherence) and each.total is not None}
+    found = {path: own.get(Coherence.name) for path, own in collected.items()}
+    kept = {path: each for path, each in found.items() if isinstance(each, Coherence) and each.total is not None}
     told = {path: each.ratios(LEVELS) for path, each in kept.items()}
     # without a rank to cut only the loss of the whole layer was followed, which is like no cut of the others
     alone = {path for path, each in kept.items() if each.total is not None and each.total.shape[-1] < 3}
