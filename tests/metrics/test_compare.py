@@ -83,10 +83,18 @@ def test_every_figure_equals_the_slow_reference() -> None:
         assert getattr(seen, name) == pytest.approx(slow[name], rel=1e-6), name
     assert seen.perplexity is None
     assert seen.logits
-    centred = [[value - sum(row) / 9 for value in row] for output in first for row in output.tolist()]
-    others = [[value - sum(row) / 9 for value in row] for output in second for row in output.tolist()]
-    lost = sum((x - y) ** 2 for a, b in zip(centred, others, strict=True) for x, y in zip(a, b, strict=True))
-    assert seen.divergence == pytest.approx(lost / sum(x * x for row in centred for x in row), rel=1e-6)
+    lost, there = 0.0, 0.0
+    for z, w in zip(torch.cat(first).double().tolist(), torch.cat(second).double().tolist(), strict=True):
+        whole = sum(math.exp(value) for value in z)
+        q = [0.5 * math.exp(value) / whole + 0.5 / 9 for value in z]  # half the softmax, half even
+
+        def variance(values: list[float], q: list[float] = q) -> float:
+            mean = sum(chance * value for chance, value in zip(q, values, strict=True))
+            return sum(chance * (value - mean) ** 2 for chance, value in zip(q, values, strict=True))
+
+        lost += variance([y - x for x, y in zip(z, w, strict=True)])
+        there += variance(z)
+    assert seen.divergence == pytest.approx(lost / there, rel=1e-6)
 
 
 def test_a_model_against_itself_differs_in_nothing() -> None:

@@ -124,7 +124,7 @@ def test_what_says_nothing_about_outputs_is_refused(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"axis": 0}, {"axis": 1.0}, {"softening": 2}, {"softening": True}, {"temperature": 0}]
+    "options", [{"axis": 0}, {"axis": 1.0}, {"softening": 2}, {"softening": True}, {"judged": -0.1}, {"temperature": 0}]
 )
 def test_options_of_logits_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
@@ -163,6 +163,19 @@ def test_what_is_guessed(output: Any, expected: rf.Output) -> None:
     found = settled(Gives(output), X)
     assert list(found.kinds.values()) == [expected]
     assert len(found.guessed) == 1
+
+
+def test_outputs_are_compared_by_what_could_change_a_decision() -> None:
+    z = torch.tensor([[4.0, 3.0, -2.0, -5.0]]).expand(12, 4)
+    likely, unlikely = (z + move for move in (torch.tensor([0, 0.5, 0, 0]), torch.tensor([0, 0, 0, 0.5])))
+
+    def apart(kind: rf.Output, compressed: Tensor) -> float:
+        return rf.compare(Gives(z), Gives(compressed), X, outputs=kind).divergence
+
+    assert apart(rf.Logits(judged=1.0), likely) == pytest.approx(apart(rf.Logits(judged=1.0), unlikely))
+    assert apart(rf.Logits(), likely) > 1.5 * apart(rf.Logits(), unlikely)
+    assert apart(rf.Logits(judged=0.0), unlikely) < 0.01 * apart(rf.Logits(judged=0.0), likely)
+    assert apart(rf.Logits(), likely + 3) == pytest.approx(apart(rf.Logits(), likely))
 
 
 def test_softening_of_1_is_centred_noise_bit_by_bit() -> None:

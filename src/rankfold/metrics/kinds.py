@@ -90,13 +90,19 @@ class Logits(Output):
     """Scores of classes, as they go into a softmax: a shift of all changes nothing, the largest decides.
 
     A change counts by `Σ_c q_c (d_c − Σ q d)²` a row, `q = (1 − s) softmax(z / t) + s / C`, times the C classes: the
-    softened Fisher information of the softmax. With `softening=1` all classes count alike. The choice between
-    candidates and the report go by the relative error of the scores, each row centred over its classes.
+    softened Fisher information of the softmax. With `s = 1` all classes count alike. `s` is one number where errors of
+    layers are weighted, and another where outputs of two networks are compared.
+
+    The weights come from two random directions a sample, and concentrating these on few classes makes them noisier; so
+    there all classes count alike. Outputs are compared without drawing anything: there what could change a decision
+    counts more. With 50 photographs, MobileNetV1 at 0.7 of its parameters, four draws: of ten plans each, the one
+    taken by `s = 0.5` kept 65.8 % of the decisions, by `s = 1` 62.7 %, by the KL 63.1 %, the best 67.1 %.
 
     Attributes:
         axis: The classes' axis; None is the last of two or three axes and the second of more (N×C×H×W maps).
-        softening: `s`, in [0, 1]: 0 weighs classes by their probability alone, 1 all alike.
+        softening: `s` of the weights of errors, in [0, 1]: 0 weighs classes by their probability alone, 1 all alike.
         temperature: `t`, above 0: larger is less sure.
+        judged: `s` of the choice between candidates and of the report.
 
     References:
         Amari, Neural Computation 10 (1998), for the Fisher metric `diag(p) − ppᵀ` of a softmax. We differ in the
@@ -106,12 +112,14 @@ class Logits(Output):
     axis: int | None = None
     softening: float = 1.0
     temperature: float = 1.0
+    judged: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the options."""
         _check_axis(self.axis)
-        if not _is_number(self.softening) or not 0 <= self.softening <= 1:
-            raise OptionError("softening", law="a number from 0 to 1", got=shown(self.softening), cure="try 0.5")
+        for name, value in (("softening", self.softening), ("judged", self.judged)):
+            if not _is_number(value) or not 0 <= value <= 1:
+                raise OptionError(name, law="a number from 0 to 1", got=shown(value), cure="try 0.5")
         if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
             raise OptionError("temperature", law="a number above 0", got=shown(self.temperature), cure="try 1.0")
 
@@ -132,29 +140,32 @@ class Logits(Output):
         axis = _axis_of(self.axis, "", output, 2)
         if self.softening == 1:
             return noise - noise.mean(axis, keepdim=True)
-        chances = self._chances(output, axis)
+        chances = self._chances(output, axis, self.softening)
         scaled = noise * (chances * output.shape[axis]).sqrt()
         return scaled - chances * scaled.sum(axis, keepdim=True)
 
     def size(self, output: Tensor) -> Tensor:
         """`√(C Σ_rows (Σ q z² − (Σ q z)²))`."""
         axis, output = _axis_of(self.axis, "", output, 2), widen(output)
-        chances = self._chances(output, axis)
+        chances = self._chances(output, axis, self.softening)
         centred = output - (chances * output).sum(axis, keepdim=True)
         return (chances * output.shape[axis] * centred.square()).sum().sqrt()
 
     def error(self, original: Tensor, compressed: Tensor) -> Tensor:
-        """`Σ ‖d‖²` and `Σ ‖z‖²`, each row centred over its classes: a shift of all changes neither."""
+        """`Σ_rows Σ q (d − Σ q d)²` and the same of `z`, `q` the original's: a shift of all changes neither."""
         axis = _axis_of(self.axis, "", original, 2)
-        centred = original - original.mean(axis, keepdim=True)
-        other = compressed - compressed.mean(axis, keepdim=True)
-        return torch.stack([(centred - other).square().sum(), centred.square().sum()])
+        chances = self._chances(original, axis, self.judged)
 
-    def _chances(self, output: Tensor, axis: int) -> Tensor:
-        if self.softening == 1:
+        def size(values: Tensor) -> Tensor:
+            return (chances * (values - (chances * values).sum(axis, keepdim=True)).square()).sum()
+
+        return torch.stack([size(compressed - original), size(original)])
+
+    def _chances(self, output: Tensor, axis: int, softening: float) -> Tensor:
+        if softening == 1:
             return torch.full_like(output, 1 / output.shape[axis])
         sure = (output.to(torch.promote_types(output.dtype, torch.float32)) / self.temperature).softmax(axis)
-        return (sure * (1 - self.softening) + self.softening / output.shape[axis]).to(output)
+        return (sure * (1 - softening) + softening / output.shape[axis]).to(output)
 
 
 @register("values")

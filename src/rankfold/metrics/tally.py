@@ -26,8 +26,9 @@ class OutputComparison:
         name: The way to the tensor: "output" where it is the only one, "logits", "feats[0]".
         kind: What it is taken for: "logits", "values" or "embedding".
         guessed: Whether that was guessed.
-        divergence: By what it is taken for: of logits the relative error of each row centred over its classes, so that
-            a shift of all counts nothing; of values the relative error; of embeddings the mean of 1 − cos.
+        divergence: By what it is taken for: of logits the relative error in the softened Fisher metric of the softmax
+            (see `Logits`), where a shift of all counts nothing; of values the relative error; of embeddings the mean
+            of 1 − cos.
         relative_error: `‖compressed − original‖² / ‖original‖²`.
         agreement: Fraction of rows with the same arg-max over the classes; None where it is no logits.
         kl: Mean `KL(softmax(original) ‖ softmax(compressed))` a row, in nats; None likewise.

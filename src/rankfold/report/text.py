@@ -129,7 +129,7 @@ def alike(comparison: Comparison) -> list[str]:
 
 
 def _error(output: OutputComparison) -> float:
-    """Of logits with each row centred over its classes, as candidates are ranked: a shift of all changes nothing."""
+    """Of logits as candidates are ranked, in the softened Fisher metric: a shift of all changes nothing."""
     return output.relative_error if output.agreement is None else output.divergence
 
 
