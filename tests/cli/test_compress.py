@@ -84,7 +84,7 @@ def test_weighting_can_be_left_out(cli: Any, tmp_path: Path) -> None:
 def test_what_the_outputs_are_reaches_plan_and_report(cli: Any, tmp_path: Path) -> None:
     words = (*TINY, "--params", "0.7", "--json", "--out")
     named = cli(*words, tmp_path / "named", "--outputs", "output=logits(softening=0.5)").json
-    kind = {"name": "logits", "axis": None, "softening": 0.5, "temperature": 1.0}
+    kind = {"name": "logits", "axis": None, "softening": 0.5, "temperature": 1.0, "judged": 0.5}
     assert named["plan"]["calibration"]["outputs"] == {"by_name": {"output": kind}}
     assert not named["report"]["comparison"]["outputs"][0]["guessed"]
     given = ("--plan", tmp_path / "named" / "plan.json", "--outputs", "values")
