@@ -28,7 +28,7 @@ from rankfold.serialization import canonical_json, read_json, write_file
 from rankfold.statistics import Statistics
 from rankfold.statistics.data import digest
 
-VERSION = 3  # 2: moments in halves; 3: coherence for every rank
+VERSION = 4  # 2: moments in halves; 3: coherence for every rank; 4: logits compared in the Fisher metric
 HEAD, CURVES, PLANS, RESULTS = "work.json", "curves.json", "plans", "results"
 
 
