@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.attempts import Attempt
-from rankfold.candidates import FINALISTS, Maker, candidates_of, part_of
 from rankfold.errors import BudgetError, DataError, NumericsError, SelfCheckError, TraceError
-from rankfold.job import Job
 from rankfold.plan import Decision, Plan
+from rankfold.proposals import Proposal, plans_from
+from rankfold.trials import FINALISTS, Trials, part_of
 
 BUDGET = rf.Budget(params=0.5)
 
@@ -104,12 +104,12 @@ def test_equal_plans_are_tried_once_and_impossible_ones_drop_out() -> None:
     def impossible() -> Plan:
         raise BudgetError("Budget.params", law="can be met", got="not", cure="raise it")
 
-    makers = [Maker("first", lambda: _plan(1)), Maker("same", lambda: _plan(1)), Maker("none", impossible)]
-    assert list(candidates_of(makers, {})) == ["first"]
-    makers.append(Maker("first", lambda: _plan(2)))
-    assert list(candidates_of(makers, {})) == ["first", "first (2)"]
+    makers = [Proposal("first", lambda: _plan(1)), Proposal("same", lambda: _plan(1)), Proposal("none", impossible)]
+    assert list(plans_from(makers, {})) == ["first"]
+    makers.append(Proposal("first", lambda: _plan(2)))
+    assert list(plans_from(makers, {})) == ["first", "first (2)"]
     with pytest.raises(BudgetError):
-        candidates_of([Maker("none", impossible)], {})
+        plans_from([Proposal("none", impossible)], {})
 
 
 class Wide(nn.Module):
@@ -140,15 +140,15 @@ def test_the_smallest_value_named_is_that_of_all_ways(budget: rf.Budget) -> None
 
 
 def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    rightly, failed = Job.attempt, []
+    rightly, failed = Trials.attempt, []
 
-    def attempt(self: Job, plan: Plan, part: Any = None) -> Attempt:
+    def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
         if (plan.selector or {}).get("name") == "uniform":
             failed.append(plan)
             raise NumericsError("layer", law="finite", got="infinity", cure="none")
         return rightly(self, plan, part)
 
-    monkeypatch.setattr(Job, "attempt", attempt)
+    monkeypatch.setattr(Trials, "attempt", attempt)
     out = rf.compress(_model(), _images(60), budget=BUDGET, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
     assert failed
     names = [candidate.selector for candidate in out.report.candidates]
@@ -159,15 +159,15 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
 
 def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     first = [candidate.selector for candidate in many().report.candidates if candidate.samples is None]
-    rightly, failed = Job.attempt, []
+    rightly, failed = Trials.attempt, []
 
-    def attempt(self: Job, plan: Plan, part: Any = None) -> Attempt:
+    def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
         if part is None and len(failed) < len(first):
             failed.append(plan)
             raise SelfCheckError("model", law="the same", got="another", cure="none")
         return rightly(self, plan, part)
 
-    monkeypatch.setattr(Job, "attempt", attempt)
+    monkeypatch.setattr(Trials, "attempt", attempt)
     out = rf.compress(_model(), _images(200), budget=BUDGET)
     whole = [candidate.selector for candidate in out.report.candidates if candidate.samples is None]
     assert len(whole) == FINALISTS + 1
@@ -176,13 +176,13 @@ def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pyte
 
 
 def test_without_repair_each_is_carried_out_once_on_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    rightly, parts = Job.attempt, []
+    rightly, parts = Trials.attempt, []
 
-    def attempt(self: Job, plan: Plan, part: Any = None) -> Attempt:
+    def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
         parts.append(part)
         return rightly(self, plan, part)
 
-    monkeypatch.setattr(Job, "attempt", attempt)
+    monkeypatch.setattr(Trials, "attempt", attempt)
     out = rf.compress(_model(), _images(200), budget=BUDGET, repair=None)
     assert len(parts) == len(out.report.candidates) > 4
     assert set(parts) == {None}

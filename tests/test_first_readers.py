@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold.attempts import Attempt
 from rankfold.errors import DataError, NumericsError
-from rankfold.job import Job
 from rankfold.plan import Plan
 from rankfold.statistics.gradients import collect_gradients
+from rankfold.trials import Trials
 from rankfold.work import Work
 
 
@@ -120,14 +120,14 @@ def test_the_size_of_many_logits_in_half_precision_is_finite() -> None:
 
 
 def test_a_candidate_without_repair_that_fails_drops_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    rightly = Job.attempt
+    rightly = Trials.attempt
 
-    def attempt(self: Job, plan: Plan, part: Any = None) -> Attempt:
+    def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
         if plan.repair is None:
             raise NumericsError("layer", law="finite", got="infinity", cure="none")
         return rightly(self, plan, part)
 
-    monkeypatch.setattr(Job, "attempt", attempt)
+    monkeypatch.setattr(Trials, "attempt", attempt)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
     out = rf.compress(model, [drawn(60, 16)], budget=rf.Budget(params=0.6))
     assert out.plan.repair is not None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold import forecast
 from rankfold.errors import BudgetError, OptionError
-from rankfold.prediction import plans_of
+from rankfold.proposals import numbers_of
 from rankfold.rates import Rates, _shrunk
 
 
@@ -51,7 +51,7 @@ def test_a_dry_run_changes_nothing_and_runs_few_samples(monkeypatch: pytest.Monk
     model, samples = Net().train(), [0]
     model.first.register_forward_hook(lambda *args: samples.__setitem__(0, samples[0] + len(args[1][0])))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr("rankfold.job.collect", None)  # no statistics
+    monkeypatch.setattr("rankfold.session.collect", None)  # no statistics
     state = torch.get_rng_state()
     data = images(5000)
     result = dry(model, data=data, work_dir=tmp_path / "work")
@@ -95,7 +95,7 @@ def test_as_many_plans_are_predicted_as_are_asked_for(
         asked.append(len(makers))
         raise BudgetError("Budget", law="counted", got="enough", cure="none")
 
-    monkeypatch.setattr("rankfold.job.candidates_of", counted)
+    monkeypatch.setattr("rankfold.trials.plans_from", counted)
     options = {"families": families, "selector": selector, "data": images(samples)}
     predicted = dry(**options).trials
     with pytest.raises(BudgetError, match="counted"):
@@ -164,6 +164,6 @@ def test_a_method_of_ones_own_is_timed_like_others() -> None:
 
 def test_counts_of_plans_follow_the_families() -> None:
     every = [rf.WhitenedSVD(), rf.SpatialSVD(), rf.Tucker2(), rf.Interpolative()]
-    assert plans_of(every, chosen_by=False) == (10, 5)
-    assert plans_of(every, chosen_by=False, weighting=False) == (9, 5)
-    assert plans_of(every[:1], chosen_by=True) == (1, 1)
+    assert numbers_of(every, chosen_by=False) == (10, 5)
+    assert numbers_of(every, chosen_by=False, weighting=False) == (9, 5)
+    assert numbers_of(every[:1], chosen_by=True) == (1, 1)

@@ -25,7 +25,6 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"graph", "statistics", "ranks", "metrics"}),
     frozenset(
         {
-            "candidates",
             "channels",
             "curves",
             "forecast",
@@ -35,15 +34,17 @@ LEVELS: tuple[frozenset[str], ...] = (
             "repair",
             "applying",
             "attempts",
-            "job",
             "pipeline",
             "checkpoint",
             "hugging_face",
             "prediction",
+            "proposals",
             "rates",
             "reach",
             "report",
             "results",
+            "session",
+            "trials",
             "work",
         }
     ),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from rankfold.metrics.corruptions import Blur, Brightness, Corruption, Noise
     from rankfold.metrics.decisions import Decisions, decisions
     from rankfold.metrics.outputs import Embedding, Logits, Output, Values
-    from rankfold.pipeline import Compressed, compress, execute
+    from rankfold.pipeline import Compressed, compress, execute, prepare
     from rankfold.plan import ChannelDecision, Decision, Plan
     from rankfold.planning import make_plan, plan_cost
     from rankfold.progress import progress_bar
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from rankfold.repair import Lockstep
     from rankfold.repair.batch_norm import reestimate_batch_norms
     from rankfold.report import Report
+    from rankfold.session import Session
     from rankfold.statistics import Statistic, Statistics
     from rankfold.statistics.collect import collect
     from rankfold.statistics.gradients import collect_gradients
@@ -77,7 +78,7 @@ _HOME = {
     "rankfold.metrics.corruptions": ("Blur", "Brightness", "Corruption", "Noise"),
     "rankfold.metrics.decisions": ("Decisions", "decisions"),
     "rankfold.metrics.outputs": ("Embedding", "Logits", "Output", "Values"),
-    "rankfold.pipeline": ("Compressed", "compress", "execute"),
+    "rankfold.pipeline": ("Compressed", "compress", "execute", "prepare"),
     "rankfold.plan": ("ChannelDecision", "Decision", "Plan"),
     "rankfold.planning": ("make_plan", "plan_cost"),
     "rankfold.ranks": ("Budget", "Energy", "HalfWay", "Lagrangian", "RankCurve", "RankSelector", "Rounded", "Uniform"),
@@ -86,6 +87,7 @@ _HOME = {
     "rankfold.repair": ("Lockstep",),
     "rankfold.repair.batch_norm": ("reestimate_batch_norms",),
     "rankfold.report": ("Report",),
+    "rankfold.session": ("Session",),
     "rankfold.statistics": ("Statistic", "Statistics"),
     "rankfold.statistics.collect": ("collect",),
     "rankfold.statistics.gradients": ("collect_gradients",),
@@ -131,6 +133,7 @@ __all__ = [
     "Report",
     "Rounded",
     "SameShare",
+    "Session",
     "Site",
     "Sites",
     "Skip",
@@ -161,6 +164,7 @@ __all__ = [
     "merge",
     "needed",
     "plan_cost",
+    "prepare",
     "progress_bar",
     "reestimate_batch_norms",
     "register",

@@ -104,6 +104,11 @@ class Clock:
         self._after = after
         self.seconds: dict[str, float] = {}
 
+    def taken(self) -> dict[str, float]:
+        """What was added up since this was last asked for."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
     def time(self, stage: str, work: Callable[[], T]) -> T:
         """Do some work and add its seconds to a stage."""
         start = time.perf_counter()

@@ -27,7 +27,7 @@ from rankfold.layers import adapter_for
 from rankfold.linalg.precision import widen
 from rankfold.metrics.cost import dense_cost, site_cost
 from rankfold.progress import Progress, Told, as_progress, silent
-from rankfold.ranks import RankSelector, Selector
+from rankfold.ranks import Selector
 from rankfold.ranks.curve import Curves, RankCurve
 from rankfold.statistics import Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
@@ -38,9 +38,8 @@ DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tuck
 
 def default_families(selector: Selector | None) -> tuple[Family, ...]:
     """The families of `compress` where none are named: all, or those whose sizes a selector chooses."""
-    if selector is None:
-        return (*DEFAULT_FAMILIES, Interpolative())
-    return DEFAULT_FAMILIES if isinstance(selector, RankSelector) else (Interpolative(),)
+    families: tuple[Family, ...] = (*DEFAULT_FAMILIES, Interpolative())
+    return tuple(family for family in families if selector is None or family.sized_by == selector.chooses)
 
 
 def measure(

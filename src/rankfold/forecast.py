@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.decompositions import Interpolative
 from rankfold.errors import bytes_shown
 from rankfold.graph.reach import Blocker
 from rankfold.graph.sites import Sites
@@ -135,7 +134,7 @@ def forecast_of(
     example = first_of(batches)
     rates, samples = Rates(device_of(model)), sample_count(batches)
     samples = sum(batch_size(batch) for batch in batches) if samples is None else samples
-    removing = any(isinstance(method, Interpolative) for method in course.families)
+    removing = any(method.sized_by == "widths" for method in course.families)
     groups = groups_of(model, sites) if removing and sites.graph.program is not None else []
     predicted = Predicted(model, example, sites, course, rates, samples, groups)
     seconds, memory = predicted.seconds(traced), predicted.memory()

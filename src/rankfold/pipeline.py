@@ -13,34 +13,28 @@ from torch import nn
 
 from rankfold.applying import decided_sites, held_out_in, with_those_of
 from rankfold.attempts import Compressed
-from rankfold.candidates import Maker, rank_makers
-from rankfold.channels.widths import WidthSelector
-from rankfold.curves import check_families, default_families, measure, needed
-from rankfold.decompositions import Decomposition, Family, Interpolative
+from rankfold.curves import check_families, default_families, needed
+from rankfold.decompositions import Family
 from rankfold.errors import DataError, OptionError, PlanError, shown
-from rankfold.forecast import Forecast, forecast_of
+from rankfold.forecast import Forecast
 from rankfold.graph.models import check_module
 from rankfold.graph.sites import Skip, check_selection
-from rankfold.graph.trace import batch_size, device_of, take
+from rankfold.graph.trace import batch_size, take
 from rankfold.graph.values import Memory, parse_memory
-from rankfold.job import Job
-from rankfold.metrics.outputs import Outputs, check_outputs, outputs_from_json, outputs_to_json
+from rankfold.metrics.outputs import Outputs, check_outputs, outputs_from_json
 from rankfold.plan import Plan, budget_of
-from rankfold.planning import check_kinds, make_plan
-from rankfold.prediction import Course, plans_of
+from rankfold.planning import check_kinds
 from rankfold.progress import Progress, Told, as_progress, silent
-from rankfold.ranks import Budget, Curves, RankSelector, Selector
+from rankfold.ranks import Budget, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Report
-from rankfold.statistics import GradientGram
+from rankfold.session import Options, Session, check_budget
 from rankfold.statistics.collect import check_positions
 from rankfold.statistics.data import as_batches, digest, no_batch
-from rankfold.statistics.distributed import together, world
+from rankfold.statistics.distributed import together
 from rankfold.statistics.draws import check_seed
-from rankfold.statistics.gradients import SAMPLES
 from rankfold.statistics.size import check_fits
 from rankfold.surgery import check_plan
-from rankfold.work import Work, facts_of
 
 __all__ = ["Compressed", "compress", "execute"]
 DEFAULT_REPAIR = Lockstep()
@@ -92,7 +86,6 @@ def compress(
 ) -> Forecast: ...
 
 
-@together
 def compress(
     model: nn.Module,
     data: Any,
@@ -176,17 +169,67 @@ def compress(
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
         DistributedError: Another process failed or is gone, or was given other arguments.
     """
-    if not isinstance(budget, Budget):
-        raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
+    _check_call(budget, dry_run)
+    session = prepare(
+        model,
+        data,
+        families=families,
+        repair=repair,
+        selector=selector,
+        weighting=weighting,
+        outputs=outputs,
+        only=only,
+        exclude=exclude,
+        positions=positions,
+        seed=seed,
+        work_dir=work_dir,
+        memory=memory,
+        progress=progress,
+    )
+    return session.forecast(budget) if dry_run else session.run(budget)
+
+
+@together
+def prepare(
+    model: nn.Module,
+    data: Any,
+    *,
+    families: Sequence[Family] | None = None,
+    repair: Lockstep | None = DEFAULT_REPAIR,
+    selector: Selector | None = None,
+    weighting: bool = True,
+    outputs: Outputs = None,
+    only: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    positions: int | None = POSITIONS,
+    seed: int = 0,
+    work_dir: str | Path | None = None,
+    memory: Memory = None,
+    progress: Progress | Told = silent,
+) -> Session:
+    """Look at a network once, to compress it to several budgets.
+
+    `prepare(model, data, …).run(budget)` is `compress(model, data, budget=budget, …)`, bit for bit; another `run`
+    takes over statistics, gradients and curves. The model and the data must not be changed in between.
+
+    Args:
+        model: As for `compress`.
+        data: Likewise, and so are all options.
+
+    Returns:
+        The session. `run(budget)` compresses, `forecast(budget)` predicts.
+
+    Raises:
+        As `compress`.
+    """
     if repair is not None and not isinstance(repair, Lockstep):
         raise OptionError(
             "repair", law="an instance of Lockstep, or None", got=repr(repair), cure="try rankfold.Lockstep()"
         )
     if selector is not None:
         check_kinds({"selector": (selector, Selector)})
-    for name, value in (("weighting", weighting), ("dry_run", dry_run)):
-        if not isinstance(value, bool):
-            raise OptionError(name, law="True or False", got=shown(value), cure="pass a bool")
+    if not isinstance(weighting, bool):
+        raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
     check_outputs(outputs)
     if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
         raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
@@ -197,75 +240,20 @@ def compress(
     check_selection(only, exclude)
     check_positions(positions)
     check_seed(seed)
-    progress = as_progress(progress)
     limit = parse_memory(memory)
-    job = Job.start(model, data, progress, only=only, exclude=exclude, limit=limit)
-    model = job.model
+    session = Session.start(model, data, as_progress(progress), only=only, exclude=exclude, limit=limit)
     _check_number(data)
-    budget.check_counted(job.sites.uncounted)
-    if any(isinstance(method, Interpolative) for method in families):
-        job.sites = job.sites.with_fixed()
-    if job.sites.graph.program is None:
-        repair = None
-    names = needed(families)
-    collected = [*names, GradientGram.name] if weighting else names
-    job.bound_moments(collected, repair, limit)
-    if dry_run:
-        plans, always = plans_of(families, chosen_by=selector is not None, weighting=weighting)
-        course = Course(families, collected, repair, plans, always, weighting, positions, ENOUGH, limit)
-        traced, bounds = job.clock.seconds["trace"], budget.bounds(job.sites.cost)
-        return forecast_of(job.model, job.batches, job.sites, course, traced=traced, bounds=bounds)
-    chosen_by = [type(method).__name__ for method in (*families, selector)]
-    world().agree("options", repr((chosen_by, budget, repair, weighting, outputs, positions, seed)))
-    if work_dir is not None:
-        if world().size > 1:
-            raise OptionError(
-                "work_dir", law="one process", got=f"{world().size} processes", cure="leave work_dir out under torchrun"
-            )
-        facts = facts_of(
-            model, job.sites, job.batches, families=families, weighting=weighting, positions=positions, seed=seed
-        )
-        facts["outputs"] = outputs_to_json(outputs)
-        job.work = Work.open(work_dir, facts, device_of(model))
-    job.collect(
-        names,
-        positions=positions,
-        enough=ENOUGH,
-        seed=seed,
-        gradient_samples=SAMPLES if weighting else None,
-        outputs=outputs,
+    return session.opened(
+        Options(tuple(families), repair, selector, weighting, outputs, positions, seed, work_dir, limit)
     )
-    stats = job.stats
-    forms = [method for method in families if isinstance(method, Decomposition)]
-    sizes = selector if isinstance(selector, WidthSelector) else None
-    ranked = selector if isinstance(selector, RankSelector) else None
-    makers: list[Maker] = []
-    if forms:
-        curves = job.clock.time(
-            "curves",
-            lambda: job.work.curves(
-                job.sites,
-                forms,
-                lambda: measure(model, stats, sites=job.sites, families=forms, progress=progress, world=world()),
-            ),
-        )
 
-        def by(some: Curves, chosen: RankSelector) -> Plan:
-            return make_plan(some, budget=budget, selector=chosen, seed=seed, calibration=stats.manifest, repair=repair)
 
-        makers += rank_makers(curves, ranked, by)
-    for method in families:
-        if isinstance(method, Interpolative):
-            makers += job.removing(
-                method,
-                budget,
-                forms,
-                selector=ranked,
-                sizes=sizes,
-                seed=seed,
-                repair=repair,
-            )
-    return job.finish(*job.carried_out(makers, budget), budget=budget)
+@together
+def _check_call(budget: object, dry_run: object) -> None:
+    """Refuse what is wrong with the arguments that are not `prepare`'s, before anything is looked at."""
+    check_budget(budget)
+    if not isinstance(dry_run, bool):
+        raise OptionError("dry_run", law="True or False", got=shown(dry_run), cure="pass a bool")
 
 
 @together
@@ -310,21 +298,21 @@ def execute(
         outputs = outputs_from_json(plan.calibration.get("outputs"), "plan.calibration.outputs")
     check_plan(plain, plan)
     limit = parse_memory(memory)
-    job = Job.start(model, data, progress, limit=limit, every=held_out_in(plan))
+    session = Session.start(model, data, progress, limit=limit, every=held_out_in(plan))
     _check_number(data)
-    job.sites = with_those_of(job.sites, plan)
-    decided = decided_sites(job.sites, plan)
-    left = tuple(Skip(site.path, "not in the plan") for site in job.sites if site not in decided)
-    job.sites = replace(job.sites, sites=decided, skips=(*job.sites.skips, *left))
-    job.notes.append("a given plan was carried out")
-    if plan.repair is not None and job.sites.graph.program is None:
+    session.sites = with_those_of(session.sites, plan)
+    decided = decided_sites(session.sites, plan)
+    left = tuple(Skip(site.path, "not in the plan") for site in session.sites if site not in decided)
+    session.sites = replace(session.sites, sites=decided, skips=(*session.sites.skips, *left))
+    session.notes.append("a given plan was carried out")
+    if plan.repair is not None and session.sites.graph.program is None:
         plan = replace(plan, repair=None)
     calibration = plan.calibration
     names = needed(
         [decision.method for decision in plan.changes if decision.method is not None], channels=bool(plan.cuts)
     )
-    check_fits(job.sites, names, repaired=plan.repair is not None, limit=None if limit is None else limit // 2)
-    job.collect(
+    check_fits(session.sites, names, repaired=plan.repair is not None, limit=None if limit is None else limit // 2)
+    session.collect(
         names,
         positions=calibration.get("positions", POSITIONS),
         enough=calibration.get("enough"),
@@ -332,9 +320,9 @@ def execute(
         gradient_samples=calibration.get("gradient_samples"),
         outputs=outputs,
     )
-    if calibration.get("sha256", job.stats.manifest["sha256"]) != job.stats.manifest["sha256"]:
-        job.notes.append("the calibration data is not the one that the plan was made with")
-    done = job.finish(job.attempt(replace(plan, calibration=job.stats.manifest)))
+    if calibration.get("sha256", session.stats.manifest["sha256"]) != session.stats.manifest["sha256"]:
+        session.notes.append("the calibration data is not the one that the plan was made with")
+    done = session.finish(session.trials.attempt(replace(plan, calibration=session.stats.manifest)))
     return done if budget is None else replace(done, report=_held_to(done.report, budget))
 
 
@@ -378,10 +366,13 @@ def _check_selector(selector: Selector | None, families: Sequence[Family]) -> No
     Raises:
         OptionError: As said.
     """
-    if isinstance(selector, WidthSelector) and not all(isinstance(method, Interpolative) for method in families):
+    if selector is None:
+        return
+    mine = [method for method in families if method.sized_by == selector.chooses]
+    if selector.chooses == "widths" and len(mine) < len(families):
         law = "a selector that chooses how many channels stay needs families that remove channels, and no other"
         cure = "pass families=[rankfold.Interpolative()], or another selector"
-    elif isinstance(selector, RankSelector) and not any(isinstance(method, Decomposition) for method in families):
+    elif not mine:
         law = "a selector that chooses ranks needs a family that has some"
         cure = "leave the selector out, or pass one that chooses how many channels stay, such as RemovalGreedy()"
     else:

@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankfold.candidates import FEWEST, FINALISTS, SPARSEST
-from rankfold.channels.widths import SIZES
-from rankfold.decompositions import Decomposition, Family, Interpolative, WhitenedSVD
+from rankfold.decompositions import Decomposition, Family, WhitenedSVD
 from rankfold.graph.channels import ChannelGroup
 from rankfold.graph.sites import Site, Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
@@ -22,8 +20,8 @@ from rankfold.statistics.data import HELD_OUT, held_out_among
 from rankfold.statistics.draws import enough_positions
 from rankfold.statistics.gradients import BATCH
 from rankfold.statistics.size import CHUNK_BYTES, CHUNKS, ELEMENT, sizes_of
+from rankfold.trials import DENSER, FEWEST, FINALISTS, SPARSEST
 
-DENSER = 2  # a trial looks at so many times the positions of a sample
 TRIANGLE = 0.75  # of a Gram's products are computed
 DIAL = 1 + 2 * 3  # solves of a site: for three levels of the ridge each half, and once all samples
 HEAVIEST = 5  # sites that are named
@@ -75,22 +73,6 @@ class Course:
     def forms(self) -> list[Decomposition]:
         """The families that have ranks."""
         return [method for method in self.families if isinstance(method, Decomposition)]
-
-
-def plans_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool = True) -> tuple[int, int]:
-    """How many plans are made where many are tried, and where few are.
-
-    Args:
-        families: Methods to choose from.
-        chosen_by: Whether a selector is named.
-        weighting: Whether gradients are collected: curves with positions for independent make a plan more.
-    """
-    forms = [method for method in families if isinstance(method, Decomposition)]
-    removing = sum(isinstance(method, Interpolative) for method in families)
-    own = 0 if not forms else 1 if chosen_by else 3 + weighting + (len(forms) if len(forms) > 1 else 0)
-    sized = (2 if chosen_by else 3) if forms else 1 if chosen_by else len(SIZES)
-    few = (0 if not forms else 1 if chosen_by else 3) + removing * (2 if forms else sized)
-    return own + removing * sized, few
 
 
 class Predicted:

@@ -175,7 +175,7 @@ def test_ctrl_c_leaves_nothing_behind(cli: Any, tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    for place in ("rankfold.job.collect", "rankfold.checkpoint.save_model"):
+    for place in ("rankfold.session.collect", "rankfold.checkpoint.save_model"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupted)
             done = cli(*TINY, "--params", "0.6", "--out", tmp_path / "small")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ TINY = torch.finfo(torch.float64).tiny
 
 class WidthSelector(Selector, ABC):
     """How many units of each channel group stay. A subclass is a frozen, registered dataclass."""
+
+    chooses: ClassVar[str] = "widths"
 
     @property
     def reads(self) -> tuple[str, ...]:

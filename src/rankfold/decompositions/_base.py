@@ -67,11 +67,17 @@ class Moments:
 class Family:
     """What `families=` may hold: a way to make layers smaller.
 
+    What plans the families of one kind propose under a budget stands in `rankfold.proposals`.
+
     Attributes:
         needs: Names of the statistics it reads.
+        sized_by: What a selector has to choose for it: "ranks", or "widths" (how many channels stay).
+        cuts_fixed: Whether it also makes layers smaller whose place no other module can take.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
+    sized_by: ClassVar[str] = "ranks"
+    cuts_fixed: ClassVar[bool] = False
 
 
 class Decomposition(Family, ABC):

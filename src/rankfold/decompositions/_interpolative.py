@@ -37,6 +37,8 @@ class Interpolative(Family):
     """
 
     needs: ClassVar[tuple[str, ...]] = ("input-gram", "input-mean")
+    sized_by: ClassVar[str] = "widths"
+    cuts_fixed: ClassVar[bool] = True
     rule: str = "backward"
     fold: bool = True
     multiple_of: int = 1

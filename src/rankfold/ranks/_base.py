@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,13 @@ from rankfold.ranks.curve import Option, Problem
 
 
 class Selector:
-    """How sizes under a budget are chosen: ranks of factors, or numbers of channels that stay."""
+    """How sizes under a budget are chosen: ranks of factors, or numbers of channels that stay.
+
+    Attributes:
+        chooses: "ranks" or "widths": sizes of which families, see `Family.sized_by`.
+    """
+
+    chooses: ClassVar[str] = "ranks"
 
 
 class RankSelector(Selector, ABC):

@@ -1,0 +1,19 @@
+"""Plans worth trying under a budget, by kind of family: one file a kind."""
+
+from rankfold.proposals._base import Asked, Basis, Proposal, Proposer, numbers_of, plans_from, proposers_of, proposes
+from rankfold.proposals._ranks import RankProposer  # registered first: its proposals come first
+
+from rankfold.proposals._channels import ChannelProposer  # isort: skip
+
+__all__ = [
+    "Asked",
+    "Basis",
+    "ChannelProposer",
+    "Proposal",
+    "Proposer",
+    "RankProposer",
+    "numbers_of",
+    "plans_from",
+    "proposers_of",
+    "proposes",
+]

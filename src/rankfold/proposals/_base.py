@@ -1,0 +1,199 @@
+"""Plans worth trying under a budget: what all kinds of families share, and the registry of those kinds."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
+
+from torch import nn
+
+from rankfold.attempts import Clock
+from rankfold.decompositions import Family
+from rankfold.errors import BudgetError, RegistryError
+from rankfold.graph.sites import Sites
+from rankfold.graph.trace import Batch
+from rankfold.plan import Plan
+from rankfold.progress import Progress
+from rankfold.ranks import Budget, Selector
+from rankfold.repair import Lockstep
+from rankfold.statistics import Statistics
+from rankfold.work import Work
+
+P = TypeVar("P", bound="type[Proposer]")
+_PROPOSERS: dict[type[Family], type[Proposer]] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """A model that was measured: what proposals are made from, whatever the budget.
+
+    Attributes:
+        model: The original.
+        example: One batch.
+        sites: Its sites.
+        stats: Its statistics.
+        families: All methods that may be used.
+        seed: Of everything that is drawn.
+        work: Keeps what is finished.
+        clock: Adds up the seconds of each stage.
+        progress: Told about every step.
+        notes: Remarks for the report; a proposer adds to them.
+    """
+
+    model: nn.Module
+    example: Batch
+    sites: Sites
+    stats: Statistics
+    families: tuple[Family, ...]
+    seed: int
+    work: Work
+    clock: Clock
+    progress: Progress
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What proposals have to meet.
+
+    Attributes:
+        budget: Of the whole model.
+        selector: The one that was named, which is then taken as it is; None is each of the defaults.
+        repair: Noted in the plans.
+    """
+
+    budget: Budget
+    selector: Selector | None
+    repair: Lockstep | None
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A plan worth trying, before it is made.
+
+    Attributes:
+        name: What it is called in the report.
+        make: Makes the plan.
+        always: Whether it is tried also where held-out samples are too few to choose among many.
+    """
+
+    name: str
+    make: Callable[[], Plan]
+    always: bool = True
+
+
+class Proposer(ABC):
+    """What the families of one kind propose. It lives as long as the basis, so that a second budget costs no measuring.
+
+    Args:
+        basis: The measured model.
+        families: Those of `basis.families` that are of its kind.
+    """
+
+    kind: ClassVar[type[Family]]
+    """The kind, set by `proposes`."""
+
+    def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
+        self.basis, self.families = basis, tuple(families)
+
+    @abstractmethod
+    def proposals(self, asked: Asked) -> list[Proposal]:
+        """Plans worth trying under a budget, none of them made yet."""
+
+    @classmethod
+    @abstractmethod
+    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
+        """How many proposals there are at most, known without a model.
+
+        Args:
+            families: Of its kind.
+            ranks: How many of all families have ranks.
+            chosen_by: Whether a selector is named.
+            weighting: Whether gradients are collected.
+
+        Returns:
+            All, and those that are always tried.
+        """
+
+
+def proposes(kind: type[Family]) -> Callable[[P], P]:
+    """Register a class as what the families of a kind propose."""
+
+    def register(proposer: P) -> P:
+        proposer.kind = kind
+        _PROPOSERS[kind] = proposer
+        return proposer
+
+    return register
+
+
+def kinds_of(families: Sequence[Family]) -> dict[type[Proposer], list[Family]]:
+    """The families by what proposes for them, in the order in which kinds were registered.
+
+    Raises:
+        RegistryError: Nothing proposes for a family.
+    """
+    found: dict[type[Proposer], list[Family]] = {proposer: [] for proposer in _PROPOSERS.values()}
+    for family in families:
+        proposer = next((_PROPOSERS[base] for base in type(family).__mro__ if base in _PROPOSERS), None)
+        if proposer is None:
+            raise RegistryError(
+                type(family).__qualname__,
+                law="something makes plans of every kind of family",
+                got="a kind that nothing proposes for",
+                cure="derive from rankfold.Decomposition, or register a Proposer for the kind",
+            )
+        found[proposer].append(family)
+    return {proposer: own for proposer, own in found.items() if own}
+
+
+def proposers_of(basis: Basis) -> list[Proposer]:
+    """What proposes for the families of a basis."""
+    return [proposer(basis, own) for proposer, own in kinds_of(basis.families).items()]
+
+
+def numbers_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool = True) -> tuple[int, int]:
+    """How many plans are made at most, where many are tried and where few are; see `Proposer.numbers`."""
+    ranks = sum(family.sized_by == "ranks" for family in families)
+    each = [
+        proposer.numbers(own, ranks=ranks, chosen_by=chosen_by, weighting=weighting)
+        for proposer, own in kinds_of(families).items()
+    ]
+    return sum(many for many, _ in each), sum(few for _, few in each)
+
+
+def plans_from(proposals: Sequence[Proposal], bounds: Mapping[str, int]) -> dict[str, Plan]:
+    """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can.
+
+    Args:
+        proposals: Of two with one name the second gets a number.
+        bounds: Of the budget, by resource.
+
+    Raises:
+        BudgetError: None can be made: that of the one that comes closest to the budget.
+    """
+    plans: dict[str, Plan] = {}
+    failures: list[BudgetError] = []
+    for proposal in proposals:
+        try:
+            plan = proposal.make()
+        except BudgetError as cause:
+            failures.append(cause)
+            continue
+        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for other in plans.values()):
+            name, number = proposal.name, 1
+            while name in plans:
+                number += 1
+                name = f"{proposal.name} ({number})"
+            plans[name] = plan
+
+    def excess(failure: BudgetError) -> float:
+        reached = [value / max(bounds[name], 1) for name, value in failure.smallest.items() if name in bounds]
+        return max(reached, default=math.inf)
+
+    if not plans and failures:
+        raise min(failures, key=excess)
+    return plans

@@ -1,0 +1,397 @@
+"""One model and its data, looked at once and compressed to as many budgets as are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rankfold.attempts import Attempt, Clock, Compressed, one_latency, uncalled
+from rankfold.channels.narrowing import narrowed_sites
+from rankfold.curves import needed
+from rankfold.decompositions import Family
+from rankfold.errors import OptionError
+from rankfold.forecast import Forecast, forecast_of
+from rankfold.graph.models import COMPILED, check_model, is_compiled
+from rankfold.graph.refusals import BY_BATCH
+from rankfold.graph.sites import Sites, find_sites
+from rankfold.graph.trace import Batch, device_of
+from rankfold.graph.values import Spill
+from rankfold.metrics.counted import count
+from rankfold.metrics.outputs import Outputs, Taken, outputs_to_json, settled
+from rankfold.prediction import Course
+from rankfold.progress import Progress
+from rankfold.proposals import Asked, Basis, Proposer, numbers_of, proposers_of
+from rankfold.ranks import Budget, Selector
+from rankfold.repair import Lockstep
+from rankfold.report.data import Candidate, Report, environment, rows
+from rankfold.statistics import GradientGram, Statistics
+from rankfold.statistics.collect import collect
+from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of, held_out_of
+from rankfold.statistics.distributed import together, world
+from rankfold.statistics.gradients import SAMPLES, collect_gradients
+from rankfold.statistics.size import bounded, machine_memory
+from rankfold.surgery import check_copy
+from rankfold.trials import Trials
+from rankfold.work import Work, facts_of
+
+ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
+SHUFFLED = (
+    "the data gives other batches at each pass: held-out samples of one pass were fitted on in another, so candidates "
+    "and the comparison are judged too well; pass a list of batches, or a loader that does not shuffle"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a compression is asked for, but for its budget; see `compress`.
+
+    Attributes:
+        families: Methods to choose from.
+        repair: The repair, or None.
+        selector: The one that was named, or None.
+        weighting: Whether gradients are collected.
+        outputs: What the outputs are, as it was said.
+        positions: Most positions a sample, or None.
+        seed: Of everything that is drawn.
+        work_dir: A directory that keeps what is finished, or None.
+        limit: Most bytes of values and moments, or None.
+    """
+
+    families: tuple[Family, ...]
+    repair: Lockstep | None
+    selector: Selector | None = None
+    weighting: bool = True
+    outputs: Outputs = None
+    positions: int | None = None
+    seed: int = 0
+    work_dir: str | Path | None = None
+    limit: int | None = None
+
+    @property
+    def statistics(self) -> list[str]:
+        """Names of what is collected for the families."""
+        return needed(self.families)
+
+    @property
+    def collected(self) -> list[str]:
+        """Names of all that is collected."""
+        return [*self.statistics, GradientGram.name] if self.weighting else self.statistics
+
+
+@dataclass(eq=False)
+class Session:
+    """A network that was looked at once; from `prepare`.
+
+    Statistics and curves are worked out when they are first needed, and serve every budget after that.
+
+    Attributes:
+        model: The original; left untouched.
+        sites: Its layers that can be made smaller, and why the others can not.
+    """
+
+    model: nn.Module
+    batches: Iterable[Batch]
+    sites: Sites
+    judged: Iterable[Batch]
+    notes: list[str]
+    clock: Clock
+    progress: Progress
+    spill: Spill
+    every: int = HELD_OUT  # one sample in so many is held out
+    held_out: bool = True  # whether what is judged on was fitted on by nothing
+    stats: Statistics = field(default_factory=lambda: Statistics({}))
+    work: Work = field(default_factory=Work)
+    outputs: Taken | None = None  # what the model's outputs are, once that is settled
+    options: Options = field(default_factory=lambda: Options((), None))
+
+    @classmethod
+    def start(
+        cls,
+        model: nn.Module,
+        data: Any,
+        progress: Progress,
+        *,
+        only: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+        limit: int | None = None,
+        every: int | None = None,
+    ) -> Session:
+        """Check the inputs and find the sites; one sample in `every` is held out, None goes by their number."""
+        given, model = model, check_model(model)
+        spill = Spill(None if limit is None else limit // 2)
+        batches, clock, notes = as_batches(data), Clock(spill.tidy), []
+        example = first_of(batches)
+        if is_compiled(given):
+            notes.append(COMPILED)
+        if digest(first_of(batches)) != digest(example):
+            notes.append(SHUFFLED)
+        with progress("trace", None):
+            sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
+            check_copy(model, example)
+        world().agree("model", repr((sites.fingerprint, [site.path for site in sites], sites.graph.reason is None)))
+        if by_batch := [skip.path for skip in sites.skips if BY_BATCH in skip.reason]:
+            notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
+        if sites.graph.reason is not None:
+            notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
+        if sites.uncounted:
+            notes.append(f"not counted in MACs: {', '.join(sites.uncounted[:5])}")
+        every = held_out_of(batches) if every is None else every
+        judged: Iterable[Batch] = Split(batches, every, held_out=True)
+        held_out = any(True for _ in judged)
+        if not held_out:
+            judged = batches
+            notes.append(
+                f"fewer than {every} calibration samples: candidates were judged on the samples they were fitted on"
+            )
+        return cls(model, batches, sites, judged, notes, clock, progress, spill, every=every, held_out=held_out)
+
+    def bound_moments(self, statistics: Sequence[str], repair: Lockstep | None, limit: int | None) -> None:
+        """Leave alone the layers whose moments would take too much memory; see `bounded`.
+
+        Args:
+            statistics: Names of what will be collected.
+            repair: The repair, or None.
+            limit: Most bytes of values and moments, half each; None is the default's proportion.
+        """
+        known = {skip.path for skip in self.sites.skips}
+        room = None if limit is None else limit // 2
+        self.sites = bounded(
+            self.sites,
+            statistics,
+            repaired=repair is not None,
+            limit=room,
+            machine=machine_memory(device_of(self.model)),
+        )
+        left = [f"{skip.path} ({skip.reason})" for skip in self.sites.skips if skip.path not in known]
+        if left:
+            self.notes.append(f"left alone for the memory that their moments would take: {'; '.join(left[:5])}")
+
+    def collect(
+        self,
+        statistics: Sequence[str],
+        *,
+        positions: int | None,
+        enough: int | None,
+        seed: int,
+        gradient_samples: int | None,
+        outputs: Outputs = None,
+    ) -> None:
+        """Settle what the outputs are, and collect on the samples that are fitted on."""
+        fit = Split(self.batches, self.every, held_out=False)
+
+        def moments() -> Statistics:
+            stats = collect(
+                self.model,
+                fit,
+                sites=self.sites,
+                statistics=statistics,
+                positions=positions,
+                enough=enough,
+                seed=seed,
+                progress=self.progress,
+                world=world(),
+            )
+            stats.manifest["held_out"] = self.every
+            return stats
+
+        self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
+        taken = self.outputs = settled(self.model, fit, outputs)
+        if taken.passed:
+            self.notes.append(f"outputs that were not looked at: {', '.join(taken.passed)}")
+        if outputs is not None:
+            self.stats.manifest["outputs"] = outputs_to_json(outputs)
+        if gradient_samples is None:
+            return
+
+        def gradients() -> str | None:
+            return collect_gradients(
+                self.model,
+                fit,
+                self.stats,
+                sites=self.sites,
+                samples=gradient_samples,
+                outputs=taken,
+                seed=seed,
+                progress=self.progress,
+                world=world(),
+            )
+
+        why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients))
+        if why is not None:
+            self.notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
+        if unreached := self.stats.manifest.get("unreached"):
+            self.notes.append(f"no gradient of the outputs reaches {', '.join(unreached)}: errors there count evenly")
+
+    def opened(self, options: Options) -> Session:
+        """This session with its options, and without the layers whose moments would take too much memory."""
+        if any(family.cuts_fixed for family in options.families):
+            self.sites = self.sites.with_fixed()
+        if self.sites.graph.program is None:
+            options = replace(options, repair=None)
+        self.options = options
+        self.bound_moments(options.collected, options.repair, options.limit)
+        return self
+
+    @property
+    def trials(self) -> Trials:
+        """What carries plans out."""
+        return Trials(
+            self.model,
+            self.batches,
+            self.sites,
+            self.judged,
+            self.stats,
+            self.every,
+            self.outputs,
+            self.work,
+            self.clock,
+            self.progress,
+            self.spill,
+        )
+
+    @cached_property
+    def proposers(self) -> list[Proposer]:
+        """What proposes plans, once all is collected that they read; works that out."""
+        self._collect_for(self.options)
+        return proposers_of(
+            Basis(
+                self.model,
+                first_of(self.batches),
+                self.sites,
+                self.stats,
+                self.options.families,
+                self.options.seed,
+                self.work,
+                self.clock,
+                self.progress,
+                self.notes,
+            )
+        )
+
+    @together
+    def run(self, budget: Budget) -> Compressed:
+        """Compress to a budget; the second run measures nothing again.
+
+        Args:
+            budget: How large the whole model may be.
+
+        Returns:
+            As `compress`; the seconds of its report are those of this run alone.
+
+        Raises:
+            As `compress`.
+        """
+        check_budget(budget)
+        options = self.options
+        budget.check_counted(self.sites.uncounted)
+        chosen_by = [type(method).__name__ for method in (*options.families, options.selector)]
+        said = (chosen_by, budget, options.repair, options.weighting, options.outputs, options.positions, options.seed)
+        world().agree("options", repr(said))
+        asked = Asked(budget, options.selector, options.repair)
+        proposals = [each for proposer in self.proposers for each in proposer.proposals(asked)]
+        trials = self.trials
+        best, told = trials.best(proposals, budget)
+        return self.finish(best, told, budget=budget, notes=trials.notes)
+
+    @together
+    def forecast(self, budget: Budget) -> Forecast:
+        """Predict what `run` takes and what it can reach, from a few forward passes of one batch."""
+        check_budget(budget)
+        options = self.options
+        budget.check_counted(self.sites.uncounted)
+        many, few = numbers_of(options.families, chosen_by=options.selector is not None, weighting=options.weighting)
+        course = Course(
+            options.families,
+            options.collected,
+            options.repair,
+            many,
+            few,
+            options.weighting,
+            options.positions,
+            ENOUGH,
+            options.limit,
+        )
+        traced, bounds = self.clock.seconds.get("trace", 0.0), budget.bounds(self.sites.cost)
+        return forecast_of(self.model, self.batches, self.sites, course, traced=traced, bounds=bounds)
+
+    def _collect_for(self, options: Options) -> None:
+        """Open the directory that keeps work, and collect."""
+        if options.work_dir is not None:
+            if world().size > 1:
+                cure = "leave work_dir out under torchrun"
+                raise OptionError("work_dir", law="one process", got=f"{world().size} processes", cure=cure)
+            facts = facts_of(
+                self.model,
+                self.sites,
+                self.batches,
+                families=options.families,
+                weighting=options.weighting,
+                positions=options.positions,
+                seed=options.seed,
+            )
+            facts["outputs"] = outputs_to_json(options.outputs)
+            self.work = Work.open(options.work_dir, facts, device_of(self.model))
+        self.collect(
+            options.statistics,
+            positions=options.positions,
+            enough=ENOUGH,
+            seed=options.seed,
+            gradient_samples=SAMPLES if options.weighting else None,
+            outputs=options.outputs,
+        )
+
+    def finish(
+        self,
+        best: Attempt,
+        candidates: Sequence[Candidate] = (),
+        *,
+        budget: Budget | None = None,
+        notes: Sequence[str] = (),
+    ) -> Compressed:
+        """Report on the attempt that is taken.
+
+        Args:
+            best: The attempt.
+            candidates: All that were tried.
+            budget: What the model that is handed back must keep to; None where a plan is carried out as it is.
+            notes: Of this run.
+
+        Raises:
+            BudgetError: It does not.
+        """
+        example = first_of(self.batches)
+        after = count(best.model, example) if best.cost is None else best.cost
+        if budget is not None:
+            budget.check_held(after, self.sites.cost)
+        with self.progress("latency", None):
+            whole = self.sites.graph.program is None or self.sites.graph.static_batch is not None
+            latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, example, whole=whole))
+        report = Report(
+            self.sites.model,
+            rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts)),
+            self.sites.cost,
+            after,
+            best.plan.budget,
+            latency.ratio,
+            best.comparison,
+            tuple(candidates) if len(candidates) > 1 else (),
+            self.clock.taken(),
+            (*self.notes, *notes, *best.remarks, *uncalled(self.sites, best.plan)),
+            best.plan.seed,
+            environment(),
+            (latency.lower, latency.upper),
+            self.held_out,
+            self.stats.manifest.get("samples"),
+        )
+        return Compressed(best.model, best.plan, report)
+
+
+def check_budget(budget: object) -> None:
+    """Refuse what is no budget."""
+    if not isinstance(budget, Budget):
+        raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
