@@ -22,7 +22,7 @@ from rankfold.testing import toy_network
 
 PLAN = rf.Plan(
     (
-        rf.Decision("body.0", rf.WhitenedSVD(damping=1e-5), 3, "predicted error 0.015"),
+        rf.Decision("body.0", rf.WhitenedSVD(damping=1e-5), 3, "rank by lagrangian", 0.015),
         rf.Decision("body.1", rf.Tucker2(), (2, 5)),
         rf.Decision("head"),
     ),

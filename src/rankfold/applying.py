@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -80,6 +80,21 @@ def apply_(
     return _apply(model, model, plan, data, stats)
 
 
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """A plan that was carried out.
+
+    Attributes:
+        model: Root of the changed model.
+        remarks: For the report.
+        errors: Of the sites that a repair solved, on held-out samples: without it, and as installed.
+    """
+
+    model: nn.Module
+    remarks: tuple[str, ...] = ()
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+
 def carry_out(
     model: nn.Module,
     target: nn.Module,
@@ -93,7 +108,7 @@ def carry_out(
     progress: Progress = silent,
     world: World = ALONE,
     drawn_for: int | None = None,
-) -> tuple[nn.Module, tuple[str, ...]]:
+) -> Carried:
     """Carry a plan out on a model that was looked at already: with its repair where it names one.
 
     Args:
@@ -111,7 +126,7 @@ def carry_out(
         drawn_for: See `lockstep`.
 
     Returns:
-        The root of the changed model, and remarks for the report.
+        The changed model, and what there is to say of it.
 
     Raises:
         SelfCheckError: The module handed back does not compute what the repair computed.
@@ -128,7 +143,7 @@ def carry_out(
         base, shells = target, replace(plan, cuts={}, attributes={}, channels=())
         _check_runs(base, first_of(batches))
     if plan.repair is None:
-        return install_shells(target, shells, shared_out(filler(stats), world)), ()
+        return Carried(install_shells(target, shells, shared_out(filler(stats), world)))
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
     repaired = lockstep(
         model,
@@ -157,7 +172,7 @@ def carry_out(
         for name, value in moments.items():
             back.get_buffer(name).copy_(value)
         raise
-    return result, tuple(remarks)
+    return Carried(result, tuple(remarks), repaired.errors)
 
 
 def _check_runs(narrow: nn.Module, example: Batch) -> None:
@@ -288,7 +303,6 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     if stats is None:
         stats = _collected(model, batches, decided, names, plan)
     if plan.cuts and target is model:  # the narrow model is solved against the original, so that is needed to the end
-        changed, _ = carry_out(model, copied(model), plan, sites=decided, stats=stats, batches=batches)
-        return take_over(model, changed, plan)
-    changed, _ = carry_out(model, target, plan, sites=decided, stats=stats, batches=batches)
-    return changed
+        carried = carry_out(model, copied(model), plan, sites=decided, stats=stats, batches=batches)
+        return take_over(model, carried.model, plan)
+    return carry_out(model, target, plan, sites=decided, stats=stats, batches=batches).model

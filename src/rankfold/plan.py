@@ -19,7 +19,6 @@ from rankfold.serialization import canonical_json, parse_json, read_json
 from rankfold.statistics.draws import SEED_LAW, is_seed
 
 VERSION = 1
-ERROR = "predicted error "  # how a selector's reason begins; the number follows
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,14 @@ class Decision:
         method: The decomposition; None leaves the site dense.
         rank: The rank; None where dense.
         why: Why: the selector's reason, in words.
+        error: The predicted error, as `measure` defines it; None where dense, and in plans written by hand.
     """
 
     site: str
     method: Decomposition | None = None
     rank: Rank | None = None
     why: str = ""
+    error: float | None = None
 
     @property
     def form(self) -> str:
@@ -47,15 +48,19 @@ class Decision:
         """As a dict."""
         rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
         method = None if self.method is None else to_json(self.method)
-        return {"site": self.site, "method": method, "rank": rank, "why": self.why}
+        error = {} if self.error is None else {"error": self.error}
+        return {"site": self.site, "method": method, "rank": rank, "why": self.why, **error}
 
     @classmethod
     def from_json(cls, value: Any, place: str) -> Decision:
         """Read what `to_json` wrote; raises `PlanError` naming the key."""
-        keys = _object(value, place, required={"site", "method", "rank"}, optional={"why"})
-        site, rank, why = keys["site"], keys["rank"], keys.get("why", "")
+        keys = _object(value, place, required={"site", "method", "rank"}, optional={"why", "error"})
+        site, rank, why, error = keys["site"], keys["rank"], keys.get("why", ""), keys.get("error")
         if not isinstance(site, str) or not isinstance(why, str):
             raise PlanError(place, law="site and why are strings", got=_pair(site, why), cure="correct them")
+        if error is not None and (isinstance(error, bool) or not isinstance(error, (int, float)) or error < 0):
+            law = "a predicted error is a number of at least 0"
+            raise PlanError(f"{place} ({site}).error", law=law, got=shown(error), cure="leave it out")
         method = None if keys["method"] is None else from_json(keys["method"], Decomposition, place=f"{place}.method")
         rank = tuple(rank) if isinstance(rank, list) else rank
         parts = rank if isinstance(rank, tuple) else (rank,)
@@ -67,7 +72,7 @@ class Decision:
                 got=shown(rank),
                 cure="correct the rank, or set both to null",
             )
-        return cls(site, method, rank, why)
+        return cls(site, method, rank, why, error)
 
 
 @dataclass(frozen=True)

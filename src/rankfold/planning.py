@@ -8,9 +8,9 @@ from typing import Any
 from rankfold.errors import OptionError, PlanError, shown
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.cost import Cost, dense_cost, site_cost
-from rankfold.plan import ERROR, Decision, Plan
+from rankfold.plan import Decision, Plan
 from rankfold.ranks import Budget, Curves, Lagrangian, RankSelector, Selector
-from rankfold.registry import to_json
+from rankfold.registry import name_of, to_json
 from rankfold.repair import Lockstep
 from rankfold.statistics.draws import check_seed
 
@@ -62,8 +62,8 @@ def make_plan(
             why = site.fixed or "nothing smaller was worth its error"
             decisions.append(Decision(site.path, why=f"dense: {why}"))
         else:
-            why = f"{ERROR}{option.error:.3g}"
-            decisions.append(Decision(site.path, option.method, option.rank, why))
+            why = f"rank by {name_of(selector)}"
+            decisions.append(Decision(site.path, option.method, option.rank, why, float(option.error)))
     sites = curves.sites
     plan = Plan(
         tuple(decisions),

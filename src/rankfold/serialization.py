@@ -13,10 +13,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+import msgspec
 
 from rankfold.errors import CheckpointError, RankfoldError, WriteError
 
+T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
 # Half of a pair, which is no character alone: escaped, or as it is.
@@ -90,6 +93,26 @@ def parse_json(text: str, *, place: str, error: type[RankfoldError] = Checkpoint
     except (ValueError, RecursionError) as cause:  # ValueError: also an int of more digits than Python reads
         raise error(
             place, law="the file holds valid JSON", got=str(cause), cure="restore the file from a copy"
+        ) from cause
+
+
+def converted(value: Any, kind: type[T], *, place: str, error: type[RankfoldError] = CheckpointError) -> T:
+    """A dataclass from JSON values, every field of the type that it is annotated with; unknown keys are left out.
+
+    Args:
+        value: What `parse_json` gave.
+        kind: The dataclass.
+        place: Named in the message.
+        error: The class to raise.
+    """
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as cause:
+        raise error(
+            place,
+            law=f"the keys and types of a {kind.__name__.lower()}",
+            got=str(cause),
+            cure="write the file again with rankfold, or restore it from a copy",
         ) from cause
 
 

@@ -29,6 +29,7 @@ from rankfold.proposals import Asked, Basis, Proposer, numbers_of, proposers_of
 from rankfold.ranks import Budget, Selector
 from rankfold.repair import Lockstep
 from rankfold.report.data import Candidate, Report, environment, rows
+from rankfold.report.signature import Signature
 from rankfold.statistics import GradientGram, Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of, held_out_of
@@ -373,7 +374,7 @@ class Session:
             latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, example, whole=whole))
         report = Report(
             self.sites.model,
-            rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts)),
+            rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts), best.errors),
             self.sites.cost,
             after,
             best.plan.budget,
@@ -387,6 +388,7 @@ class Session:
             (latency.lower, latency.upper),
             self.held_out,
             self.stats.manifest.get("samples"),
+            Signature.of(example),
         )
         return Compressed(best.model, best.plan, report)
 

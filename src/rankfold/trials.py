@@ -81,7 +81,7 @@ class Trials:
         remembered = plan.repair is not None and part is None
 
         def work() -> Attempt:
-            compressed, remarks = carry_out(
+            carried = carry_out(
                 self.model,
                 copied(self.model),
                 plan,
@@ -94,9 +94,9 @@ class Trials:
                 world=world(),
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
-            comparison = compare(self.model, compressed, self.judged, outputs=self.outputs, world=world())
-            cost = count(compressed, first_of(self.batches)) if part is None else None
-            return Attempt(comparison, compressed, plan, remarks, cost)
+            comparison = compare(self.model, carried.model, self.judged, outputs=self.outputs, world=world())
+            cost = count(carried.model, first_of(self.batches)) if part is None else None
+            return Attempt(comparison, carried.model, plan, carried.remarks, cost, carried.errors)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold.metrics.cost import Cost
 from rankfold.metrics.counted import count
-from rankfold.plan import ERROR
 from rankfold.report.data import Candidate, Row
 from rankfold.report.text import render_sites
 from rankfold.serialization import canonical_json
@@ -80,13 +79,13 @@ def test_the_text_names_every_row_with_its_reason_and_every_amount() -> None:
     assert f"relative output error {out.report.comparison.relative_error:.3g}" in text  # type: ignore[union-attr]
 
 
-def test_the_error_column_shows_what_the_selector_said_and_no_word_of_a_person() -> None:
+def test_the_error_columns_show_numbers_and_no_word_of_a_person() -> None:
     _, out = compressed()
     row = Row("a", "linear", (2, 2), "matrix", "svd", 1, Cost(4, 4, 16), Cost(3, 3, 12), "because I want it")
-    said = replace(row, path="b", why=f"{ERROR}0.0125")
+    said = replace(row, path="b", error=0.0125, held_out=(0.2, 0.1))
     lines = replace(out.report, rows=(row, said)).text(width=200).splitlines()
     assert not any("want" in line or line.endswith(" it") for line in lines)
-    assert next(line for line in lines if line.startswith("b ")).endswith(" 0.0125")
+    assert next(line for line in lines if line.startswith("b ")).endswith(" 0.0125 0.2 → 0.1")
 
 
 @pytest.mark.parametrize(

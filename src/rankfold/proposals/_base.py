@@ -183,7 +183,7 @@ def plans_from(proposals: Sequence[Proposal], bounds: Mapping[str, int]) -> dict
         except BudgetError as cause:
             failures.append(cause)
             continue
-        if all((plan.decisions, plan.cuts) != (other.decisions, other.cuts) for other in plans.values()):
+        if all(_shape(plan) != _shape(other) for other in plans.values()):
             name, number = proposal.name, 1
             while name in plans:
                 number += 1
@@ -197,3 +197,8 @@ def plans_from(proposals: Sequence[Proposal], bounds: Mapping[str, int]) -> dict
     if not plans and failures:
         raise min(failures, key=excess)
     return plans
+
+
+def _shape(plan: Plan) -> tuple[object, ...]:
+    """What a plan decides, whatever it was predicted to cost."""
+    return [(each.site, each.method, each.rank) for each in plan.decisions], plan.cuts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,13 +13,15 @@ import scipy
 import torch
 
 from rankfold._version import __version__
+from rankfold.errors import CheckpointError, shown
 from rankfold.graph.sites import Site, Sites
 from rankfold.metrics.compare import Comparison
 from rankfold.metrics.cost import Cost, dense_cost
 from rankfold.plan import Plan
 from rankfold.planning import decision_cost, plan_cost
+from rankfold.report.signature import Signature
 from rankfold.report.warnings import few, lost, slower
-from rankfold.serialization import canonical_json
+from rankfold.serialization import canonical_json, converted, parse_json, read_json
 
 VERSION = 1
 
@@ -37,6 +40,9 @@ class Row:
         before: Cost before; None for a skipped layer.
         after: Cost after; None for a skipped layer.
         why: Of the decision, or the reason of the skip.
+        error: The decision's predicted error; None where there is none.
+        held_out: What a repair made of the layer's output on held-out samples: its relative error without the repair,
+            and as it was installed; None where none was solved.
     """
 
     path: str
@@ -48,6 +54,8 @@ class Row:
     before: Cost | None
     after: Cost | None
     why: str
+    error: float | None = None
+    held_out: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,7 @@ class Report:
         latency_spread: Lower and upper quartile of the measured latency's ratios, or None.
         held_out: Whether the comparison and the candidates are on samples that nothing was fitted on.
         samples: Calibration samples that were fitted on, or None.
+        inputs: What goes into the model, or None.
     """
 
     model: str
@@ -107,6 +116,7 @@ class Report:
     latency_spread: tuple[float, float] | None = None
     held_out: bool = True
     samples: int | None = None
+    inputs: Signature | None = None
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -124,6 +134,31 @@ class Report:
         value["warnings"] = list(self.warnings)
         return canonical_json(value)
 
+    @classmethod
+    def from_json(cls, text: str, *, place: str = "report") -> Report:
+        """Read what `to_json` wrote, with this release or an earlier one.
+
+        Raises:
+            CheckpointError: Malformed, or of another version; the place is named.
+        """
+        return cls._read(parse_json(text, place=place), place)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Read the report.json of a checkpoint; see `from_json`."""
+        return cls._read(read_json(Path(path)), str(path))
+
+    @classmethod
+    def _read(cls, value: Any, place: str) -> Report:
+        if not isinstance(value, dict) or type(value.get("version")) is not int or value["version"] != VERSION:
+            raise CheckpointError(
+                place,
+                law=f"a report of version {VERSION}",
+                got=shown(value.get("version") if isinstance(value, dict) else value),
+                cure="read it with the release that wrote it",
+            )
+        return converted(value, cls, place=place)
+
     def text(self, *, width: int = 110) -> str:
         """The report as plain text."""
         from rankfold.report.text import render
@@ -135,13 +170,19 @@ class Report:
         return self.text()
 
 
-def rows(sites: Sites, plan: Plan, narrowed: Sequence[Site] | None = None) -> tuple[Row, ...]:
+def rows(
+    sites: Sites,
+    plan: Plan,
+    narrowed: Sequence[Site] | None = None,
+    errors: Mapping[str, tuple[float, float]] | None = None,
+) -> tuple[Row, ...]:
     """Rows of every site and skip under a plan.
 
     Args:
         sites: Of the original.
         plan: The plan.
         narrowed: The same sites as the plan's cuts of channels leave them; None where it has none.
+        errors: Of the sites that a repair solved, on held-out samples, without it and as installed.
     """
     result = []
     for site, left in zip(sites, sites if narrowed is None else narrowed, strict=True):
@@ -158,6 +199,8 @@ def rows(sites: Sites, plan: Plan, narrowed: Sequence[Site] | None = None) -> tu
                 dense_cost(site),
                 decision_cost(left, decision),
                 decision.why,
+                decision.error,
+                (errors or {}).get(site.path),
             )
         )
     decided = {site.path for site in sites}

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rankfold.plan import ERROR
-
 if TYPE_CHECKING:
     from rankfold.graph.channels import Channels
     from rankfold.graph.sites import Sites
@@ -24,6 +22,7 @@ COLUMNS = (
     ("params", True),
     ("MACs", True),
     ("error", True),
+    ("held out", True),
 )
 SITE_COLUMNS = (
     ("site", False),
@@ -35,6 +34,7 @@ SITE_COLUMNS = (
 )
 GROUP_COLUMNS = (("group", False), ("units", True), ("made by", False), ("read by", False))
 
+STAGES = ("trace", "statistics", "gradients", "curves", "plans", "repair", "apply", "latency")  # as they come
 WELL_BELOW = 0.8  # where less than this share of the whole can be cut, what is left of that share is said, too
 
 
@@ -50,7 +50,8 @@ def render(report: Report, *, width: int = 110) -> str:
         if row.before is None or row.after is None:
             continue
         rank = "" if row.rank is None else str(row.rank)
-        error = row.why.removeprefix(ERROR) if row.why.startswith(ERROR) else ""
+        error = "" if row.error is None else f"{row.error:.3g}"
+        held_out = "" if row.held_out is None else " → ".join(f"{each:.2g}" for each in row.held_out)
         table.append(
             [
                 row.path or "(the model)",
@@ -60,9 +61,13 @@ def render(report: Report, *, width: int = 110) -> str:
                 _change(row.before.params, row.after.params),
                 _change(row.before.macs, row.after.macs),
                 error,
+                held_out,
             ]
         )
-    lines = _laid_out(f"{report.model}: every layer before and after", COLUMNS, table, width)
+    columns = COLUMNS
+    if not any(line[-1] for line in table):  # no repair: nothing was judged on held-out samples
+        columns, table = columns[:-1], [line[:-1] for line in table]
+    lines = _laid_out(f"{report.model}: every layer before and after", columns, table, width)
     lines += _left_alone(report.rows)
     lines += ["", *_summary(report)]
     lines += [f"note: {note}" for note in report.notes]
@@ -97,7 +102,8 @@ def _summary(report: Report) -> list[str]:
         on = "" if samples is None else f", carried out on {samples} samples only"
         lines.append(f"{word} of the candidates{on}: {shown}")
     if report.seconds:
-        lines.append("seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in report.seconds.items()))
+        stages = sorted(report.seconds, key=lambda name: (*STAGES, name).index(name))
+        lines.append("seconds: " + ", ".join(f"{name} {report.seconds[name]:.1f}" for name in stages))
     return lines
 
 
