@@ -19,7 +19,7 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"errors", "_version"}),
     frozenset({"registry", "serialization", "progress"}),
     frozenset({"linalg"}),
-    frozenset({"factors"}),
+    frozenset({"factors", "indices"}),
     frozenset({"decompositions"}),
     frozenset({"layers"}),
     frozenset({"graph", "statistics", "ranks", "metrics"}),

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -309,3 +310,19 @@ def test_the_rank_of_a_repaired_plan_edited_by_hand_is_carried_out() -> None:
     out = rf.execute(MODEL, INPUTS, rf.Plan.from_json(json.dumps(value)))
     assert out.model[9][0].weight.shape == (3, 16)
     assert out.plan.at(LAST).rank == 3
+
+
+def test_kept_channels_are_written_once_a_group_and_older_lists_are_read() -> None:
+    kept = (0, 1, 2, 5, 7, 8)
+    cuts = {"a.weight": {0: kept}, "b.weight": {1: kept, 0: (1, 2)}}
+    plan = replace(PLAN, channels=(rf.ChannelDecision("a", 9, kept, "width by same-share"),), cuts=cuts)
+    written = json.loads(plan.to_json())
+    assert written["channels"][0]["kept"] == "0-2,5,7-8"
+    assert written["cuts"] == {"a.weight": {"0": "as a"}, "b.weight": {"0": "1-2", "1": "as a"}}
+    assert rf.Plan.from_json(plan.to_json()) == plan
+    written["channels"][0]["kept"] = list(kept)
+    written["cuts"] = {name: {str(axis): list(own) for axis, own in axes.items()} for name, axes in cuts.items()}
+    assert rf.Plan.from_json(json.dumps(written)) == plan
+    written["cuts"]["a.weight"]["0"] = "as c"
+    with pytest.raises(PlanError, match=r"cuts\.a\.weight\.0 · ascending indices of what stays"):
+        rf.Plan.from_json(json.dumps(written))

@@ -13,12 +13,14 @@ from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, PlanError, near_matches, shown
 from rankfold.factors import Rank
 from rankfold.graph.sites import Skip
+from rankfold.indices import as_ranges, from_ranges
 from rankfold.ranks import Budget, Selector
 from rankfold.registry import from_json, to_json
 from rankfold.serialization import canonical_json, parse_json, read_json
 from rankfold.statistics.draws import SEED_LAW, is_seed
 
 VERSION = 1
+OF_GROUP = "as "  # before the name of a group whose kept units a cut keeps
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ class ChannelDecision:
 
     def to_json(self) -> dict[str, Any]:
         """As a dict."""
-        return {"group": self.group, "units": self.units, "kept": list(self.kept), "why": self.why, "fold": self.fold}
+        kept = as_ranges(self.kept)
+        return {"group": self.group, "units": self.units, "kept": kept, "why": self.why, "fold": self.fold}
 
     @classmethod
     def from_json(cls, value: Any, place: str) -> ChannelDecision:
@@ -152,9 +155,13 @@ class Plan:
 
     def to_json(self) -> str:
         """Canonical JSON text: equal plans give equal bytes."""
+        groups = {each.kept: f"{OF_GROUP}{each.group}" for each in reversed(self.channels)}
         removed: dict[str, Any] = {
             "channels": [decision.to_json() for decision in self.channels],
-            "cuts": {name: {str(axis): list(kept) for axis, kept in axes.items()} for name, axes in self.cuts.items()},
+            "cuts": {
+                name: {str(axis): groups.get(kept) or as_ranges(kept) for axis, kept in axes.items()}
+                for name, axes in self.cuts.items()
+            },
             "attributes": {path: dict(own) for path, own in self.attributes.items()},
         }
         chosen = {"removal": self.removal, "width_selector": self.width_selector}
@@ -243,6 +250,10 @@ class Plan:
                     place, law="one decision a site", got=f"two for {shown(decision.site)}", cure="remove one"
                 )
             seen.add(decision.site)
+        channels = tuple(
+            ChannelDecision.from_json(item, f"{place}.channels[{i}]") for i, item in enumerate(keys.get("channels", []))
+        )
+        kept = {f"{OF_GROUP}{decision.group}": decision.kept for decision in channels}
         budget_of(keys.get("budget", {}), place)
         if keys.get("selector") is not None:
             from_json(keys["selector"], Selector, place=f"{place}.selector")
@@ -270,11 +281,8 @@ class Plan:
             keys.get("seed", 0),
             keys.get("calibration", {}),
             keys.get("repair"),
-            tuple(
-                ChannelDecision.from_json(item, f"{place}.channels[{i}]")
-                for i, item in enumerate(keys.get("channels", []))
-            ),
-            {name: _axes(value, f"{place}.cuts.{name}") for name, value in keys.get("cuts", {}).items()},
+            channels,
+            {name: _axes(value, f"{place}.cuts.{name}", kept) for name, value in keys.get("cuts", {}).items()},
             {path: _numbers(value, f"{place}.attributes.{path}") for path, value in keys.get("attributes", {}).items()},
             keys.get("removal"),
             keys.get("width_selector"),
@@ -309,19 +317,28 @@ class Plan:
 
 
 def _ascending(value: Any, place: str, size: int | None = None) -> tuple[int, ...]:
-    """A list of ascending indices, at least one, all below a size."""
+    """Ascending indices, at least one, all below a size: as text (`as_ranges`), or as a list in older plans."""
+    if isinstance(value, str):
+        value = list(from_ranges(value) or (value,))
     whole = isinstance(value, list) and bool(value) and all(type(index) is int and index >= 0 for index in value)
     if not whole or any(b <= a for a, b in itertools.pairwise(value)) or (size is not None and value[-1] >= size):
-        law = "ascending indices of what stays, at least one" + ("" if size is None else f", all below {size}")
+        law = "ascending indices of what stays, at least one, such as 0-4,7" + (
+            "" if size is None else f", all below {size}"
+        )
         raise PlanError(place, law=law, got=shown(value), cure="make the plan again rather than edit the cuts")
     return tuple(value)
 
 
-def _axes(value: Any, place: str) -> dict[int, tuple[int, ...]]:
-    """The cuts of one tensor."""
+def _axes(value: Any, place: str, of_groups: Mapping[str, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+    """The cuts of one tensor; some are those of a group."""
     if not isinstance(value, dict) or not all(re.fullmatch(r"\d", axis) for axis in value):
         raise PlanError(place, law='an object with axes such as "0"', got=shown(value), cure="make the plan again")
-    return {int(axis): _ascending(kept, f"{place}.{axis}") for axis, kept in value.items()}
+    return {
+        int(axis): of_groups[kept]
+        if isinstance(kept, str) and kept in of_groups
+        else _ascending(kept, f"{place}.{axis}")
+        for axis, kept in value.items()
+    }
 
 
 def _numbers(value: Any, place: str) -> dict[str, int]:

@@ -64,7 +64,7 @@ def render(report: Report, *, width: int = 110) -> str:
                 held_out,
             ]
         )
-    columns = COLUMNS
+    columns: Sequence[tuple[str, bool]] = COLUMNS
     if not any(line[-1] for line in table):  # no repair: nothing was judged on held-out samples
         columns, table = columns[:-1], [line[:-1] for line in table]
     lines = _laid_out(f"{report.model}: every layer before and after", columns, table, width)
