@@ -91,7 +91,7 @@ def examine(case: Case, *, trace_only: bool = False, kept: float = KEPT) -> Cove
         loaded = rf.load(Path(folder) / "small", factory=lambda: rf.split_attention(case.make(seed=1)))
     same = all(torch.equal(a, b) for a, b in zip(outputs(out.model, data), outputs(loaded, data), strict=True))
     left = out.report.after.macs / whole
-    checked = any(note.startswith("self-check") for note in out.report.notes)
+    checked = any(note.startswith("self-check") for note in out.report.details)
     return Coverage(
         **{
             **asdict(row),

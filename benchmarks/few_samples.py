@@ -109,7 +109,11 @@ def main() -> None:
                         flush=True,
                     )
                     if options.report:
-                        for line in (*out.report.notes, *(f"WARNING: {text}" for text in out.report.warnings)):
+                        for line in (
+                            *out.report.notes,
+                            *out.report.details,
+                            *(f"WARNING: {text}" for text in out.report.warnings),
+                        ):
                             print(f"    {line[:400]}", flush=True)
 
 

@@ -56,7 +56,7 @@ def test_with_many_samples_every_family_is_tried_alone_and_the_best_go_on() -> N
     assert {candidate.samples for candidate in candidates} == {None, 100}  # blocks 0, 2, 4, … of five
     (taken,) = [candidate for candidate in candidates if candidate.taken]
     assert taken.divergence == min(candidate.divergence for candidate in whole)
-    assert f"carried out on {100} samples only" in many().report.text()
+    assert f"carried out on {100} samples only" in many().report.table()
 
 
 def test_what_is_taken_was_carried_out_on_all_samples() -> None:

@@ -101,7 +101,7 @@ WRAPS = {
 def test_outputs_in_any_container_are_checked_after_the_repair(wrap: str) -> None:
     model = Wrapping(WRAPS[wrap]).eval()
     out = rf.compress(model, [drawn(40, 16, seed=seed) for seed in range(3)], budget=rf.Budget(params=0.7))
-    assert any(note.startswith("self-check") for note in out.report.notes)
+    assert any(note.startswith("self-check") for note in out.report.details)
 
 
 def test_kept_statistics_are_on_the_device_with_both_halves(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold import job
+from rankfold import trials
 from rankfold.errors import MemoryLimitError, NumericsError, SelfCheckError
 from rankfold.results import kept_result
 
@@ -77,13 +77,13 @@ def run(work: Path | None, **options: Any) -> Any:
 def carried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Every plan that is carried out, and on how many batches."""
     calls: list[tuple[str, int]] = []
-    original = job.carry_out
+    original = trials.carry_out
 
     def noted(model: Any, target: Any, plan: rf.Plan, **options: Any) -> Any:
         calls.append((plan.to_json(), len(list(options["batches"]))))
         return original(model, target, plan, **options)
 
-    monkeypatch.setattr(job, "carry_out", noted)
+    monkeypatch.setattr(trials, "carry_out", noted)
     return calls
 
 
@@ -125,7 +125,7 @@ def test_a_finished_run_repeats_no_trial(carried: list[tuple[str, int]], whole: 
 def test_a_candidate_that_dropped_out_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, carried: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    original, failed = job.carry_out, []
+    original, failed = trials.carry_out, []
 
     def fails_once(model: Any, target: Any, plan: rf.Plan, **options: Any) -> Any:
         if not failed:
@@ -133,7 +133,7 @@ def test_a_candidate_that_dropped_out_is_not_tried_again(
             raise SelfCheckError("Net", law="it computes the same", got="something else", cure="report it")
         return original(model, target, plan, **options)
 
-    monkeypatch.setattr(job, "carry_out", fails_once)
+    monkeypatch.setattr(trials, "carry_out", fails_once)
     first = run(tmp_path / "work").report
     carried.clear()
     again = run(tmp_path / "work").report

@@ -14,6 +14,7 @@ from rankfold.registry import name_of, to_json
 from rankfold.repair import Lockstep
 from rankfold.statistics.draws import check_seed
 
+DIGITS = 6  # of a predicted error in a plan: more are not the same on every machine
 CURES: Mapping[type, str] = {
     Curves: "pass what rankfold.measure gave",
     Budget: "try rankfold.Budget(params=0.5)",
@@ -63,7 +64,7 @@ def make_plan(
             decisions.append(Decision(site.path, why=f"dense: {why}"))
         else:
             why = f"rank by {name_of(selector)}"
-            decisions.append(Decision(site.path, option.method, option.rank, why, float(option.error)))
+            decisions.append(Decision(site.path, option.method, option.rank, why, float(f"{option.error:.{DIGITS}g}")))
     sites = curves.sites
     plan = Plan(
         tuple(decisions),

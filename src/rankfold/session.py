@@ -382,13 +382,14 @@ class Session:
             best.comparison,
             tuple(candidates) if len(candidates) > 1 else (),
             self.clock.taken(),
-            (*self.notes, *notes, *best.remarks, *uncalled(self.sites, best.plan)),
+            (*self.notes, *notes, *uncalled(self.sites, best.plan)),
             best.plan.seed,
             environment(),
             (latency.lower, latency.upper),
             self.held_out,
             self.stats.manifest.get("samples"),
             Signature.of(example),
+            best.remarks,
         )
         return Compressed(best.model, best.plan, report)
 

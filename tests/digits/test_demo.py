@@ -32,8 +32,7 @@ def test_on_a_fifth_of_the_scans_the_demo_keeps_its_budget_and_its_bits(monkeypa
     monkeypatch.setattr(demo, "calibration", lambda: few)
     seen = demo.run()
     assert seen.ok, seen.text
-    assert seen.report.after.params <= seen.report.before.params // 2
-    assert seen.report.after.macs <= seen.report.before.macs // 2
+    assert seen.report.after.macs <= 0.45 * seen.report.before.macs
     assert seen.bit_equal
 
 
@@ -43,13 +42,13 @@ def test_the_demo_passes_all_its_checks(result):
 
 
 @pytest.mark.slow
-def test_half_the_parameters_and_half_the_macs_are_never_exceeded(result):
-    assert result.report.after.params <= result.report.before.params // 2
-    assert result.report.after.macs <= result.report.before.macs // 2
+def test_its_budget_is_never_exceeded_and_no_layer_is_added(result):
+    assert result.report.after.macs <= 0.45 * result.report.before.macs
+    assert {row.form for row in result.report.rows if row.before != row.after} == {"channels"}
 
 
 @pytest.mark.slow
-def test_at_half_size_at_most_two_points_of_accuracy_are_lost(result):
+def test_at_less_than_half_the_macs_at_most_two_points_of_accuracy_are_lost(result):
     before, after = result.comparison.top1
     assert before >= 0.98
     assert after >= before - 0.02
@@ -69,9 +68,10 @@ def test_every_file_of_the_checkpoint_can_be_read_by_those_who_can_read_its_plan
 
 
 @pytest.mark.slow
-def test_the_text_shows_table_accuracy_and_every_check(result):
+def test_the_text_shows_size_accuracy_and_every_check_in_few_lines(result):
     text = result.text
-    assert "blocks.2.conv2" in text
+    assert len(text.splitlines()) < 25
+    assert f"{result.report.after.params:,}" in text
     assert f"{result.comparison.top1[1]:.2%}" in text
     assert len(re.findall(r"^  ok     ", text, re.M)) == len(result.checks)
 

@@ -98,7 +98,7 @@ def test_a_split_model_loses_heads() -> None:
     (group,) = out.plan.channels
     assert (group.group, group.units) == ("attention.q", 4)
     assert out.model.attention.num_heads == len(group.kept) < 4
-    assert any(note.startswith("self-check") for note in out.report.notes)
+    assert any(note.startswith("self-check") for note in out.report.details)
 
 
 def test_modules_that_look_inside_stay_and_keys_of_its_own_are_refused() -> None:

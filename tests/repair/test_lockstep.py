@@ -116,7 +116,7 @@ def test_sequences_by_keyword_go_through_lockstep() -> None:
     model = seeded(Encoder())
     data = [{"tokens": torch.randint(0, 20, (16, 6), generator=torch.Generator().manual_seed(i))} for i in range(4)]
     out = rf.compress(model, data, budget=rf.Budget(params=0.7), selector=rf.Lagrangian())
-    assert any("self-check" in note for note in out.report.notes)
+    assert any("self-check" in note for note in out.report.details)
     assert any(decision.method is not None for decision in out.plan.decisions)
 
 

@@ -37,6 +37,7 @@ def test_what_is_read_is_what_was_written(kind: str) -> None:
     again = rf.Report.from_json(report.to_json())
     assert again == report
     assert again.text() == report.text()
+    assert again.table() == report.table()
     assert again.to_json() == report.to_json()
     assert again.comparison == report.comparison
 
@@ -52,7 +53,7 @@ def test_numbers_of_every_solved_layer_are_in_plan_and_report() -> None:
         assert row.error > 0
         assert row.held_out is not None
         assert row.held_out[1] <= row.held_out[0]
-    assert " → ".join(f"{each:.2g}" for each in solved[0].held_out or ()) in out.report.text(width=200)
+    assert " → ".join(f"{each:.2g}" for each in solved[0].held_out or ()) in out.report.table(width=200)
     assert rf.Plan.from_json(out.plan.to_json()) == out.plan
 
 

@@ -14,7 +14,7 @@ import rankfold as rf
 from rankfold.metrics.cost import Cost
 from rankfold.metrics.counted import count
 from rankfold.report.data import Candidate, Row
-from rankfold.report.text import render_sites
+from rankfold.report.table import render_sites
 from rankfold.serialization import canonical_json
 
 
@@ -59,7 +59,7 @@ def test_the_rows_add_up_to_the_difference_of_the_whole() -> None:
 
 def test_the_text_names_every_row_with_its_reason_and_every_amount() -> None:
     _, out = compressed()
-    text = out.report.text(width=200)
+    text = out.report.table(width=200)
     assert str(out.report) == out.report.text()
     for row in out.report.rows:
         if row.before is None or row.after is None:
@@ -70,6 +70,7 @@ def test_the_text_names_every_row_with_its_reason_and_every_amount() -> None:
             assert f"{row.before.params:,}" in line
             assert f"{row.after.macs:,}" in line
             assert row.rank is None or f" {row.rank} " in line
+    text = out.report.text()
     for name, amount in out.report.after.amounts().items():
         before = getattr(out.report.before, name)
         line = next(line for line in text.splitlines() if line.startswith(name))
@@ -83,7 +84,7 @@ def test_the_error_columns_show_numbers_and_no_word_of_a_person() -> None:
     _, out = compressed()
     row = Row("a", "linear", (2, 2), "matrix", "svd", 1, Cost(4, 4, 16), Cost(3, 3, 12), "because I want it")
     said = replace(row, path="b", error=0.0125, held_out=(0.2, 0.1))
-    lines = replace(out.report, rows=(row, said)).text(width=200).splitlines()
+    lines = replace(out.report, rows=(row, said)).table(width=200).splitlines()
     assert not any("want" in line or line.endswith(" it") for line in lines)
     assert next(line for line in lines if line.startswith("b ")).endswith(" 0.0125 0.2 → 0.1")
 
@@ -128,7 +129,9 @@ def test_notes_and_candidates_are_in_the_text() -> None:
     candidates = (Candidate("lagrangian", 0.25, 1.0, False), Candidate("uniform", 0.125, 1.0, True))
     text = replace(compressed()[1].report, notes=("one thing",), candidates=candidates).text()
     assert "note: one thing" in text
-    assert "lagrangian 0.25; uniform 0.125 (taken)" in text
+    assert "plans tried: 2, taken: uniform" in text
+    table = replace(compressed()[1].report, candidates=candidates).table()
+    assert "  lagrangian 0.25\n  uniform 0.125 (taken)\n" in table
 
 
 def test_a_list_of_sites_names_every_site_skip_and_the_whole_cost() -> None:
@@ -153,8 +156,8 @@ def _row(path: str, after: Cost | None, why: str = "") -> Row:
 def test_no_path_is_broken_and_lines_keep_to_the_width_where_they_can(width: int) -> None:
     _, out = compressed()
     rows = tuple(_row(f"{LONG}.{number}", Cost(2_000_000, 2_000_000, 8_000_000)) for number in range(3))
-    lines = replace(out.report, rows=rows, notes=(), candidates=()).text(width=width).splitlines()
-    table = lines[: lines.index("")]
+    lines = replace(out.report, rows=rows, notes=(), candidates=(), details=()).table(width=width).splitlines()
+    table = lines
     for row in rows:
         (line,) = [line for line in table if row.path in line]
         assert "4,000,000 → 2,000,000" in (line if width == 200 else table[table.index(line) + 1])
@@ -172,7 +175,7 @@ def test_left_alone_names_no_layer_that_the_table_shows_as_changed_and_each_reas
         _row("kept", None, "channels frozen: they are the outputs"),
         _row("other", None, "too small"),
     )
-    text = replace(out.report, rows=rows).text(width=200)
+    text = replace(out.report, rows=rows).table(width=200)
     left = text.split("left alone:\n")[1].split("\n\n")[0].splitlines()
     assert left == [
         "  12 layers (tied.0, tied.1, tied.2 and 9 more): tied: the weight is shared",

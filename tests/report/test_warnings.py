@@ -79,7 +79,7 @@ def test_held_out_is_only_said_of_samples_nothing_was_fitted_on() -> None:
     report = compressed(4)
     assert not report.held_out
     assert report.samples == 4
-    text = report.text(width=200)
+    text = report.text() + report.table(width=200)
     assert "on the 4 calibration inputs it was fitted on: agreement" in text
     assert "held-out inputs:" not in text
     assert "held-out divergence" not in text
@@ -105,9 +105,9 @@ def test_trials_of_the_finalists_stay_in_the_report() -> None:
     tried = {one.selector for one in candidates if one.samples is not None}
     assert whole
     assert whole < tried
-    text = replace(REPORT, candidates=(Candidate("a", 0.1, None, True), Candidate("a", 0.2, None, False, 64))).text()
+    text = replace(REPORT, candidates=(Candidate("a", 0.1, None, True), Candidate("a", 0.2, None, False, 64))).table()
     assert "a 0.1 (taken)" in text
-    assert "carried out on 64 samples only: a 0.2" in text
+    assert "carried out on 64 samples only:\n  a 0.2" in text
 
 
 def test_the_interval_is_that_of_wilson() -> None:

@@ -180,6 +180,10 @@ def compress(
             help="Most memory for activations and moments, e.g. 512MB; see the guide for what is beyond.",
         ),
     ] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Print every layer before and after, and every plan that was tried, too."),
+    ] = False,
     seed: Annotated[
         int | None,
         typer.Option(
@@ -233,7 +237,8 @@ def compress(
         if json:
             emit_json(_as_json(done, spec, target))
         else:
-            emit(f"{done.report.text(width=width())}saved to {out}")
+            table = f"{done.report.table(width=width())}\n" if layers else ""
+            emit(f"{table}{done.report.text()}saved to {out}")
 
 
 def _parse(

@@ -109,7 +109,7 @@ def inspect(
                 found["forecast"] = parse_json(forecast.to_json(), place="forecast")
             emit_json({"model": model, "weights": spec.origin, "notes": list(spec.notes), **found})
         else:
-            from rankfold.report.text import render_channels, render_sites
+            from rankfold.report.table import render_channels, render_sites
 
             text = render_sites(sites, width=width())
             if groups is not None:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rankfold.checkpoint import load, save
+from rankfold.decompositions import Interpolative
 from rankfold.digits.data import calibration, held_out
 from rankfold.digits.model import WEIGHTS, make_model, trained
 from rankfold.errors import WriteError
@@ -22,7 +23,8 @@ from rankfold.ranks import Budget
 from rankfold.report import Report
 from rankfold.serialization import canonical_json
 
-BUDGET = Budget(params=0.5, macs=0.5)
+BUDGET = Budget(macs=0.45)
+FAMILIES = (Interpolative(multiple_of=8),)  # no layer is added, so what goes in MACs goes in time
 LEAST_AGREEMENT = 0.9  # on the held-out scans; below it the demo counts as failed
 
 
@@ -68,7 +70,7 @@ class DemoResult:
 
     @property
     def text(self) -> str:
-        """The report's table and a summary, as plain text."""
+        """The report and a summary, as plain text."""
         seen = self.comparison
         before, after = seen.top1 if seen.top1 is not None else (float("nan"), float("nan"))
         lines = [
@@ -105,7 +107,7 @@ class DemoResult:
 
 
 def run(out: Path | None = None, *, progress: Progress = silent) -> DemoResult:
-    """Compress the shipped digit network to half its parameters and half its MACs, and check what came out.
+    """Compress the shipped digit network to less than half its MACs by removing channels, and check what came out.
 
     The calibration data are the training scans without their labels; the comparison is on scans that neither training
     nor calibration saw. The network is saved, loaded again and compared bit by bit.
@@ -128,7 +130,9 @@ def run(out: Path | None = None, *, progress: Progress = silent) -> DemoResult:
         )
     scans = held_out()
     original = trained()
-    compressed = compress(original, calibration(), budget=BUDGET, outputs=Logits(), progress=progress)
+    compressed = compress(
+        original, calibration(), budget=BUDGET, families=FAMILIES, outputs=Logits(), progress=progress
+    )
     comparison = compare(original, compressed.model, scans, outputs=Logits())
     with tempfile.TemporaryDirectory(prefix="rankfold-demo-") as scratch:
         folder = Path(scratch) / "digits" if out is None else out

@@ -99,6 +99,7 @@ class Report:
         held_out: Whether the comparison and the candidates are on samples that nothing was fitted on.
         samples: Calibration samples that were fitted on, or None.
         inputs: What goes into the model, or None.
+        details: Of the repair: how exactly the module equals what was computed, and where the repair was not used.
     """
 
     model: str
@@ -117,6 +118,7 @@ class Report:
     held_out: bool = True
     samples: int | None = None
     inputs: Signature | None = None
+    details: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -159,11 +161,17 @@ class Report:
             )
         return converted(value, cls, place=place)
 
-    def text(self, *, width: int = 110) -> str:
-        """The report as plain text."""
+    def text(self) -> str:
+        """A dozen lines of plain text: what was asked, what came, what it cost in decisions and time."""
         from rankfold.report.text import render
 
-        return render(self, width=width)
+        return render(self)
+
+    def table(self, *, width: int = 110) -> str:
+        """Every layer before and after, what was left alone and why, and all plans that were tried, as plain text."""
+        from rankfold.report.table import render_layers
+
+        return render_layers(self, width=width)
 
     def __str__(self) -> str:
         """As `text`."""
