@@ -21,7 +21,7 @@ def demo(
     json: o.Json = False,
     traceback: o.Traceback = False,
 ) -> None:
-    """Compress a small trained network to less than half its MACs, compare it on held-out digits, save it and load it again."""
+    """Compress a small trained network to less than half its MACs, compare it on held-out digits, save and load it."""
     with exit_codes(show_traceback=traceback):
         with progress_bar() as progress, stdout_kept_clean():
             from rankfold.digits.demo import run

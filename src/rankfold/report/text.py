@@ -72,10 +72,8 @@ def _unchanged(report: Report) -> list[str]:
     if reasons:
         (reason, count), *others = reasons.most_common()
         short = reason if len(reason) <= REASON else f"{reason[: REASON - 1]}…"
-        why = (
-            f"; {count} layer{'s' * (count > 1)}: {short}"
-            + f", and {len(others)} other reason{'s' * (len(others) > 1)}" * bool(others)
-        )
+        more = f", and {len(others)} other reason{'s' * (len(others) > 1)}" if others else ""
+        why = f"; {count} layer{'s' * (count > 1)}: {short}{more}"
     return [f"left as it was: {' and '.join(shares)}{why}"]
 
 
