@@ -98,11 +98,15 @@ def test_only_chooses_sites(cli: Any, tmp_path: Path) -> None:
     assert [one["site"] for one in done.json["plan"]["decisions"]] == ["conv1", "conv2"]
 
 
-def test_the_text_tells_every_layer_the_cost_and_the_place(cli: Any, tmp_path: Path) -> None:
+def test_the_text_tells_the_cost_and_the_place_and_every_layer_where_asked(cli: Any, tmp_path: Path) -> None:
     done = cli(*TINY, "--params", "0.6", "--out", tmp_path / "small")
-    for word in ("conv1", "conv2", "head", "params", "kept (budget 0.6)", f"saved to {tmp_path / 'small'}"):
+    for word in ("params", "kept (budget 0.6)", f"saved to {tmp_path / 'small'}"):
         assert word in done.out
+    assert "conv1" not in done.out
     assert files(tmp_path / "small") == ["checksums.json", "model.safetensors", "plan.json", "report.json"]
+    done = cli(*TINY, "--params", "0.6", "--layers", "--out", tmp_path / "other")
+    for word in ("conv1", "conv2", "head", "every layer before and after", "kept (budget 0.6)"):
+        assert word in done.out
 
 
 def test_keyword_data_is_understood(cli: Any, tmp_path: Path) -> None:
