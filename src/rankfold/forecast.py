@@ -27,10 +27,10 @@ class Forecast:
     """What `compress` will take, and what it can reach; from `compress(..., dry_run=True)`.
 
     Seconds are modelled from one timed forward pass, and from products, factorisations and methods timed on this
-    machine. At 0.7 of the parameters on one of two busy cores (`python -m benchmarks.forecast`) the total was 0.72 of the
-    true on a ResNet-20 (512 images), 0.66 on MobileNetV1 (100 photographs) and 1.23 on MiniLM-L6 (128 sentences), and
-    memory 0.67, 0.83 and 0.78 of it; stages that take long were off by up to two. Plans that
-    turn out equal are tried once, so the number of trials is an upper one.
+    machine. At 0.7 of the parameters on one of two busy cores (`python -m benchmarks.forecast`) the total was 0.72 of
+    the true on a ResNet-20 (512 images), 0.66 on MobileNetV1 (100 photographs) and 1.23 on MiniLM-L6 (128 sentences),
+    and memory 0.67, 0.83 and 0.78 of it; stages that take long were off by up to two. Plans that turn out equal are
+    tried once, so the number of trials is an upper one.
 
     Attributes:
         model: Class of the model.
