@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-slow check bench docs clean
+.PHONY: venv demo test test-shown test-slow check bench docs clean
 
 venv: $(STAMP)
 
@@ -20,6 +20,9 @@ demo: venv
 
 test: check
 	$(BIN)/python -m pytest -m 'not slow'
+
+test-shown: venv # what users see first: the examples, the commands of the README, the demo with its figures
+	$(BIN)/python -m pytest -m slow tests/test_examples.py tests/digits/test_demo.py tests/cli/test_demo.py
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow

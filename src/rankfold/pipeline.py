@@ -220,7 +220,7 @@ def prepare(
         The session. `run(budget)` compresses, `forecast(budget)` predicts.
 
     Raises:
-        As `compress`.
+        RankfoldError: As `compress`.
     """
     if repair is not None and not isinstance(repair, Lockstep):
         raise OptionError(

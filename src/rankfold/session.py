@@ -285,7 +285,7 @@ class Session:
             As `compress`; the seconds of its report are those of this run alone.
 
         Raises:
-            As `compress`.
+            RankfoldError: As `compress`.
         """
         check_budget(budget)
         options = self.options

@@ -86,7 +86,7 @@ def test_the_json_is_valid_and_says_what_the_text_says(result):
 
 @pytest.mark.slow
 def test_progress_is_told_of_the_stages(result):
-    assert {"statistics", "curves", "candidates"} <= set(STAGES)
+    assert {"statistics", "gradients", "candidates", "lockstep"} <= set(STAGES)
 
 
 @pytest.mark.slow
