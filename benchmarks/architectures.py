@@ -23,9 +23,11 @@ from torch import nn
 
 import rankfold as rf
 from benchmarks.zoo import CASES, Case
+from rankfold.channels.narrowing import narrow_
 from rankfold.graph.trace import evaluating, run
 from rankfold.metrics.counted import count
 from rankfold.metrics.outputs import output_tensor
+from rankfold.surgery import copied
 
 KEPT = 0.7
 
@@ -41,7 +43,7 @@ class Row:
         nodes: Of the traced graph; 0 where the model does not export.
         sites: Layers that can be compressed.
         skips: Layers left alone, by kind of reason.
-        changed: Sites the plan compresses.
+        changed: Layers that the plan makes smaller.
         kept_params: Fraction of the parameters that is left.
         kept_macs: The same of the MACs.
         error: Relative output error on held-out inputs, of random weights: only that it is a number matters here.
@@ -97,7 +99,10 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
         rf.save(out, Path(folder) / "small")
         loaded = rf.load(Path(folder) / "small", factory=lambda: case.make(seed=1))
     expected, got = outputs(out.model, data), outputs(loaded, data)
-    counted, promised = count(out.model, data[0]), rf.plan_cost(sites, out.plan)
+    decided = (
+        rf.find_sites(narrow_(copied(model), out.plan.cuts, out.plan.attributes), data[0]) if out.plan.cuts else sites
+    )
+    counted, promised = count(out.model, data[0]), rf.plan_cost(decided.with_fixed(), out.plan)
     return Row(
         name=case.name,
         params=sites.cost.params,
@@ -105,7 +110,7 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
         nodes=0 if sites.graph.program is None else len(sites.graph.program.graph.nodes),
         sites=len(sites),
         skips=dict(Counter(skip.kind for skip in sites.skips)),
-        changed=len(out.plan.changes),
+        changed=sum(row.before != row.after for row in out.report.rows),
         kept_params=counted.params / sites.cost.params,
         kept_macs=counted.macs / max(sites.cost.macs, 1),
         error=out.report.comparison.relative_error if out.report.comparison else float("nan"),
