@@ -72,7 +72,10 @@ def test_a_run_that_fails_leaves_the_session_usable() -> None:
 
 
 def test_a_session_predicts_as_a_dry_run_does() -> None:
-    said = rf.prepare(network(), images()).forecast(rf.Budget(params=0.5))
+    session = rf.prepare(network(), images())
+    session.run(rf.Budget(params=0.5))
+    said = session.forecast(rf.Budget(params=0.5))
+    assert said.seconds["trace"] > 0
     alone = rf.compress(network(), images(), budget=rf.Budget(params=0.5), dry_run=True)
     assert said.trials == alone.trials
     assert said.smallest == alone.smallest

@@ -86,12 +86,12 @@ class Carried:
 
     Attributes:
         model: Root of the changed model.
-        remarks: For the report.
+        details: Of the report.
         errors: Of the sites that a repair solved, on held-out samples: without it, and as installed.
     """
 
     model: nn.Module
-    remarks: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 

@@ -47,7 +47,7 @@ class Attempt:
         comparison: On the held-out samples.
         model: The compressed model.
         plan: The plan.
-        remarks: For the report.
+        details: Of the report.
         cost: Counted on the compressed model; None for a trial on a part of the samples, which nobody gets.
         errors: Of the sites that a repair solved, on held-out samples: without it, and as installed.
     """
@@ -55,7 +55,7 @@ class Attempt:
     comparison: Comparison
     model: nn.Module
     plan: Plan
-    remarks: tuple[str, ...]
+    details: tuple[str, ...]
     cost: Cost | None = None
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 

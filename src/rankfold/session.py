@@ -109,6 +109,7 @@ class Session:
     work: Work = field(default_factory=Work)
     outputs: Taken | None = None  # what the model's outputs are, once that is settled
     options: Options = field(default_factory=lambda: Options((), None))
+    traced: float = 0.0  # seconds that finding the sites took
 
     @classmethod
     def start(
@@ -149,23 +150,18 @@ class Session:
             notes.append(
                 f"fewer than {every} calibration samples: candidates were judged on the samples they were fitted on"
             )
-        return cls(model, batches, sites, judged, notes, clock, progress, spill, every=every, held_out=held_out)
+        found = model, batches, sites, judged, notes, clock, progress, spill
+        return cls(*found, every=every, held_out=held_out, traced=clock.seconds["trace"])
 
-    def bound_moments(self, statistics: Sequence[str], repair: Lockstep | None, limit: int | None) -> None:
-        """Leave alone the layers whose moments would take too much memory; see `bounded`.
-
-        Args:
-            statistics: Names of what will be collected.
-            repair: The repair, or None.
-            limit: Most bytes of values and moments, half each; None is the default's proportion.
-        """
+    def _bound_moments(self) -> None:
+        """Leave alone the layers whose moments would take too much memory; see `bounded`."""
+        options = self.options
         known = {skip.path for skip in self.sites.skips}
-        room = None if limit is None else limit // 2
         self.sites = bounded(
             self.sites,
-            statistics,
-            repaired=repair is not None,
-            limit=room,
+            options.collected,
+            repaired=options.repair is not None,
+            limit=None if options.limit is None else options.limit // 2,
             machine=machine_memory(device_of(self.model)),
         )
         left = [f"{skip.path} ({skip.reason})" for skip in self.sites.skips if skip.path not in known]
@@ -235,7 +231,7 @@ class Session:
         if self.sites.graph.program is None:
             options = replace(options, repair=None)
         self.options = options
-        self.bound_moments(options.collected, options.repair, options.limit)
+        self._bound_moments()
         return self
 
     @property
@@ -258,7 +254,7 @@ class Session:
     @cached_property
     def proposers(self) -> list[Proposer]:
         """What proposes plans, once all is collected that they read; works that out."""
-        self._collect_for(self.options)
+        self._collect_all()
         return proposers_of(
             Basis(
                 self.model,
@@ -282,7 +278,7 @@ class Session:
             budget: How large the whole model may be.
 
         Returns:
-            As `compress`; the seconds of its report are those of this run alone.
+            As `compress`; the seconds of its report are those spent since the report before it.
 
         Raises:
             RankfoldError: As `compress`.
@@ -317,11 +313,12 @@ class Session:
             ENOUGH,
             options.limit,
         )
-        traced, bounds = self.clock.seconds.get("trace", 0.0), budget.bounds(self.sites.cost)
-        return forecast_of(self.model, self.batches, self.sites, course, traced=traced, bounds=bounds)
+        bounds = budget.bounds(self.sites.cost)
+        return forecast_of(self.model, self.batches, self.sites, course, traced=self.traced, bounds=bounds)
 
-    def _collect_for(self, options: Options) -> None:
-        """Open the directory that keeps work, and collect."""
+    def _collect_all(self) -> None:
+        """Open the directory that keeps work, and collect what the options ask for."""
+        options = self.options
         if options.work_dir is not None:
             if world().size > 1:
                 cure = "leave work_dir out under torchrun"
@@ -389,7 +386,7 @@ class Session:
             self.held_out,
             self.stats.manifest.get("samples"),
             Signature.of(example),
-            best.remarks,
+            best.details,
         )
         return Compressed(best.model, best.plan, report)
 

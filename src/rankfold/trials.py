@@ -96,7 +96,7 @@ class Trials:
             )
             comparison = compare(self.model, carried.model, self.judged, outputs=self.outputs, world=world())
             cost = count(carried.model, first_of(self.batches)) if part is None else None
-            return Attempt(comparison, carried.model, plan, carried.remarks, cost, carried.errors)
+            return Attempt(comparison, carried.model, plan, carried.details, cost, carried.errors)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -93,9 +93,6 @@ class Proposer(ABC):
         families: Those of `basis.families` that are of its kind.
     """
 
-    kind: ClassVar[type[Family]]
-    """The kind, set by `proposes`."""
-
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
         self.basis, self.families = basis, tuple(families)
 
@@ -123,7 +120,6 @@ def proposes(kind: type[Family]) -> Callable[[P], P]:
     """Register a class as what the families of a kind propose."""
 
     def register(proposer: P) -> P:
-        proposer.kind = kind
         _PROPOSERS[kind] = proposer
         return proposer
 
