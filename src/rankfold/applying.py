@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from rankfold.channels.narrowing import fold_and_cut_
@@ -15,7 +16,7 @@ from rankfold.errors import DataError, PlanError, SiteError, is_out_of_memory, s
 from rankfold.graph.models import check_in_place, check_model
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Site, Sites, find_sites
-from rankfold.graph.trace import Batch, device_of, evaluating, run, to_device
+from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.graph.values import Spill
 from rankfold.metrics.outputs import outputs_from_json
 from rankfold.plan import Decision, Plan
@@ -141,7 +142,7 @@ def carry_out(
                 norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
         stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms, plan.attributes)
         base, shells = target, replace(plan, cuts={}, attributes={}, channels=())
-        _check_runs(base, first_of(batches))
+        _check_runs(base, first_of(batches), sites)
     if plan.repair is None:
         return Carried(install_shells(target, shells, shared_out(filler(stats), world)))
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
@@ -175,12 +176,20 @@ def carry_out(
     return Carried(result, tuple(remarks), repaired.errors)
 
 
-def _check_runs(narrow: nn.Module, example: Batch) -> None:
+def _check_runs(narrow: nn.Module, example: Batch, sites: Sites) -> None:
     """Refuse cuts that leave a model which does not run.
+
+    Args:
+        narrow: The narrowed model.
+        example: A batch.
+        sites: Of the original.
 
     Raises:
         PlanError: With what it raises.
     """
+    if sites.graph.program is not None and sites.graph.static_batch is None:
+        size = batch_size(example)
+        example = take(example, torch.arange(sites.graph.at_once(size)))
     try:
         with evaluating(narrow):
             run(narrow, to_device(example, device_of(narrow)))

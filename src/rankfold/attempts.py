@@ -21,7 +21,7 @@ from rankfold.report.data import Candidate, Report
 from rankfold.statistics.distributed import world
 
 T = TypeVar("T")
-LATENCY_SAMPLES = 32  # at most so many of a batch are timed, where the model takes a batch of any size
+LATENCY_SAMPLES = 32  # samples of a batch that are timed at most, where the model takes a batch of any size
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,17 +64,17 @@ class Attempt:
         return Candidate(name, self.comparison.divergence, self.comparison.agreement, False, samples)
 
 
-def one_latency(original: nn.Module, compressed: nn.Module, example: Batch, *, whole: bool) -> Latency:
+def one_latency(original: nn.Module, compressed: nn.Module, example: Batch, samples: int | None) -> Latency:
     """Measured by the first process while all others wait, so that none disturbs it.
 
     Args:
         original: The original.
         compressed: The compressed model.
         example: One batch.
-        whole: Whether all of it is timed, since the model may take no other size.
+        samples: At most so many of it are timed; None is all, where the model may take no other size.
     """
-    if not whole:
-        example = take(example, torch.arange(min(batch_size(example), LATENCY_SAMPLES)))
+    if samples is not None:
+        example = take(example, torch.arange(min(batch_size(example), samples)))
     together_with = world()
     latency = torch.zeros(3, dtype=torch.float64)
     if together_with.owns(0):

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.attempts import Attempt, Clock, Compressed, one_latency, uncalled
+from rankfold.attempts import LATENCY_SAMPLES, Attempt, Clock, Compressed, one_latency, uncalled
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.curves import needed
 from rankfold.decompositions import Family
@@ -22,7 +22,7 @@ from rankfold.graph.sites import Sites, find_sites
 from rankfold.graph.trace import Batch, device_of
 from rankfold.graph.values import Spill
 from rankfold.metrics.counted import count
-from rankfold.metrics.outputs import Outputs, Taken, outputs_to_json, settled
+from rankfold.metrics.outputs import LOOKED_AT, Outputs, Taken, outputs_to_json, settled
 from rankfold.prediction import Course
 from rankfold.progress import Progress
 from rankfold.proposals import Asked, Basis, Proposer, numbers_of, proposers_of
@@ -197,7 +197,7 @@ class Session:
             return stats
 
         self.stats = self.clock.time("statistics", lambda: self.work.statistics(moments))
-        taken = self.outputs = settled(self.model, fit, outputs)
+        taken = self.outputs = settled(self.model, fit, outputs, self.sites.graph.at_once(LOOKED_AT))
         if taken.passed:
             self.notes.append(f"outputs that were not looked at: {', '.join(taken.passed)}")
         if outputs is not None:
@@ -367,8 +367,10 @@ class Session:
         if budget is not None:
             budget.check_held(after, self.sites.cost)
         with self.progress("latency", None):
-            whole = self.sites.graph.program is None or self.sites.graph.static_batch is not None
-            latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, example, whole=whole))
+            graph = self.sites.graph
+            free = graph.program is not None and graph.static_batch is None
+            timed = graph.at_once(LATENCY_SAMPLES) if free else None
+            latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, example, timed))
         report = Report(
             self.sites.model,
             rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts), best.errors),

@@ -70,6 +70,12 @@ class Trials:
     spill: Spill
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def at_once(self) -> int | None:
+        """Samples of a batch that are compared at once; None is all, where the model may take no other number."""
+        graph = self.sites.graph
+        return None if graph.program is None or graph.static_batch is not None else graph.at_once(LARGEST_BATCH)
+
     def attempt(self, plan: Plan, part: Sequence[Batch] | None = None) -> Attempt:
         """Carry a plan out on a copy and compare it on the held-out samples.
 
@@ -94,7 +100,9 @@ class Trials:
                 world=world(),
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
-            comparison = compare(self.model, carried.model, self.judged, outputs=self.outputs, world=world())
+            comparison = compare(
+                self.model, carried.model, self.judged, outputs=self.outputs, at_once=self.at_once, world=world()
+            )
             cost = count(carried.model, first_of(self.batches)) if part is None else None
             return Attempt(comparison, carried.model, plan, carried.details, cost, carried.errors)
 

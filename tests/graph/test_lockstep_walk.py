@@ -43,7 +43,8 @@ def _walk(model: nn.Module, batches: list[Tensor], change: float = 0.0) -> tuple
         return lambda x: layer(x) + change  # type: ignore[return-value]
 
     outputs = Walk(program, model, calls, batches, on_site, {}).run()
-    return torch.cat([o[0] for o in outputs.original]), torch.cat([o[0] for o in outputs.compressed]), seen
+    original, compressed = (torch.cat([both[side][0] for both in outputs]) for side in (0, 1))
+    return original, compressed, seen
 
 
 def test_both_sides_equal_the_model_when_nothing_changes() -> None:

@@ -217,3 +217,26 @@ def test_samples_are_taken_from_what_is_per_sample_alone() -> None:
     assert torch.equal(picked["x"], X[[4, 1]])
     assert picked["table"].shape == (3, 3)
     assert picked["gain"] == 2
+
+
+class Head(nn.Module):
+    """Two kilobytes of logits a sample of eight numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 500)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+def test_the_largest_value_of_a_sample_bounds_how_many_run_at_once() -> None:
+    graph = trace(Head().eval(), torch.randn(4, 8))
+    assert graph.largest == 500 * 4
+    assert graph.at_once(128) == 128
+    assert graph.at_once(128, room=10_000) == 5
+    assert graph.at_once(128, room=10) == 1
+
+
+def test_a_graph_of_a_fixed_batch_knows_no_sample() -> None:
+    assert Graph(None, reason="none").at_once(32, room=1) == 32

@@ -58,7 +58,7 @@ def _walked(limit: int | None) -> tuple[list[Tensor], Spill, list[int]]:
 
     calls = find_calls(sites.graph.program, sites)
     output = Walk(sites.graph.program, model, calls, images(), on_site, {}, spill).run()
-    return [entry[0] for entry in output.compressed], spill, held
+    return [compressed[0] for _, compressed in output], spill, held
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool])

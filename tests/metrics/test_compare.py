@@ -241,3 +241,34 @@ def test_every_output_counts_alike() -> None:
     assert [output.relative_error for output in rf.compare(dense, dense, [torch.zeros(4, 1)]).outputs] == [0.0, 0.0]
     with pytest.raises(DataError, match="same tensors on every batch"):
         rf.compare(dense, Fixed([first]), [torch.zeros(4, 1)])
+
+
+class Tokens(nn.Module):
+    """Logits of every position, by a table."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(_draw(50, 11, seed=seed))
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.table[input_ids]
+
+
+@pytest.mark.parametrize("kind", [rf.Logits(), rf.Values(), rf.Embedding()])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_samples_at_once_and_parts_of_outputs_change_no_figure(
+    kind: rf.Output, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(50, (8, 5), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": part, "labels": part} for part in ids.split(5)] if isinstance(kind, rf.Logits) else [ids]
+    first, second = (Tokens(seed) if isinstance(kind, rf.Logits) else nn.Embedding(50, 11) for seed in (1, 2))
+    whole = rf.compare(first, second, data, outputs=kind)
+    monkeypatch.setattr("rankfold.metrics.kinds.LARGE", 30)  # two rows of eleven
+    parts = rf.compare(first, second, data, outputs=kind, at_once=at_once)
+    assert (parts.samples, parts.examples, parts.changed) == (whole.samples, whole.examples, whole.changed)
+    for mine, theirs in zip(parts.outputs, whole.outputs, strict=True):
+        assert mine.divergence == pytest.approx(theirs.divergence, rel=1e-12)
+        assert mine.relative_error == pytest.approx(theirs.relative_error, rel=1e-12)
+        assert (mine.agreement, mine.kl) == (theirs.agreement, pytest.approx(theirs.kl) if theirs.kl else theirs.kl)
+    assert parts.top1 == whole.top1
+    assert parts.perplexity == (pytest.approx(whole.perplexity) if whole.perplexity else None)

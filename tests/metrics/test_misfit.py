@@ -71,3 +71,22 @@ def test_what_is_not_finite_is_a_misfit(wrong: float) -> None:
     assert not misfit(broken, after, before).worst <= 1
     assert not misfit(after, broken, before).worst <= 1
     assert misfit(after, after, before).worst <= 1
+
+
+def test_parts_of_a_large_output_are_looked_at_as_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, after = normal(8, 4, 5, seed=1).float(), normal(8, 4, 5, seed=2).float()
+    wrong = after.clone()
+    wrong[3, 2, 1] += 0.5
+    whole = misfit(wrong, after, before)
+    monkeypatch.setattr("rankfold.metrics.misfit.LARGE", 24)
+    parts = misfit(wrong, after, before)
+    assert parts.local == whole.local > 1
+    assert parts.difference == pytest.approx(whole.difference, rel=1e-12)
+
+
+def test_what_is_no_number_is_a_misfit_in_any_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rankfold.metrics.misfit.LARGE", 8)
+    before, after = normal(8, 6, seed=1).float(), normal(8, 6, seed=2).float()
+    wrong = after.clone()
+    wrong[0, 0] = float("nan")
+    assert not misfit(wrong, after, before).worst <= 1

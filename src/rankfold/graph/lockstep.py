@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import torch
 from torch import Tensor, nn
@@ -102,30 +102,37 @@ class Walk:
         self._live: dict[Node, Pair] = {}
         self._names = tensor_names(program)
 
-    def run(self) -> Pair:
-        """Walk the whole graph.
+    @property
+    def parts(self) -> int:
+        """Micro-batches."""
+        return len(self._batches)
+
+    def run(self) -> Returned:
+        """Walk the whole graph up to the last site; what comes after it is walked where it is asked for.
 
         Returns:
-            The outputs of both networks, as the program returns them (flat).
+            What both networks return.
         """
         last = self._last_uses()
         output = next((node for node in self._order if node.op == "output"), None)
         if output is None:
             raise RuntimeError("the program has no output node")
         last[output] = len(self._order)
+        start, site = 0, None
         with torch.no_grad():
             self._live.update(self._user_inputs())
-            start, site = 0, None
             for step, node in enumerate(self._order):
-                if node in self._calls or node is output:
-                    self._stretch(range(start, step + 1), site, last)
-                    start, site = step + 1, node if node in self._calls else None
-                    if site is not None:
-                        self._solve(self._calls[node])
-                    for dead in [each for each in self._live if last[each] <= step]:
-                        del self._live[dead]
-                    self._spill.tidy()
-        return self._live[output]
+                if node not in self._calls:
+                    continue
+                self._stretch(self._piece(start, step + 1, site, last))
+                start, site = step + 1, node
+                self._solve(self._calls[node])
+                for dead in [each for each in self._live if last[each] <= step]:
+                    del self._live[dead]
+                self._spill.tidy()
+        for name in self._overrides.keys() & self._tensors.keys():
+            self._tensors[name] = self._tensors[name].clone()  # who installs the override may write into the original's
+        return Returned(self, self._piece(start, self._order.index(output) + 1, site, last), output)
 
     def _solve(self, call: Call) -> None:
         """Have a site solved at its first call."""
@@ -142,45 +149,55 @@ class Walk:
         values = Spill().values([self._tensor(call.entry)] * len(self._batches))
         return Pair(values, values)
 
-    def _stretch(self, steps: range, site: Node | None, last: dict[Node, int]) -> None:
-        """Walk from one site to the next, micro-batch by micro-batch.
+    def _piece(self, start: int, stop: int, site: Node | None, last: dict[Node, int]) -> _Piece:
+        """The steps from one site to the next, or to the outputs.
 
         Args:
-            steps: Steps of the order, the next site's own included.
+            start: First step of the order.
+            stop: The step after the last: after the next site, or the output.
             site: The site before, whose new layer is run first; None at the start.
             last: Step of the last use of every node.
         """
-        nodes = [node for node in (self._order[step] for step in steps) if self._is_computed(node)]
+        nodes = [node for node in self._order[start:stop] if self._is_computed(node)]
         changed = self._changed(nodes, site)
-        end = self._calls.get(self._order[steps.stop - 1])
+        end = self._calls.get(self._order[stop - 1])
         asked = set() if end is None else {end.entry, end.exit, end.skip}
-        computed = {*nodes, site}
-        kept = {node for node in computed if node is not None and (last[node] >= steps.stop or node in asked)}
-        originals = {node: self._spill.values() for node in kept if node is not site}
-        compressed = {node: self._spill.values() for node in kept & changed}
-        dying = [node for node in self._live if last[node] < steps.stop and node not in asked]
+        computed = {*nodes, *([] if site is None else [site])}
+        kept = {node for node in computed if last[node] >= stop or node in asked}
+        dying = [node for node in self._live if last[node] < stop and node not in asked]
+        return _Piece(range(start, stop), site, computed, changed, kept, dying, last)
+
+    def _stretch(self, piece: _Piece) -> None:
+        """Walk from one site to the next, micro-batch by micro-batch."""
+        originals = {node: self._spill.values() for node in piece.kept if node is not piece.site}
+        compressed = {node: self._spill.values() for node in piece.kept & piece.changed}
         for index in range(len(self._batches)):
-            here: dict[Node, tuple[Any, Any]] = {}
-            if site is not None:
-                here[site] = self._installed(site, index)
-            for step in steps:
-                node = self._order[step]
-                if node not in computed:
-                    continue
-                here[node] = self._both(node, index, here, both=node in changed)
-                for argument in {node, *node.all_input_nodes} - kept:
-                    if last.get(argument, -1) == step:
-                        here.pop(argument, None)
+            here = self.walked(piece, index)
             for node, values in originals.items():
                 values.append(here[node][0])
             for node, values in compressed.items():
                 values.append(here[node][1])
-            for node in dying:
+            for node in piece.dying:
                 self._live[node].original.release(index)
                 self._live[node].compressed.release(index)
-        for node in kept:
-            original = self._live[node].original if node is site else originals[node]
+        for node in piece.kept:
+            original = self._live[node].original if node is piece.site else originals[node]
             self._live[node] = Pair(original, compressed.get(node, original))
+
+    def walked(self, piece: _Piece, index: int) -> dict[Node, tuple[Any, Any]]:
+        """The values in both networks that are kept of a piece, for one micro-batch."""
+        here: dict[Node, tuple[Any, Any]] = {}
+        if piece.site is not None:
+            here[piece.site] = self._installed(piece.site, index)
+        for step in piece.steps:
+            node = self._order[step]
+            if node not in piece.computed:
+                continue
+            here[node] = self._both(node, index, here, both=node in piece.changed)
+            for argument in {node, *node.all_input_nodes} - piece.kept:
+                if piece.last.get(argument, -1) == step:
+                    here.pop(argument, None)
+        return here
 
     def _is_computed(self, node: Node) -> bool:
         return node.op in ("output", "call_function", "get_attr") and node not in self._live
@@ -266,6 +283,57 @@ class Walk:
                 if call.skip is not None and call.skip in at:
                     at[call.skip] = max(at[call.skip], step)
         return at
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """What lies between two sites.
+
+    Attributes:
+        steps: Of the walk's order.
+        site: The site before; None at the start.
+        computed: Nodes that get a value here.
+        changed: Those whose value in the compressed network is another.
+        kept: Those whose value is asked for afterwards.
+        dying: Nodes of before that nobody reads afterwards.
+        last: Step of the last use of every node.
+    """
+
+    steps: range
+    site: Node | None
+    computed: set[Node]
+    changed: set[Node]
+    kept: set[Node]
+    dying: list[Node]
+    last: dict[Node, int]
+
+
+class Returned(Sequence[tuple[Any, Any]]):
+    """What the original and the compressed network return, flat as the program does, one entry a micro-batch.
+
+    An entry is walked from the last site on when it is asked for, so that outputs, which may be larger than all else,
+    are never there for more than one micro-batch.
+    """
+
+    def __init__(self, walk: Walk, piece: _Piece, output: Node) -> None:
+        self._walk, self._piece, self._output = walk, piece, output
+
+    def __len__(self) -> int:
+        """Micro-batches."""
+        return self._walk.parts
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Any, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Any, Any]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Any, Any] | Sequence[tuple[Any, Any]]:
+        """(original's, compressed network's)."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with torch.no_grad():
+            return self._walk.walked(self._piece, index)[self._output]
 
 
 def _calling(target: Any) -> Callable[[Any, Any], Any]:

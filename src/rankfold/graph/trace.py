@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from math import prod
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +23,8 @@ from torch.utils import _pytree
 from rankfold.errors import DataError, is_out_of_memory
 
 Batch: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+TRACED = 2  # samples a model is traced on
+ROOM = 2**28  # bytes of the largest value of what runs at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,30 @@ class Graph:
     program: ExportedProgram | None
     reason: str | None = None
     static_batch: int | None = None
+
+    @functools.cached_property
+    def largest(self) -> int:
+        """Bytes of a sample's largest value, from the shapes of the trace; 0 where there is none with a free batch."""
+        nodes = () if self.program is None or self.static_batch is not None else self.program.graph.nodes
+        return max((_bytes_a_sample(node) for node in nodes if node.op == "call_function"), default=0)
+
+    def at_once(self, most: int, room: int = ROOM) -> int:
+        """How many samples run at once, so that no value of them takes more than some memory.
+
+        Args:
+            most: At most so many.
+            room: Bytes; a single sample may take more.
+        """
+        return max(1, min(most, room // self.largest)) if self.largest else most
+
+
+def _bytes_a_sample(node: torch.fx.Node) -> int:
+    """Bytes of a node's tensor for each sample; 0 where it does not grow with the batch."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not any(isinstance(size, torch.SymInt) for size in value.shape):
+        return 0
+    sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
+    return prod(sizes) * value.element_size() // TRACED
 
 
 def split_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -189,7 +216,7 @@ def trace(model: nn.Module, example: Batch) -> Graph:
         if tensor.layout is not torch.strided:  # the exporter aborts the whole process on some of them
             return Graph(None, reason=f"torch.export was not tried: {name} is of layout {tensor.layout}")
     device = device_of(model)
-    pair = to_device(take(example, torch.arange(2) % batch_size(example)), device)
+    pair = to_device(take(example, torch.arange(TRACED) % batch_size(example)), device)
     batch = pair if _runs(model, pair) else to_device(example, device)  # some models fix their batch size
     reason = ""
     for free in (True, False) if batch is pair else (False,):

@@ -27,6 +27,7 @@ def compare(
     data: Any,
     *,
     outputs: Outputs | Taken = None,
+    at_once: int | None = None,
     world: World = ALONE,
 ) -> Comparison:
     """Run both models over data and compare their outputs.
@@ -41,6 +42,7 @@ def compare(
         data: A re-iterable of batches, as for `compress`; labels, where there are any, give top-1 and top-5.
         outputs: What the outputs are: `Logits()`, `Values()` or `Embedding()`, or a dict of them by name (None leaves
             one out). None guesses: see `rankfold.metrics.outputs.settle`.
+        at_once: Samples that run at once, where a batch may be cut into parts; None runs each batch as it is.
         world: The processes that share the data, sample by sample; all get the whole comparison.
 
     Returns:
@@ -68,7 +70,7 @@ def compare(
                 run_on("original", original, batch, number),
                 run_on("compressed", compressed, batch, number),
             )
-            for number, batch in _shares(batches, parts, world)
+            for number, batch in _pieces(_shares(batches, parts, world), at_once)
         )
         first = [] if isinstance(outputs, Taken) else _head(pairs)
         taken = outputs if isinstance(outputs, Taken) else _settle(first, outputs)
@@ -142,6 +144,17 @@ def _shares(batches: Iterable[Batch], opened_parts: list[int], world: World) -> 
             opened_parts.append(0)
             if rank == world.rank and len(part):
                 yield number, _with_labels(batch, part)
+
+
+def _pieces(shares: Iterator[tuple[int, Batch]], most: int | None) -> Iterator[tuple[int, Batch]]:
+    """Batches cut into parts of at most so many samples, each with the number of its batch."""
+    for number, batch in shares:
+        size = batch_size(batch)
+        if most is None or size <= most:
+            yield number, batch
+            continue
+        for rows in torch.split(torch.arange(size), most):
+            yield number, _with_labels(batch, rows)
 
 
 def _with_labels(batch: Batch, rows: Tensor) -> Batch:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.linalg.precision import widen
 from rankfold.registry import name_of, register
+
+LARGE = 2**23  # entries of an output that are looked at at once
 
 
 class Output(ABC):
@@ -43,6 +46,13 @@ class Output(ABC):
             compressed: `z'`, of the same shape.
         """
 
+    def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
+        """Parts of two outputs, in order, each with its kind; the sums of `error` over them are those of the whole.
+
+        Large outputs are looked at in parts, since all of it is in float64. One that knows no parts is one itself.
+        """
+        yield self, original, compressed
+
     def check(self, place: str, output: Tensor) -> None:  # noqa: B027 - most tensors will do
         """Refuse a tensor that cannot be an output of this kind.
 
@@ -58,6 +68,13 @@ class Output(ABC):
 def class_axis(axes: int) -> int:
     """Where classes stand unless told otherwise: the last of two or three axes, the second of more (maps)."""
     return axes - 1 if axes <= 3 else 1
+
+
+def _parts(kind: Output, first: Tensor, second: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
+    """Two tensors of (rows, entries), cut by rows where they are large."""
+    rows = max(1, LARGE // max(first.shape[1:].numel(), 1))
+    for a, b in zip(torch.split(first, rows), torch.split(second, rows), strict=True):
+        yield kind, a, b
 
 
 def _check_axis(axis: int | None) -> None:
@@ -125,7 +142,13 @@ class Logits(Output):
 
     def rows(self, output: Tensor) -> Tensor:
         """The output as examples × classes."""
-        return output.movedim(_axis_of(self.axis, "", output, 2), -1).flatten(0, -2)
+        return _vectors(output, _axis_of(self.axis, "", output, 2))
+
+    def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
+        """By rows; see `Output.pieces`."""
+        if original.numel() <= LARGE:
+            return super().pieces(original, compressed)
+        return _parts(replace(self, axis=None), self.rows(original), self.rows(compressed))
 
     def example_shape(self, output: Tensor) -> torch.Size:
         """Shape of the output without the classes."""
@@ -173,6 +196,12 @@ class Logits(Output):
 class Values(Output):
     """Numbers that count as they are, such as a regression's: by their relative error, `Σ ‖z' − z‖² / Σ ‖z‖²`."""
 
+    def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
+        """By entries; see `Output.pieces`."""
+        if original.numel() <= LARGE:
+            return super().pieces(original, compressed)
+        return _parts(self, original.flatten(), compressed.flatten())
+
     def direction(self, output: Tensor, noise: Tensor) -> Tensor:
         """`g` itself: every entry counts alike."""
         return noise
@@ -213,6 +242,13 @@ class Embedding(Output):
         across = noise - unit * (unit * noise).sum(axis, keepdim=True)
         return torch.where(norm > 0, across / norm.clamp_min(torch.finfo(output.dtype).tiny), torch.zeros_like(across))
 
+    def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
+        """By vectors; see `Output.pieces`."""
+        if original.numel() <= LARGE:
+            return super().pieces(original, compressed)
+        axis = _axis_of(self.axis, "", original, 2)
+        return _parts(replace(self, axis=None), _vectors(original, axis), _vectors(compressed, axis))
+
     def size(self, output: Tensor) -> Tensor:
         """The root of the number of vectors: each has norm 1."""
         return output.new_tensor(output.numel() / output.shape[_axis_of(self.axis, "", output, 2)]).sqrt()
@@ -224,6 +260,11 @@ class Embedding(Output):
         apart = (first - second).square().sum(axis, keepdim=True) / 2
         apart = torch.where((norm > 0) == (other > 0), apart, torch.ones_like(apart))
         return torch.stack([apart.sum(), apart.new_tensor(apart.numel())])
+
+
+def _vectors(output: Tensor, axis: int) -> Tensor:
+    """An output as vectors × entries."""
+    return output.movedim(axis, -1).flatten(0, -2)
 
 
 def _unit(output: Tensor, axis: int) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +13,7 @@ TOLERANCE = 1e-4  # of a whole output, relative, float32
 LOCAL = 1e-2  # of one entry, relative to how far it moves
 STEPS = 64  # of the dtype, in half precision
 LOOKED_AT = 1 << 20  # entries of which a quartile is taken
+LARGE = 1 << 23  # entries that are looked at at once
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,14 @@ def misfit(got: Tensor, expected: Tensor, before: Tensor) -> Misfit:
     return Misfit(relative_difference(got, expected), tolerance(expected.dtype), local_misfit(got, expected, before))
 
 
+def _columns(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape as samples × entries in float64, in parts of some entries where they are large."""
+    flat = [value.flatten(1) if value.ndim > 1 else value.reshape(-1, 1) for value in values]
+    width = max(1, LARGE // max(flat[0].shape[0], 1))
+    for part in zip(*(torch.split(value, width, 1) for value in flat), strict=True):
+        yield tuple(value.double() for value in part)
+
+
 def tolerance(dtype: torch.dtype) -> float:
     """The largest relative difference of a whole output that rounding explains."""
     return max(TOLERANCE, STEPS * torch.finfo(dtype).eps)
@@ -51,8 +62,11 @@ def tolerance(dtype: torch.dtype) -> float:
 
 def relative_difference(got: Tensor, expected: Tensor) -> float:
     """`‖g − e‖ / ‖e‖` over all entries, in float64."""
-    wide = expected.double()
-    return float((got.double() - wide).norm() / wide.norm().clamp_min(1e-30))
+    lost = whole = 0.0
+    for mine, wide in _columns(got, expected):
+        lost += float((mine - wide).square().sum())
+        whole += float(wide.square().sum())
+    return math.sqrt(lost) / max(math.sqrt(whole), 1e-30)
 
 
 def local_misfit(got: Tensor, expected: Tensor, before: Tensor) -> float:
@@ -68,14 +82,22 @@ def local_misfit(got: Tensor, expected: Tensor, before: Tensor) -> float:
         expected: `e`.
         before: The same output of the unchanged model.
     """
-    wide = expected.double()
-    error, move = (got.double() - wide).abs(), (wide - before.double()).abs()
-    moving = (error != 0) | (move != 0)
-    if not bool(moving.any()):
+    every = max(1, expected.numel() // LOOKED_AT)
+    seen = [wide.abs()[_moving(mine, wide, old)][::every] for mine, wide, old in _columns(got, expected, before)]
+    sizes = torch.cat(seen) if seen else torch.zeros(0)
+    if not len(sizes):
         return 0.0
-    sizes = wide.abs()[moving]
-    sizes = sizes[:: max(1, len(sizes) // LOOKED_AT)]
     quartile = sizes.kthvalue(max(1, len(sizes) // 4)).values
-    rounding = tolerance(expected.dtype) * (quartile + wide.abs())
-    allowed = LOCAL * move.square().mean(0, keepdim=True).sqrt() + rounding
-    return float((error / allowed.clamp_min(1e-30))[moving].max())
+    worst = quartile.new_zeros(())
+    for mine, wide, old in _columns(got, expected, before):
+        moving = _moving(mine, wide, old)
+        if bool(moving.any()):
+            scale = (wide - old).square().mean(0, keepdim=True).sqrt()
+            allowed = LOCAL * scale + tolerance(expected.dtype) * (quartile + wide.abs())
+            worst = torch.maximum(worst, ((mine - wide).abs() / allowed.clamp_min(1e-30))[moving].max())  # NaN stays
+    return float(worst)
+
+
+def _moving(got: Tensor, expected: Tensor, before: Tensor) -> Tensor:
+    """Which entries differ, or are not what they were."""
+    return (got != expected) | (expected != before)

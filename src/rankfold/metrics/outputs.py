@@ -40,6 +40,7 @@ Outputs: TypeAlias = Output | Mapping[str, Output | None] | None
 
 SHIFT = 0.05  # of an output's variance that a common shift may carry where it counts as logits
 LOOKED_AT = 32  # samples by which an output's kind is guessed
+FEW = 4  # times as many as run at once are looked at, where that is less
 AUXILIARY = re.compile(  # entries by which models of transformers hand out what is inside them, or their loss
     r"loss|mems|past_key_values|past_buckets_states|\w*hidden_states|\w*attentions|\w*attn_weights|\w*router_logits"
     r"|\w*router_probs|\w*cache\w*|encoder_last_hidden_state|\w+_loss"
@@ -233,13 +234,16 @@ def outputs_from_json(value: Any, place: str) -> Outputs:
     return result
 
 
-def settled(model: nn.Module, batches: Iterable[Batch], outputs: Outputs | Taken = None) -> Taken:
+def settled(
+    model: nn.Module, batches: Iterable[Batch], outputs: Outputs | Taken = None, at_once: int = LOOKED_AT
+) -> Taken:
     """What the outputs of a model are, as asked or guessed by the first 32 samples; see `settle`.
 
     Args:
         model: The model.
         batches: Calibration inputs.
         outputs: As asked; what is settled already is handed back.
+        at_once: How many samples run at once; of large outputs fewer than 32 in all are looked at.
 
     Raises:
         DataError: As `settle`, or there is no batch.
@@ -249,8 +253,9 @@ def settled(model: nn.Module, batches: Iterable[Batch], outputs: Outputs | Taken
     if isinstance(outputs, Taken):
         return outputs
     device = device_of(model)
+    parts = first_samples(batches, min(LOOKED_AT, FEW * at_once), at_once)
     with evaluating(model), torch.no_grad():
-        seen = [opened(run(model, to_device(part, device))) for part in first_samples(batches, LOOKED_AT, LOOKED_AT)]
+        seen = [opened(run(model, to_device(part, device))) for part in parts]
     if not seen:
         raise no_batch()
     return settle(seen, outputs)

@@ -210,25 +210,29 @@ class Tally:
         """Add one batch of outputs."""
         for i, (kind, first, second) in enumerate(zip(self.taken.kinds.values(), firsts, seconds, strict=True)):
             check_shapes(first, second)
-            check_finite("original", first, number)
-            check_finite("compressed", second, number)
-            wide, other = first.double(), second.double()
-            error = wide - other
-            self.squares[i] += torch.stack([error.square().sum(), wide.square().sum()]).cpu()
-            self.own[i] += kind.error(wide, other).cpu()
-            self.largest = max(self.largest, float(error.abs().amax()) if error.numel() else 0.0)
-            if isinstance(kind, Logits):
-                a, b = kind.rows(wide), kind.rows(other)
-                log_a, log_b = F.log_softmax(a, 1), F.log_softmax(b, 1)
-                same = a.argmax(1) == b.argmax(1)
-                kl = float((log_a.exp() * (log_a - log_b)).sum())
-                self.alike[i] += torch.tensor([len(a), int(same.sum()), kl], dtype=torch.float64)
-                if i == self.decided:
-                    self._add_decisions(number, batch, kind.example_shape(first), same, (log_a, log_b))
+            decided = i == self.decided and isinstance(kind, Logits)
+            labels = self._labels(number, batch, kind, first) if decided and isinstance(kind, Logits) else None
+            start = 0
+            for own, mine, theirs in kind.pieces(first, second):
+                check_finite("original", mine, number)
+                check_finite("compressed", theirs, number)
+                wide, other = mine.double(), theirs.double()
+                error = wide - other
+                self.squares[i] += torch.stack([error.square().sum(), wide.square().sum()]).cpu()
+                self.own[i] += own.error(wide, other).cpu()
+                self.largest = max(self.largest, float(error.abs().amax()) if error.numel() else 0.0)
+                if isinstance(own, Logits):
+                    logs = F.log_softmax(own.rows(wide), 1), F.log_softmax(own.rows(other), 1)
+                    same = own.rows(wide).argmax(1) == own.rows(other).argmax(1)
+                    kl = float((logs[0].exp() * (logs[0] - logs[1])).sum())
+                    self.alike[i] += torch.tensor([len(same), int(same.sum()), kl], dtype=torch.float64)
+                    if decided:
+                        self._add_decisions(same, labels, start, logs)
+                    start += len(same)
         self.samples += batch_size(batch)
         if self.decided is None:
-            if (labels := labels_of(batch)) is not None:
-                _check_number(labels, batch_size(batch), number)
+            if (given := labels_of(batch)) is not None:
+                _check_number(given, batch_size(batch), number)
             self._add_examples(firsts[0].numel() // (firsts[0].shape[-1] if firsts[0].ndim > 1 else 1))
 
     def _add_examples(self, count: int) -> None:
@@ -236,33 +240,46 @@ class Tally:
         if self.parts:
             self.parts[-1] += count
 
-    def _add_decisions(
-        self, number: int, batch: Batch, shape: torch.Size, same: Tensor, logs: tuple[Tensor, Tensor]
-    ) -> None:
-        """Add the rows of the first logits of a batch.
+    def _labels(self, number: int, batch: Batch, kind: Logits, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Labels of a batch, and the rows of its logits that they are of; None where it has none.
 
         Args:
             number: Of the batch.
-            batch: With its labels, where it has some.
-            shape: Of the logits, without the classes.
-            same: Whether the arg-max is the same, a row.
-            logs: Logarithms of the probabilities, rows × classes, of both models.
+            batch: The batch.
+            kind: Of the output.
+            output: The logits.
         """
-        self.changed += (torch.nonzero(~same).flatten() + self.examples).tolist()
-        self._add_examples(len(same))
-        labels = labels_of(batch)
+        labels, shape = labels_of(batch), kind.example_shape(output)
         if labels is None:
-            return
+            return None
         if labels.shape != shape:
             _check_number(labels, batch_size(batch), number)
-            return
-        _check_labels(labels, logs[0].shape[1], number)
-        rows = torch.arange(len(same)).reshape(labels.shape)
+            return None
+        _check_labels(labels, output.numel() // max(shape.numel(), 1), number)
+        rows = torch.arange(shape.numel()).reshape(labels.shape)
         if labels.ndim > 1:
             self.sequence |= labels.ndim == 2
             if _are_inputs(batch, labels):  # a causal language model: position t predicts token t + 1
                 rows, labels = rows[:, :-1], labels[:, 1:]
-        self._add_labels(labels.flatten().to(same.device), rows.flatten().to(same.device), logs)
+        return labels.flatten().to(output.device), rows.flatten().to(output.device)
+
+    def _add_decisions(
+        self, same: Tensor, labels: tuple[Tensor, Tensor] | None, start: int, logs: tuple[Tensor, Tensor]
+    ) -> None:
+        """Add some rows of the first logits of a batch.
+
+        Args:
+            same: Whether the arg-max is the same, a row.
+            labels: Of the batch, with the rows they are of; see `_labels`.
+            start: Number of the first row in the batch.
+            logs: Logarithms of the probabilities, rows × classes, of both models.
+        """
+        self.changed += (torch.nonzero(~same).flatten() + self.examples).tolist()
+        self._add_examples(len(same))
+        if labels is not None:
+            given, rows = labels
+            here = (rows >= start) & (rows < start + len(same))
+            self._add_labels(given[here], rows[here] - start, logs)
 
     def _add_labels(self, labels: Tensor, rows: Tensor, logs: tuple[Tensor, Tensor]) -> None:
         usable = labels >= 0  # -100 marks padding

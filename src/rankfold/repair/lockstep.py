@@ -13,7 +13,7 @@ from torch.utils import _pytree
 
 from rankfold.channels.narrowing import kept_of
 from rankfold.errors import DistributedError, NumericsError, SelfCheckError, TraceError
-from rankfold.graph.lockstep import Arrival, Pair, Walk, micro_batches
+from rankfold.graph.lockstep import Arrival, Returned, Walk, micro_batches
 from rankfold.graph.regions import find_calls
 from rankfold.graph.sites import Sites
 from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, followed_output, run, take, to_device
@@ -41,7 +41,7 @@ class Repaired:
         unrepaired: Sites whose repair did not make the held-out error clearly smaller; they keep the unrepaired layer.
         parts: The micro-batches walked.
         held: For each of them, which samples are held out.
-        outputs: Outputs of both networks, one entry a micro-batch.
+        outputs: What both networks return, walked for one micro-batch when it is asked for.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Repaired:
     unrepaired: list[str] = field(default_factory=list)
     parts: list[Batch] = field(default_factory=list)
     held: list[Tensor] = field(default_factory=list)
-    outputs: Pair | None = None
+    outputs: Returned | None = None
 
 
 def lockstep(
@@ -102,7 +102,7 @@ def lockstep(
             cure="pass repair=None",
         )
     device = device_of(model)
-    size = options.batch if sites.graph.static_batch is None else sites.graph.static_batch
+    size = sites.graph.at_once(options.batch) if sites.graph.static_batch is None else sites.graph.static_batch
     result = Repaired()
     numbers: list[int] = []
     starts: list[int] = []
@@ -202,12 +202,14 @@ def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> fl
     worst = 0.0
     if repaired.outputs is None:
         raise TypeError("the walk did not finish")
-    sides = repaired.outputs.compressed, repaired.outputs.original
-    for part, held, *walked in zip(repaired.parts, repaired.held, *sides, strict=True):
-        rows = torch.nonzero(held).flatten() if bool(held.any()) else torch.arange(len(held))
-        seen = _seen(model, part, rows, *walked)
+    judging = [number for number, held in enumerate(repaired.held) if bool(held.any())]
+    for number in judging or range(len(repaired.parts)):
+        part, held = repaired.parts[number], repaired.held[number]
+        rows = torch.nonzero(held).flatten() if judging else torch.arange(len(held))
+        original, walked = repaired.outputs[number]
+        seen = _seen(model, part, rows, walked, original)
         if not seen.worst <= 1:  # a norm without running moments computes otherwise on part of a batch
-            seen = _seen(model, part, torch.arange(len(held)), *walked)
+            seen = _seen(model, part, torch.arange(len(held)), walked, original)
         if not seen.worst <= 1:
             raise _unequal(
                 model,

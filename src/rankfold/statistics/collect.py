@@ -108,7 +108,7 @@ def collect(
                 looked_at += 1
                 seen, samples = samples, samples + batch_size(batch)
                 sha.update(digest(batch))
-                for part, rows in micro_batches(iter([batch]), PIECE):
+                for part, rows in micro_batches(iter([batch]), sites.graph.at_once(PIECE)):
                     if world.owns(piece):
                         first = torch.arange(rows.start + seen, rows.stop + seen) % 2 == 0
                         for feeder in feeders:

@@ -80,9 +80,10 @@ def collect_gradients(
     grams = {site.path: GradientGram() for site in sites}
     energies = {site.path: torch.zeros(2, dtype=torch.float64) for site in sites}
     device = device_of(model)
-    taken = settled(model, batches, outputs)
+    at_once = sites.graph.at_once(BATCH)
+    taken = settled(model, batches, outputs, at_once)
     parts, start = [], 0
-    for number, part in enumerate(first_samples(batches, samples, BATCH)):
+    for number, part in enumerate(first_samples(batches, samples, at_once)):
         if world.owns(number):
             parts.append((number, start, part))
         start += batch_size(part)
