@@ -248,7 +248,7 @@ class Tokens(nn.Module):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self.table = nn.Parameter(_draw(50, 11, seed=seed))
+        self.table = nn.Parameter(_draw(50, 50, seed=seed))
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Tensor:
         return self.table[input_ids]
@@ -263,7 +263,7 @@ def test_samples_at_once_and_parts_of_outputs_change_no_figure(
     data = [{"input_ids": part, "labels": part} for part in ids.split(5)] if isinstance(kind, rf.Logits) else [ids]
     first, second = (Tokens(seed) if isinstance(kind, rf.Logits) else nn.Embedding(50, 11) for seed in (1, 2))
     whole = rf.compare(first, second, data, outputs=kind)
-    monkeypatch.setattr("rankfold.metrics.kinds.LARGE", 30)  # two rows of eleven
+    monkeypatch.setattr("rankfold.metrics.kinds.LARGE", 110)  # two rows of fifty, or ten of eleven
     parts = rf.compare(first, second, data, outputs=kind, at_once=at_once)
     assert (parts.samples, parts.examples, parts.changed) == (whole.samples, whole.examples, whole.changed)
     for mine, theirs in zip(parts.outputs, whole.outputs, strict=True):
