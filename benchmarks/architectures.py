@@ -24,10 +24,10 @@ from torch import nn
 import rankfold as rf
 from benchmarks.zoo import CASES, Case
 from rankfold.channels.narrowing import narrow_
-from rankfold.graph.trace import evaluating, run
-from rankfold.metrics.counted import count
-from rankfold.metrics.outputs import output_tensor
-from rankfold.surgery import copied
+from rankfold.cost.counted import count
+from rankfold.data.running import evaluating, run
+from rankfold.outputs.taken import output_tensor
+from rankfold.sites.copies import copied
 
 KEPT = 0.7
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.zoo import import_torchvision
-from rankfold.statistics.data import digest
+from rankfold.data.splits import digest
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from rankfold.graph.sites import Skip
 from rankfold.plan import ChannelDecision, Decision, Plan
+from rankfold.sites.site import Skip
 
 NEURONS = 11008
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 import rankfold as rf
 from benchmarks.networks import mobilenet
-from rankfold.statistics.data import Split
+from rankfold.data.splits import Split
 
 KEPT = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold import attempts
-from rankfold.metrics.latency import latency_ratio
+from rankfold.cost.latency import latency_ratio
 from rankfold.progress import Progress, silent
+from rankfold.trials import attempts
 
 BUDGET = rf.Budget(params=0.7)
 ROADS: dict[str, dict[str, Any]] = {

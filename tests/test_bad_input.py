@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.cost.counted import count
 from rankfold.errors import (
     BudgetError,
     DataError,
@@ -22,7 +23,6 @@ from rankfold.errors import (
     SiteError,
     TraceError,
 )
-from rankfold.metrics.counted import count
 
 BUDGET = rf.Budget(params=0.7)
 SEEDS: list[Any] = [True, -1, 2**63, 1.5, None]

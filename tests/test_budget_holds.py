@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.cost.counted import count
+from rankfold.cost.formula import Cost
 from rankfold.errors import BudgetError
-from rankfold.metrics.cost import Cost
-from rankfold.metrics.counted import count
 
 
 class OneByOneFails(nn.Module):
@@ -77,7 +77,7 @@ def test_a_candidate_that_runs_over_its_budget_drops_out_while_another_holds(mon
     def first_is_over(live: nn.Module, example: Any) -> Cost:
         return replace(count(live, example), macs=next(counts, count(live, example).macs))
 
-    monkeypatch.setattr("rankfold.trials.count", first_is_over)
+    monkeypatch.setattr("rankfold.trials.trials.count", first_is_over)
     out = rf.compress(model, data, budget=rf.Budget(macs=0.6), repair=None, weighting=False)
     assert sum(" was dropped: Budget.macs · " in note for note in out.report.notes) == 1
     assert count(out.model, data[0]).macs <= 0.6 * out.report.before.macs

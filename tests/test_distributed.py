@@ -15,9 +15,9 @@ import torch
 from tests.distributed_worker import BUDGET, ROADS, images, network
 
 import rankfold as rf
-from rankfold import attempts
-from rankfold.metrics.latency import Latency
-from rankfold.statistics.distributed import ALONE, World, world
+from rankfold.cost.latency import Latency
+from rankfold.distributed import ALONE, World, world
+from rankfold.trials import attempts
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 SECONDS = 20.0  # "at once", on a busy machine; the processes would wait for one another for 60

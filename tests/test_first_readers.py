@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.attempts import Attempt
 from rankfold.errors import DataError, NumericsError
 from rankfold.plan import Plan
 from rankfold.statistics.gradients import collect_gradients
-from rankfold.trials import Trials
-from rankfold.work import Work
+from rankfold.store.work import Work
+from rankfold.trials.attempts import Attempt
+from rankfold.trials.trials import Trials
 
 
 def drawn(*shape: int, seed: int = 1) -> Tensor:

@@ -1,35 +1,44 @@
 """Laws of the package's face."""
 
+import ast
 import importlib
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import rankfold
 
 
-def test_no_public_name_is_also_a_submodule():
+def test_no_public_name_is_also_a_submodule() -> None:
     """Importing `rankfold.x` binds the module as `x` in the package, where it would hide a function of that name."""
     submodules = {module.name for module in pkgutil.iter_modules(rankfold.__path__)}
     assert not submodules.intersection(rankfold.__all__)
 
 
-def test_every_public_name_is_the_one_of_its_home():
-    for name, home in rankfold._WHERE.items():
+def _stub() -> dict[str, str]:
+    """The public names with their homes, as the stub has them."""
+    tree = ast.parse(Path(rankfold.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    found = {}
+    for node in tree.body:
+        assert isinstance(node, ast.ImportFrom), "the stub holds imports alone"
+        for alias in node.names:
+            assert alias.asname == alias.name, f"{alias.name} is not exported"
+            assert alias.name not in found, f"{alias.name} stands there twice"
+            found[alias.name] = f"rankfold.{node.module}"
+    return found
+
+
+def test_every_public_name_is_the_one_of_its_home() -> None:
+    for name, home in _stub().items():
         assert getattr(rankfold, name) is getattr(importlib.import_module(home), name)
 
 
-def test_the_list_of_public_names_is_sorted_and_complete():
-    assert set(rankfold.__all__) == {*rankfold._WHERE, "__version__"}
-    assert rankfold.__all__ == sorted(rankfold.__all__, key=_isort_key)
+def test_the_stub_is_complete() -> None:
+    assert set(rankfold.__all__) == set(_stub())
     assert dir(rankfold) == sorted(rankfold.__all__)
 
 
-def _isort_key(name: str) -> tuple[int, str]:
-    kind = 0 if name.isupper() else 1 if name[0].isupper() else 2
-    return kind, name
-
-
-def test_importing_the_package_loads_no_torch():
+def test_importing_the_package_loads_no_torch() -> None:
     code = "import sys, rankfold; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

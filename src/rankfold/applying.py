@@ -10,15 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from rankfold.allocation.measuring import needed
 from rankfold.channels.narrowing import fold_and_cut_
-from rankfold.curves import needed
+from rankfold.data.batches import Batch, batch_size, take, to_device
+from rankfold.data.running import device_of, evaluating, run
+from rankfold.data.splits import HELD_OUT, Split, as_batches, first_of
+from rankfold.distributed import ALONE, World
 from rankfold.errors import DataError, PlanError, SiteError, is_out_of_memory, shown
-from rankfold.graph.models import check_in_place, check_model
-from rankfold.graph.regions import find_calls
-from rankfold.graph.sites import Site, Sites, find_sites
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
-from rankfold.graph.values import Spill
-from rankfold.metrics.outputs import outputs_from_json
+from rankfold.graph.spill import Spill
+from rankfold.install.checks import check_plan
+from rankfold.install.fill import Fill, filler, install_shells
+from rankfold.install.swap import swap, take_over
+from rankfold.outputs.taken import outputs_from_json
 from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
@@ -26,12 +29,13 @@ from rankfold.repair import Lockstep
 from rankfold.repair.batch_norm import reestimate_batch_norms
 from rankfold.repair.lockstep import Repaired, install, lockstep, self_check
 from rankfold.repair.site import Recall, always_solve
+from rankfold.sites.copies import check_copy, copied
+from rankfold.sites.finding import find_sites
+from rankfold.sites.models import check_in_place, check_model
+from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
-from rankfold.statistics.data import HELD_OUT, Split, as_batches, first_of
-from rankfold.statistics.distributed import ALONE, World
 from rankfold.statistics.gradients import collect_gradients
-from rankfold.surgery import Fill, check_copy, check_plan, copied, filler, install_shells, swap, take_over
 
 
 def apply(
@@ -139,7 +143,7 @@ def carry_out(
         if any(decision.fold for decision in plan.channels):
             norms = {}
             if plan.repair is None and sites.graph.program is not None:  # a repair finds the norms' shifts itself
-                norms = {call.path: call.norm for call in find_calls(sites.graph.program, sites)}
+                norms = {call.path: call.norm for call in sites.in_graph()}
         stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms, plan.attributes)
         base, shells = target, replace(plan, cuts={}, attributes={}, channels=())
         _check_runs(base, first_of(batches), sites)
@@ -262,7 +266,7 @@ def shared_out(fill: Fill, world: World) -> Fill:
         return fill
     number = itertools.count()
 
-    def shared(decision: Decision, layer: nn.Module, shell: nn.Sequential) -> None:
+    def shared(decision: Decision, layer: nn.Module, shell: nn.Module) -> None:
         turn = next(number)
         if world.owns(turn):
             fill(decision, layer, shell)

@@ -10,35 +10,39 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.attempts import LATENCY_SAMPLES, Attempt, Clock, Compressed, one_latency, uncalled
+from rankfold.allocation import Budget, Selector
+from rankfold.allocation.measuring import needed
 from rankfold.channels.narrowing import narrowed_sites
-from rankfold.curves import needed
+from rankfold.clock import Clock
+from rankfold.cost.counted import count
+from rankfold.data.batches import Batch
+from rankfold.data.running import device_of
+from rankfold.data.splits import HELD_OUT, Split, as_batches, digest, first_of, held_out_of
 from rankfold.decompositions import Family
+from rankfold.distributed import together, world
 from rankfold.errors import OptionError
-from rankfold.forecast import Forecast, forecast_of
-from rankfold.graph.models import COMPILED, check_model, is_compiled
-from rankfold.graph.refusals import BY_BATCH
-from rankfold.graph.sites import Sites, find_sites
-from rankfold.graph.trace import Batch, device_of
-from rankfold.graph.values import Spill
-from rankfold.metrics.counted import count
-from rankfold.metrics.outputs import LOOKED_AT, Outputs, Taken, outputs_to_json, settled
-from rankfold.prediction import Course
+from rankfold.forecasting.forecast import Forecast, forecast_of
+from rankfold.forecasting.prediction import Course
+from rankfold.graph.spill import Spill
+from rankfold.outputs.taken import LOOKED_AT, Outputs, Taken, outputs_to_json, settled
 from rankfold.progress import Progress
 from rankfold.proposals import Asked, Basis, Proposer, numbers_of, proposers_of
-from rankfold.ranks import Budget, Selector
 from rankfold.repair import Lockstep
+from rankfold.report.compressed import Compressed
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.report.signature import Signature
+from rankfold.sites.copies import check_copy
+from rankfold.sites.finding import find_sites
+from rankfold.sites.models import COMPILED, check_model, is_compiled
+from rankfold.sites.refusals import BY_BATCH
+from rankfold.sites.site import Sites
 from rankfold.statistics import GradientGram, Statistics
 from rankfold.statistics.collect import collect
-from rankfold.statistics.data import HELD_OUT, Split, as_batches, digest, first_of, held_out_of
-from rankfold.statistics.distributed import together, world
 from rankfold.statistics.gradients import SAMPLES, collect_gradients
 from rankfold.statistics.size import bounded, machine_memory
-from rankfold.surgery import check_copy
-from rankfold.trials import Trials
-from rankfold.work import Work, facts_of
+from rankfold.store.work import Work, facts_of
+from rankfold.trials.attempts import LATENCY_SAMPLES, Attempt, one_latency, uncalled
+from rankfold.trials.trials import Trials
 
 ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
 SHUFFLED = (

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold import surgery
-from rankfold.channels.remover import Remover
+from rankfold.cost.counted import count
 from rankfold.decompositions._interpolative import RULES
 from rankfold.errors import BudgetError, OptionError, PlanError, SiteError
-from rankfold.graph.sites import find_sites
-from rankfold.metrics.counted import count
+from rankfold.install import swap
 from rankfold.plan import Plan
+from rankfold.proposals._remover import Remover
 from rankfold.registry import to_json
+from rankfold.sites.finding import find_sites
 from rankfold.statistics.collect import collect
 
 
@@ -295,7 +295,7 @@ def test_ctrl_c_in_place_leaves_the_model_as_it_was(stopped_at: str, monkeypatch
     before, kinds = copy.deepcopy(model.state_dict()), str(model)
     with torch.no_grad():
         expected = model(data[0])
-    rightly, calls = getattr(surgery, stopped_at), []
+    rightly, calls = getattr(swap, stopped_at), []
 
     def interrupted(*arguments: Any) -> Any:
         result = rightly(*arguments)
@@ -304,7 +304,7 @@ def test_ctrl_c_in_place_leaves_the_model_as_it_was(stopped_at: str, monkeypatch
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(surgery, stopped_at, interrupted)
+    monkeypatch.setattr(swap, stopped_at, interrupted)
     with pytest.raises(KeyboardInterrupt):
         rf.apply_(model, plan, data)
     monkeypatch.undo()

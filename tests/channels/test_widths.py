@@ -10,10 +10,10 @@ import rankfold as rf
 from rankfold.channels.elimination import RemovalCurve
 from rankfold.channels.ledger import Widths, stacks_of
 from rankfold.channels.widths import SIZES, WidthSelector
+from rankfold.cost.counted import count
 from rankfold.errors import BudgetError, OptionError
-from rankfold.graph.sites import Sites
-from rankfold.metrics.counted import count
 from rankfold.plan import Plan
+from rankfold.sites.site import Sites
 
 SELECTORS = [*SIZES.values(), rf.InterpolativeGreedy(), rf.RemovalGreedy(relative=0.8)]
 X = torch.zeros(2, 6)

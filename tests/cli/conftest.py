@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-import rankfold.attempts
-import rankfold.metrics.latency
+import rankfold.cost.latency
+import rankfold.trials.attempts
 
 sys.path.insert(0, str(Path(__file__).parent))  # so that `cli_networks:NAME` can be imported
 
@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # so that `cli_networks:NAME` ca
 @pytest.fixture(autouse=True)
 def _short_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time the two forwards for an instant, not for a second."""
-    brief = functools.partial(rankfold.metrics.latency.latency_ratio, seconds=0.0)
-    monkeypatch.setattr(rankfold.metrics.latency, "latency_ratio", brief)
-    monkeypatch.setattr(rankfold.attempts, "latency_ratio", brief)
+    brief = functools.partial(rankfold.cost.latency.latency_ratio, seconds=0.0)
+    monkeypatch.setattr(rankfold.cost.latency, "latency_ratio", brief)
+    monkeypatch.setattr(rankfold.trials.attempts, "latency_ratio", brief)
 
 
 class Result:
@@ -54,9 +54,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made") / "small"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            rankfold.attempts,
+            rankfold.trials.attempts,
             "latency_ratio",
-            functools.partial(rankfold.metrics.latency.latency_ratio, seconds=0.0),
+            functools.partial(rankfold.cost.latency.latency_ratio, seconds=0.0),
         )
         done = rankfold_(
             "compress", "cli_networks:tiny", "cli_networks:images", "--params", "0.6", "--seed", "3", "--out", folder

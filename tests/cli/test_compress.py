@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rankfold
-import rankfold.pipeline
+import rankfold.api
 
 TINY = ("compress", "cli_networks:tiny", "cli_networks:images")
 
@@ -179,7 +179,7 @@ def test_ctrl_c_leaves_nothing_behind(cli: Any, tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    for place in ("rankfold.session.collect", "rankfold.checkpoint.save_model"):
+    for place in ("rankfold.session.collect", "rankfold.store.checkpoint.save_model"):
         with monkeypatch.context() as patch:
             patch.setattr(place, interrupted)
             done = cli(*TINY, "--params", "0.6", "--out", tmp_path / "small")

@@ -13,7 +13,8 @@ import torch
 
 from rankfold.cli import _texts
 from rankfold.cli._arrays import array_batches
-from rankfold.cli._data import DataOptions, DataSpec, Limited, notes_of, spread
+from rankfold.cli._data import DataSpec, Limited, notes_of
+from rankfold.cli._data_options import DataOptions, spread
 from rankfold.cli._errors import UsageError
 from rankfold.cli._texts import text_batches
 from rankfold.errors import DataError, DependencyError

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from rankfold import Lagrangian, Rounded, SpatialSVD, Uniform, WhitenedSVD
+from rankfold.allocation import RankSelector
 from rankfold.cli._errors import LoadError, UsageError
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import import_factory, parse_bound, parse_method, parse_numbers, parse_positions
 from rankfold.decompositions import Decomposition
-from rankfold.ranks import RankSelector
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_module_that_fails_at_import_is_a_failure(
 
 def test_a_selector_of_widths_is_known_to_a_process_that_did_nothing_else() -> None:
     code = (
-        "from rankfold.cli._names import parse_method; from rankfold.ranks import Selector;"
+        "from rankfold.cli._names import parse_method; from rankfold.allocation import Selector;"
         "parse_method('same-share', Selector, option='--selector')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

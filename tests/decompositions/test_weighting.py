@@ -18,8 +18,8 @@ from rankfold.decompositions import (
     output_errors,
 )
 from rankfold.decompositions.weighting import damped_gradients
+from rankfold.install.fill import unrepaired
 from rankfold.plan import Decision
-from rankfold.surgery import unrepaired
 from rankfold.testing.matrices import normal
 
 

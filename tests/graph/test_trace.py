@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rankfold.data.batches import batch_size, split_batch, take
 from rankfold.errors import DataError
-from rankfold.graph.trace import Graph, batch_size, split_batch, take, trace
+from rankfold.graph.trace import Graph, trace
 
 
 def _wrap(forward: Any, **parts: nn.Module) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise, product
 
-from rankfold.ranks import Problem
+from rankfold.allocation import Problem
 
 
 def best_by_trying_all(problem: Problem) -> float:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.cost.counted import count
 from rankfold.errors import OptionError, PlanError, SelfCheckError
-from rankfold.graph.sites import find_sites
-from rankfold.metrics.counted import count
 from rankfold.repair.gather import Share
 from rankfold.repair.lockstep import install, lockstep, self_check
 from rankfold.repair.moments import FIRST, HELD, SECOND
+from rankfold.sites.finding import find_sites
 from rankfold.statistics.collect import collect
 
 

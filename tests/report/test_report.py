@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.metrics.cost import Cost
-from rankfold.metrics.counted import count
+from rankfold.cost.counted import count
+from rankfold.cost.formula import Cost
 from rankfold.report.data import Candidate, Row
 from rankfold.report.table import render_sites
 from rankfold.serialization import canonical_json

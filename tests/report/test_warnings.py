@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.comparison.compare import Comparison
 from rankfold.errors import DataError
-from rankfold.metrics.compare import Comparison
 from rankfold.report.data import Candidate
 from rankfold.report.warnings import FEW_SAMPLES, wilson
 

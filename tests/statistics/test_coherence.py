@@ -9,12 +9,12 @@ from torch.nn import functional as F
 
 import rankfold as rf
 from rankfold.channels.narrowing import narrowed_statistics
+from rankfold.data.draws import generator
 from rankfold.decompositions import WhitenedSVD, factorise
 from rankfold.errors import RankfoldError
-from rankfold.metrics.outputs import settled
+from rankfold.outputs.taken import settled
 from rankfold.statistics import Coherence
 from rankfold.statistics._coherence import coherences, shrunk_towards_mean
-from rankfold.statistics.draws import generator
 from rankfold.statistics.gradients import _differentiated
 
 

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankfold.data.splits import Split
 from rankfold.errors import DataError, NumericsError, OptionError, TraceError
-from rankfold.graph.sites import Sites, find_sites
+from rankfold.sites.finding import find_sites
+from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
 from rankfold.statistics import collect as module
 from rankfold.statistics.collect import collect, tells_apart
-from rankfold.statistics.data import Split
 from rankfold.testing import toy_network
 from rankfold.testing.devices import generator_states, same_states
 from rankfold.testing.matrices import normal

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
-from rankfold.metrics.outputs import settled
+from rankfold.outputs.taken import settled
 from rankfold.statistics.collect import collect
 from rankfold.statistics.gradients import collect_gradients
 

@@ -180,7 +180,7 @@ def test_what_is_out_of_memory_is_known(cause: Exception) -> None:
         ("rankfold.statistics._moments", "gram", SITES),
         ("rankfold.repair.moments", "gram", SITES),
         ("rankfold.repair.site", "ridge", SITES),
-        ("rankfold.curves", "output_errors", ["curves"]),
+        ("rankfold.allocation.measuring", "output_errors", ["curves"]),
         ("rankfold.statistics._gradients", "gram", ["gradients"]),
     ],
 )

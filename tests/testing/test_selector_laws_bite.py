@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from rankfold.allocation import Lagrangian, Option, Problem, RankSelector
 from rankfold.errors import BudgetError, CheckpointError
-from rankfold.ranks import Lagrangian, Option, Problem, RankSelector
 from rankfold.statistics import InputGram, Statistic
 from rankfold.testing import SelectorConformance, StatisticConformance, random_problem
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from rankfold.allocation import Budget
+from rankfold.cost.formula import Cost
 from rankfold.decompositions import SVD, Decomposition, WhitenedSVD
-from rankfold.metrics.cost import Cost
-from rankfold.planning import make_plan
-from rankfold.ranks import Budget
-from rankfold.surgery import filler, install_shells
+from rankfold.install.fill import filler, install_shells
+from rankfold.plan.making import make_plan
 from rankfold.testing import DecompositionConformance, shells
 
 LAYERS = ("linear", "conv2d grouped")

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from rankfold.channels.groups import ChannelGroup, Units
 from rankfold.channels.narrowing import features
+from rankfold.data.draws import generator
 from rankfold.decompositions import Interpolative, output_root
-from rankfold.graph.channels import ChannelGroup, Units
-from rankfold.graph.sites import Site, Sites
 from rankfold.layers import adapter_for
 from rankfold.linalg.interpolative import backward_elimination, pivoted_cholesky, strong_rrqr
 from rankfold.linalg.precision import widen
 from rankfold.linalg.whitening import cholesky, damped_gram
+from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
-from rankfold.statistics.draws import generator
 
 USUAL = 0.1  # relative error at which a reader's coherence is taken: what a removal usually costs it
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from rankfold.graph.channels import ChannelGroup
+from rankfold.channels.groups import ChannelGroup
 
 HEADS = (
     *("num_heads", "n_heads", "n_head", "nhead", "heads", "num_attention_heads"),

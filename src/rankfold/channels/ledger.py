@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve
+from rankfold.channels.groups import ChannelGroup
+from rankfold.cost.formula import Cost, dense_cost
 from rankfold.errors import BudgetError
-from rankfold.graph.channels import ChannelGroup
-from rankfold.graph.reach import NO_CHANNELS, unreachable
-from rankfold.graph.sites import Sites
-from rankfold.metrics.cost import Cost, dense_cost
+from rankfold.sites.reach import NO_CHANNELS, unreachable
+from rankfold.sites.site import Sites
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.graph.channels import ChannelGroup, kept_indices
-from rankfold.graph.sites import Site, Sites, fingerprint
+from rankfold.channels.groups import ChannelGroup, kept_indices
 from rankfold.layers import Geometry, adapter_for, resize, tensor
 from rankfold.linalg.interpolative import folded
 from rankfold.linalg.precision import widen
+from rankfold.sites.finding import fingerprint
+from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
 
 Cuts = Mapping[str, Mapping[int, tuple[int, ...]]]  # parameter or buffer → axis → indices that stay

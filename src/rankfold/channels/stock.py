@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from rankfold.channels.groups import ChannelGroup
 from rankfold.channels.narrowing import cuts_of
 from rankfold.errors import PlanError
-from rankfold.graph.channels import ChannelGroup
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Kept: TypeAlias = Mapping[str, tuple[int, int]]  # group → units and how many of them stay

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from rankfold.channels.groups import ChannelGroup
 from rankfold.channels.heads import EMBEDDINGS, HEADS, with_attributes
 from rankfold.channels.narrowing import attributes_of, cuts_of, narrow_
+from rankfold.comparison.misfit import misfit
+from rankfold.data.batches import Batch, batch_size, take, to_device
+from rankfold.data.running import device_of, evaluating, run
 from rankfold.errors import is_out_of_memory
-from rankfold.graph.channels import ChannelGroup
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, take, to_device
 from rankfold.layers import adapter_for
-from rankfold.metrics.misfit import misfit
-from rankfold.surgery import copied
+from rankfold.sites.copies import copied
 
 FEW = 4  # samples of all trials but the first, where the model takes a batch of any size
 HALF = (torch.float16, torch.bfloat16)

@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import torch
 
+from rankfold.allocation import Selector
 from rankfold.channels.ledger import Widths
 from rankfold.errors import OptionError
-from rankfold.ranks import Selector
 from rankfold.registry import register
 
 STEPS = 64  # a group's units go in about so many steps

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfold.cli import _options as o
-from rankfold.cli._data import DataOptions, DataSpec, notes_of
+from rankfold.cli._data import DataSpec, notes_of
+from rankfold.cli._data_options import DataOptions
 from rankfold.cli._errors import exit_codes, first_line
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_outputs
@@ -19,10 +20,10 @@ from rankfold.errors import RankfoldError, TraceError
 from rankfold.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
-    from rankfold.metrics.compare import Comparison
-    from rankfold.metrics.cost import Cost
-    from rankfold.metrics.latency import Latency
-    from rankfold.metrics.outputs import Outputs
+    from rankfold.comparison.compare import Comparison
+    from rankfold.cost.formula import Cost
+    from rankfold.cost.latency import Latency
+    from rankfold.outputs.taken import Outputs
 
 SHOWN = 10  # indices of changed examples in the text; JSON has all
 
@@ -109,10 +110,10 @@ def _run(
     seed: int,
     progress: Progress,
 ) -> Result:
-    from rankfold.metrics.compare import compare as compare_models
-    from rankfold.metrics.counted import count
-    from rankfold.metrics.latency import latency_ratio
-    from rankfold.statistics.data import as_batches
+    from rankfold.comparison.compare import compare as compare_models
+    from rankfold.cost.counted import count
+    from rankfold.cost.latency import latency_ratio
+    from rankfold.data.splits import as_batches
 
     place = o.parse_device(device)
     with progress("load", None):

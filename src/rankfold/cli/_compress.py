@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfold.cli import _options as o
-from rankfold.cli._data import DataOptions, DataSpec, notes_of
+from rankfold.cli._data import DataSpec, notes_of
+from rankfold.cli._data_options import DataOptions
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_budget, parse_limit, parse_method, parse_outputs, parse_positions
@@ -24,7 +25,7 @@ from rankfold.progress import Progress, progress_bar
 if TYPE_CHECKING:
     from torch import nn
 
-    from rankfold.pipeline import Compressed
+    from rankfold.api import Compressed
     from rankfold.plan import Plan
 
 BUDGET = "Budget: at least one; all hold for the whole model"
@@ -228,7 +229,7 @@ def compress(
             choice = Choice(family, selector, repair, weighting, only, exclude, outputs)
             request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
             done = _run(spec, source, data_options, request, device=device, progress=progress)
-            from rankfold.checkpoint import save
+            from rankfold.store.checkpoint import save
 
             if first:
                 save(done, target, overwrite=overwrite)
@@ -250,8 +251,8 @@ def _parse(
     work_dir: Path | None,
     memory: str | None,
 ) -> Request:
+    from rankfold.allocation import Selector
     from rankfold.decompositions import Family
-    from rankfold.ranks import Selector
     from rankfold.repair import Lockstep
 
     if positions is not None:
@@ -310,8 +311,8 @@ def _run(
 
 
 def _compressed(network: nn.Module, batches: Iterable[Any], request: Request, progress: Progress) -> Compressed:
-    from rankfold.pipeline import compress as compress_model
-    from rankfold.pipeline import execute
+    from rankfold.api import compress as compress_model
+    from rankfold.api import execute
 
     if request.plan is not None:
         plan = request.plan if request.seed is None else replace(request.plan, seed=request.seed)

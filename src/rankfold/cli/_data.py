@@ -7,59 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from rankfold.cli._data_options import DataOptions
 from rankfold.cli._errors import UsageError
-from rankfold.cli._names import call, import_factory, is_factory, parse_numbers
+from rankfold.cli._names import call, import_factory, is_factory
 
 if TYPE_CHECKING:
     import torch
 
 Kind = Literal["factory", "images", "arrays", "text"]
 CURE = "name package.module:factory, path/to/file.py:factory, a folder of images, a .npz, a .npy, or a text file"
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How data is cut into batches and brought into shape.
-
-    Attributes:
-        batch_size: Samples a batch; None is 32, and what a factory itself gives.
-        limit: Most samples; None is all.
-        size: Side of the square that images are brought to.
-        mean: Of each channel, subtracted after scaling pixels to 0 … 1; as many as there are channels (1 or 3).
-        std: Of each channel, divided by.
-        length: Tokens a block of text.
-    """
-
-    batch_size: int | None
-    limit: int | None
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    length: int
-
-    @classmethod
-    def parse(
-        cls, *, batch_size: int | None, limit: int | None, size: int, mean: str, std: str, length: int
-    ) -> DataOptions:
-        """From what was typed.
-
-        Raises:
-            UsageError: Means and deviations that are no numbers, or not one or three each, or a deviation of 0.
-        """
-        means, deviations = parse_numbers(mean, float, option="--mean"), parse_numbers(std, float, option="--std")
-        if len(means) != len(deviations) or len(means) not in {1, 3} or min(deviations) <= 0:
-            raise UsageError(
-                f"--mean {mean} --std {std}",
-                law="one number each (grey) or three each (colour), deviations above 0",
-                got=f"{len(means)} and {len(deviations)}",
-                cure="for example --mean 0.5,0.5,0.5 --std 0.5,0.5,0.5",
-            )
-        return cls(batch_size, limit, size, means, deviations, length)
-
-    @property
-    def step(self) -> int:
-        """Samples a batch."""
-        return self.batch_size or 32
 
 
 @dataclass(frozen=True)
@@ -134,7 +90,7 @@ class DataSpec:
             from rankfold.cli._texts import text_batches
 
             return text_batches(Path(self.text), options, tokenizer, labels=labels and causal)
-        from rankfold.statistics.data import as_batches
+        from rankfold.data.splits import as_batches
 
         batches = as_batches(call(import_factory(self.text), self.text))
         return batches if options.limit is None else Limited(batches, options.limit)
@@ -155,7 +111,7 @@ class Limited:
 
     def __iter__(self) -> Iterator[Any]:
         """Batches; the last one is cut."""
-        from rankfold.graph.trace import batch_size
+        from rankfold.data.batches import batch_size
 
         left = self.limit
         for batch in self.batches:
@@ -177,9 +133,3 @@ def _first(batch: Any, count: int, size: int) -> Any:
     if isinstance(batch, (tuple, list)):
         return [_first(value, count, size) for value in batch]
     return batch
-
-
-def spread(count: int, limit: int | None) -> list[int]:
-    """Indices of at most `limit` of `count` samples, evenly spaced, so that files sorted by class give every class."""
-    kept = count if limit is None else min(count, limit)
-    return [index * count // kept for index in range(kept)] if kept else []

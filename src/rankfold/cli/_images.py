@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankfold.cli._data import DataOptions, spread
+from rankfold.cli._data_options import DataOptions, spread
 from rankfold.cli._errors import first_line
 from rankfold.cli._libraries import optional_import
 from rankfold.errors import DataError

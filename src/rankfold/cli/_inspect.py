@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rankfold.cli import _options as o
-from rankfold.cli._data import DataOptions, DataSpec
+from rankfold.cli._data import DataSpec
+from rankfold.cli._data_options import DataOptions
 from rankfold.cli._errors import UsageError, exit_codes
 from rankfold.cli._models import ModelSpec
 from rankfold.cli._names import parse_budget, parse_limit, parse_numbers
@@ -16,10 +17,10 @@ from rankfold.progress import progress_bar
 from rankfold.serialization import parse_json
 
 if TYPE_CHECKING:
-    from rankfold.forecast import Forecast
-    from rankfold.graph.channels import Channels
-    from rankfold.graph.sites import Sites
-    from rankfold.ranks import Budget
+    from rankfold.allocation import Budget
+    from rankfold.channels.groups import Channels
+    from rankfold.forecasting.forecast import Forecast
+    from rankfold.sites.site import Sites
 
 
 BUDGET = "Budget: predict what compress would take, and what it can reach"
@@ -133,10 +134,10 @@ def _find(
 ) -> tuple[Sites, Channels | None, Forecast | None]:
     import torch
 
-    from rankfold.graph.channels import find_channels
-    from rankfold.graph.sites import find_sites
-    from rankfold.pipeline import compress
-    from rankfold.statistics.data import as_batches
+    from rankfold.api import compress
+    from rankfold.channels.groups import find_channels
+    from rankfold.data.splits import as_batches
+    from rankfold.sites.finding import find_sites
 
     network = spec.load(seed=seed, device=o.parse_device(device))
     dtype = o.weight_dtype(network)

@@ -11,18 +11,18 @@ WIDTH = 100
 
 def listing() -> str:
     """Every registered family, selector and repair with its options and their defaults."""
+    import rankfold.allocation
     import rankfold.channels.widths
     import rankfold.decompositions
-    import rankfold.metrics.kinds
-    import rankfold.ranks
+    import rankfold.outputs.kinds
     import rankfold.repair
     from rankfold.registry import lookup, names
 
     axes = (
         ("families, for --family", rankfold.decompositions.Family),
-        ("selectors, for --selector", rankfold.ranks.Selector),
+        ("selectors, for --selector", rankfold.allocation.Selector),
         ("repairs, for --repair", rankfold.repair.Lockstep),
-        ("kinds of outputs, for --outputs", rankfold.metrics.kinds.Output),
+        ("kinds of outputs, for --outputs", rankfold.outputs.kinds.Output),
     )
     lines: list[str] = []
     for title, base in axes:

@@ -131,7 +131,7 @@ class ModelSpec:
         return makers[self.kind]()
 
     def _load_checkpoint(self) -> nn.Module:
-        from rankfold.checkpoint import load
+        from rankfold.store.checkpoint import load
 
         if self.skeleton is None:
             raise TypeError("a checkpoint was not parsed with a factory")

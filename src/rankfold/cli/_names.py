@@ -19,7 +19,7 @@ from rankfold.cli._errors import LoadError, UsageError, first_line
 from rankfold.errors import BudgetError, OptionError, RankfoldError, near_matches
 
 if TYPE_CHECKING:
-    from rankfold.ranks import Budget
+    from rankfold.allocation import Budget
 
 FACTORY = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 FILE = re.compile(r"(.+\.py):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
@@ -144,10 +144,10 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
     Raises:
         UsageError: No registered name, an unknown option, or a value the method refuses.
     """
+    import rankfold.allocation
     import rankfold.channels.widths
     import rankfold.decompositions
-    import rankfold.metrics.kinds
-    import rankfold.ranks
+    import rankfold.outputs.kinds
     import rankfold.repair  # noqa: F401 - all of these fill the registry
     from rankfold.registry import from_json
     from rankfold.serialization import parse_json
@@ -175,7 +175,7 @@ def parse_outputs(texts: list[str] | None) -> Any:
     Raises:
         UsageError: No kind, or several that do not name their outputs.
     """
-    from rankfold.metrics.outputs import Output
+    from rankfold.outputs.taken import Output
 
     option = "--outputs"
     pairs: dict[str, str] = {}
@@ -270,7 +270,7 @@ def parse_budget(bounds: dict[str, str | None]) -> Budget:
     Raises:
         UsageError: There is none, or one is no bound.
     """
-    from rankfold.ranks import Budget
+    from rankfold.allocation import Budget
 
     values = {name: parse_bound(text, option=f"--{name}") for name, text in bounds.items()}
     if all(value is None for value in values.values()):
@@ -314,7 +314,7 @@ def parse_limit(text: str | None) -> int | None:
     Raises:
         UsageError: No size such as 512MB.
     """
-    from rankfold.graph.values import parse_memory
+    from rankfold.graph.spill import parse_memory
 
     try:
         return parse_memory(text)

@@ -41,7 +41,7 @@ def check_out(path: Path, *, overwrite: bool | None) -> Path:
             cure="choose another --out" + ("" if overwrite is None else ", or add --overwrite to replace a checkpoint"),
         )
     if held:
-        from rankfold.checkpoint import CHECKSUMS, FILES
+        from rankfold.store.checkpoint import CHECKSUMS, FILES
 
         foreign = [name for name in held if name not in {*FILES, CHECKSUMS}]
         if foreign or CHECKSUMS not in held:

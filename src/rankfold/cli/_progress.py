@@ -32,7 +32,7 @@ class Watched:
 def expected(data: Iterable[Any]) -> int | None:
     """How many batches, about, where the data says so."""
     if isinstance(data, Limited):
-        from rankfold.graph.trace import batch_size
+        from rankfold.data.batches import batch_size
 
         whole, first = expected(data.batches), next(iter(data.batches), None)
         return None if whole is None or first is None else min(whole, -(-data.limit // batch_size(first)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rankfold.cli._data import DataOptions
+from rankfold.cli._data_options import DataOptions
 from rankfold.cli._errors import LoadError, UsageError, first_line
 from rankfold.cli._libraries import optional_import
 from rankfold.errors import DataError

@@ -18,7 +18,7 @@ def joined(device: str) -> Iterator[bool]:
     Yields:
         Whether this process is the one that shows progress, writes the result and prints it.
     """
-    from rankfold.statistics import distributed
+    from rankfold import distributed
 
     with distributed.joined(parse_device(device)) as world:
         yield world.rank == 0

@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rankfold.checkpoint import load, save
+from rankfold.allocation import Budget
+from rankfold.api import compress
+from rankfold.comparison.compare import Comparison, compare
 from rankfold.decompositions import Interpolative
 from rankfold.digits.data import calibration, held_out
 from rankfold.digits.model import WEIGHTS, make_model, trained
 from rankfold.errors import WriteError
-from rankfold.metrics.compare import Comparison, compare
-from rankfold.metrics.outputs import Logits
-from rankfold.pipeline import compress
+from rankfold.outputs.taken import Logits
 from rankfold.progress import Progress, silent
-from rankfold.ranks import Budget
 from rankfold.report import Report
 from rankfold.serialization import canonical_json
+from rankfold.store.checkpoint import load, save
 
 BUDGET = Budget(macs=0.4)
 FAMILIES = (Interpolative(multiple_of=8),)  # no layer is added, so what goes in MACs goes in time

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
+import operator as python_operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,18 +14,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from rankfold.graph.sites import Sites
+from rankfold.graph.nodes import operator_of
+from rankfold.layers import Operator, layer_operators
 
 aten = torch.ops.aten
 _FUSED_NORM = aten._native_batch_norm_legit_no_training.default  # what batch_norm is after a decomposition
-_LAYER_OPS = (
-    *(conv.default for conv in (aten.conv1d, aten.conv2d, aten.conv3d)),
-    *(conv.padding for conv in (aten.conv1d, aten.conv2d, aten.conv3d)),  # padding="same" or "valid"
-    aten.linear.default,
-    aten.addmm.default,
-)
 _SAME_VALUE = (aten.clone.default, aten.dropout.default, aten.contiguous.default, aten.alias.default)
-_ADDS = (aten.add.Tensor, operator.add)
+_ADDS = (aten.add.Tensor, python_operator.add)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,27 +46,31 @@ class Call:
     scale_nodes: tuple[Node, ...]
 
 
-def find_calls(program: ExportedProgram, sites: Sites) -> list[Call]:
+def find_calls(program: ExportedProgram, known: Mapping[str, str]) -> list[Call]:
     """Every call of every site's layer, in the order of the graph.
 
     Args:
         program: The functional program.
-        sites: The sites; calls of other layers are left out.
+        known: Path of the site by each of its names; calls of other layers are left out.
     """
     signature = program.graph_signature
-    known = {path: site.path for site in sites for path in site.paths}
     parameters = {**signature.inputs_to_parameters}
     buffers = {**signature.inputs_to_buffers}
     calls = []
     for node in program.graph.nodes:
-        if node.op != "call_function" or node.target not in _LAYER_OPS:
+        operator = _layer_operator(node)
+        if operator is None:
             continue
-        data, weight = (1, 2) if node.target is aten.addmm.default else (0, 1)
         # Which layer it is says the weight: a module that is called under another name can have a wrong path.
-        owner = parameters.get(_name(node.args[weight]), "").rpartition(".")[0]
+        owner = parameters.get(_name(node.args[operator.weight]), "").rpartition(".")[0]
         if owner in known:
-            calls.append(_call(node, known[owner], _module_path(node), data, buffers))
+            calls.append(_call(node, known[owner], _module_path(node), operator, buffers))
     return [call if call.norm is None or _absorbs(call, calls) else replace(call, norm=None) for call in calls]
+
+
+def _layer_operator(node: Node) -> Operator | None:
+    """The operator of a layer kind that a node is; None for any other."""
+    return layer_operators().get(operator_of(node)) if node.op == "call_function" else None
 
 
 def _absorbs(call: Call, calls: Sequence[Call]) -> bool:
@@ -87,18 +86,18 @@ def _absorbs(call: Call, calls: Sequence[Call]) -> bool:
     return isinstance(mean, Node) and all(_is_batch_norm(user) and user.args[0] in exits for user in mean.users)
 
 
-def _call(node: Node, site: str, path: str, data: int, buffers: dict[str, str]) -> Call:
+def _call(node: Node, site: str, path: str, operator: Operator, buffers: dict[str, str]) -> Call:
     inside = {node}
-    entry = node.args[data]
+    entry = node.args[operator.data]
     while isinstance(entry, Node) and entry.op == "call_function" and _module_path(entry) == path:
-        if entry.target in _LAYER_OPS or len(entry.users) > 1:
+        if _layer_operator(entry) is not None or len(entry.users) > 1:
             break
         inside.add(entry)
         entry = next(arg for arg in entry.args if isinstance(arg, Node))
     exit_node = node
     while len(exit_node.users) == 1:
         (user,) = exit_node.users
-        if _module_path(user) != path or user.target in _LAYER_OPS or user.op != "call_function":
+        if _module_path(user) != path or _layer_operator(user) is not None or user.op != "call_function":
             break
         exit_node = user
         inside.add(user)
@@ -107,16 +106,16 @@ def _call(node: Node, site: str, path: str, data: int, buffers: dict[str, str]) 
     norm = None
     if len(exit_node.users) == 1:
         (user,) = exit_node.users
-        if _is_batch_norm(user) and user.args[0] is exit_node and _channels_are_axis_1(exit_node, node):
+        if _is_batch_norm(user) and user.args[0] is exit_node and _channels_are_axis_1(exit_node, node, operator):
             norm = buffers.get(_name(user.args[3]))
     skip, steps = _residual(exit_node)
     return Call(site, entry, exit_node, frozenset(inside), norm, skip, steps)
 
 
-def _channels_are_axis_1(exit_node: Node, layer: Node) -> bool:
+def _channels_are_axis_1(exit_node: Node, layer: Node, operator: Operator) -> bool:
     """Whether axis 1 of a layer's output, which batch norms read, is the axis that it makes."""
     value = exit_node.meta.get("val")
-    axes = 2 if layer.target in (aten.linear.default, aten.addmm.default) else layer.args[1].meta["val"].ndim  # type: ignore[union-attr]
+    axes = 2 if operator.axis == -1 else layer.args[operator.weight].meta["val"].ndim  # type: ignore[union-attr]
     return isinstance(value, Tensor) and value.ndim == axes
 
 
@@ -132,8 +131,8 @@ def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
                 return others[0], tuple(steps)
             return None, ()
         norm = _is_batch_norm(user) and user.args[0] is here
-        scaled = user.target in (aten.mul.Tensor, operator.mul) and _is_channel_scale(user, here)
-        through = user.target in _SAME_VALUE or (user.target is operator.getitem and user.args[1] == 0)
+        scaled = user.target in (aten.mul.Tensor, python_operator.mul) and _is_channel_scale(user, here)
+        through = user.target in _SAME_VALUE or (user.target is python_operator.getitem and user.args[1] == 0)
         if not (norm or scaled or through) or (scaled and not _same_shape(user, start)):
             return None, ()
         if norm or scaled:

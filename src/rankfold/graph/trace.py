@@ -7,22 +7,22 @@ import functools
 import io
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import OutputKind
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
-from rankfold.errors import DataError, is_out_of_memory
+from rankfold.data.batches import Batch, batch_size, cloned, split_batch, take, to_device
+from rankfold.data.running import device_of, evaluating, run
+from rankfold.errors import is_out_of_memory
 
-Batch: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 TRACED = 2  # samples a model is traced on
 ROOM = 2**28  # bytes of the largest value of what runs at once
 
@@ -64,138 +64,6 @@ def _bytes_a_sample(node: torch.fx.Node) -> int:
         return 0
     sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
     return prod(sizes) * value.element_size() // TRACED
-
-
-def split_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A batch of calibration data as (positional, keyword) arguments of the model.
-
-    A tensor is the input; of a tuple or list the first item is (the rest, e.g. labels, is left out); a mapping is
-    keyword arguments.
-
-    Raises:
-        DataError: Anything else.
-    """
-    if isinstance(batch, Tensor):
-        return (batch,), {}
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-        return split_batch(batch[0])
-    if isinstance(batch, Mapping) and batch and all(isinstance(key, str) for key in batch):
-        if not any(isinstance(value, Tensor) for value in batch.values()):
-            raise DataError(
-                "data",
-                law="a dict batch holds at least one tensor",
-                got=f"keys {sorted(batch)}",
-                cure="yield dicts of the model's keyword arguments",
-            )
-        return (), dict(batch)
-    raise DataError(
-        "data",
-        law="a batch is a tensor, a tuple whose first item is the input, or a dict of keyword arguments",
-        got=type(batch).__name__,
-        cure="yield one of these from the data",
-    )
-
-
-def batch_size(batch: Batch) -> int:
-    """Samples in a batch: the first axis of its first tensor."""
-    args, kwargs = split_batch(batch)
-    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-    if first.ndim == 0 or first.shape[0] == 0:
-        raise DataError(
-            "data",
-            law="a batch holds at least one sample along its first axis",
-            got=f"shape {tuple(first.shape)}",
-            cure="yield tensors whose first axis is the batch",
-        )
-    return int(first.shape[0])
-
-
-def take(batch: Batch, index: Tensor) -> Batch:
-    """The samples `index` of a batch; tensors whose first axis is not the batch go through whole."""
-    size = batch_size(batch)
-
-    def pick(value: Any) -> Any:
-        per_sample = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
-        return value[index.to(value.device)] if per_sample else value
-
-    args, kwargs = split_batch(batch)
-    return pick(args[0]) if args else {name: pick(value) for name, value in kwargs.items()}
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The model's inputs of a batch, on a device."""
-    return _mapped(batch, lambda tensor: tensor.to(device))
-
-
-def cloned(batch: Batch) -> Batch:
-    """The model's inputs of a batch in memory of their own."""
-    return _mapped(batch, torch.clone)
-
-
-def _mapped(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
-    args, kwargs = split_batch(batch)
-
-    def through(value: Any) -> Any:
-        return function(value) if isinstance(value, Tensor) else value
-
-    return through(args[0]) if args else {name: through(value) for name, value in kwargs.items()}
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """The model's output on a batch; a model that writes into its inputs changes the batch."""
-    args, kwargs = split_batch(batch)
-    return model(*args, **kwargs)
-
-
-def run(model: nn.Module, batch: Batch) -> Any:
-    """The model's output on a batch, which is left as it was."""
-    return call(model, cloned(batch))
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter or buffer; CPU for a model without any."""
-    first = next(iter([*model.parameters(), *model.buffers()]), None)
-    return first.device if first is not None else torch.device("cpu")
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, no gradients, nothing compiled; outside, every module's own mode and every buffer as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
-    buffers = [
-        (module, name, buffer, buffer.detach().clone() if buffer is not None and _is_plain(buffer) else None)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    model.eval()
-    for module, _ in compiled:  # what `model.compile()` left behind
-        module._compiled_call_impl = None
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, implementation in compiled:
-            module._compiled_call_impl = implementation
-        for module, training in modes:
-            module.training = training
-        for module, name, buffer, value in buffers:  # some models count or cache in their forward
-            module._buffers[name] = buffer
-            if buffer is not None and buffer.grad_fn is not None and not buffer._is_view():
-                buffer.detach_()  # written into while gradients were on
-            if buffer is not None and value is not None and not _same(buffer, value):
-                with torch.no_grad():
-                    buffer.copy_(value)
-
-
-def _is_plain(buffer: Tensor) -> bool:
-    """Whether a buffer has elements that can be kept and compared."""
-    return not is_lazy(buffer) and not buffer.is_meta and buffer.layout is torch.strided and type(buffer) is Tensor
-
-
-def _same(buffer: Tensor, value: Tensor) -> bool:
-    """Whether a buffer still has its bits; one that is not finite is written back anyway."""
-    return buffer.shape == value.shape and torch.equal(buffer, value)
 
 
 def trace(model: nn.Module, example: Batch) -> Graph:

@@ -1,22 +1,37 @@
 """The only place that knows torch layer kinds."""
 
-from rankfold.layers.adapters import Adapter, adapter_for, why_no_adapter
+import importlib
+import pkgutil
+
+from rankfold.layers._base import Adapter, Operator, adapter_for, adapts, layer_operators, why_no_adapter
 from rankfold.layers.calls import input_of
+from rankfold.layers.carriers import places_of, resize
+from rankfold.layers.forms import Form, form, form_of, forms, stages
 from rankfold.layers.geometry import Geometry, tensor
-from rankfold.layers.resizing import resize
-from rankfold.layers.shells import build_shell, dense_geometry, fill_shell, forms, stages
+from rankfold.layers.shells import build_shell, dense_geometry, fill_shell
 
 __all__ = [
     "Adapter",
+    "Form",
     "Geometry",
+    "Operator",
     "adapter_for",
+    "adapts",
     "build_shell",
     "dense_geometry",
     "fill_shell",
+    "form",
+    "form_of",
     "forms",
     "input_of",
+    "layer_operators",
+    "places_of",
     "resize",
     "stages",
     "tensor",
     "why_no_adapter",
 ]
+
+for _kind in pkgutil.iter_modules(__path__):  # every file named _KIND.py registers one
+    if _kind.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_kind.name}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankfold.layers.adapters import Adapter
+from rankfold.layers._base import Adapter
 
 
 def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

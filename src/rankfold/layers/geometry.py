@@ -119,8 +119,16 @@ class Geometry:
             **factory,
         )
 
-    def on_axes(self, axes: set[int], *, inputs: int, outputs: int, bias: bool) -> Geometry:
-        """A convolution with other widths that does this one's spatial work on `axes` and none on the others."""
+    def on_axes(self, axes: set[int], *, inputs: int, outputs: int, bias: bool, groups: int | None = None) -> Geometry:
+        """A convolution with other widths that does this one's spatial work on `axes` and none on the others.
+
+        Args:
+            axes: Spatial axes.
+            inputs: Its input channels.
+            outputs: Its output channels.
+            bias: Whether it has a bias.
+            groups: A multiple of this one's groups, as of a depthwise stage; None is as many.
+        """
 
         def keep(values: tuple[int, ...], idle: int) -> tuple[int, ...]:
             return tuple(value if i in axes else idle for i, value in enumerate(values))
@@ -135,6 +143,7 @@ class Geometry:
             stride=keep(self.stride, 1),
             padding=padding,
             dilation=keep(self.dilation, 1),
+            groups=self.groups if groups is None else groups,
             bias=bias,
             padding_mode=self.padding_mode if busy else "zeros",
         )

@@ -10,17 +10,17 @@ from typing import TypeVar
 
 from torch import nn
 
-from rankfold.attempts import Clock
+from rankfold.allocation import Budget, Selector
+from rankfold.clock import Clock
+from rankfold.data.batches import Batch
 from rankfold.decompositions import Family
 from rankfold.errors import BudgetError, RegistryError
-from rankfold.graph.sites import Sites
-from rankfold.graph.trace import Batch
 from rankfold.plan import Plan
+from rankfold.plan.lockstep import Lockstep
 from rankfold.progress import Progress
-from rankfold.ranks import Budget, Selector
-from rankfold.repair import Lockstep
+from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
-from rankfold.work import Work
+from rankfold.store.work import Work
 
 P = TypeVar("P", bound="type[Proposer]")
 _PROPOSERS: dict[type[Family], type[Proposer]] = {}

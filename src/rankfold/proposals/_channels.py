@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from rankfold.channels.remover import Remover
+from rankfold.allocation import Lagrangian, RankSelector, Uniform
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.decompositions import Decomposition, Family, Interpolative
+from rankfold.distributed import world
 from rankfold.errors import SiteError
 from rankfold.proposals._base import Asked, Basis, Proposal, Proposer, proposes
-from rankfold.ranks import Lagrangian, RankSelector, Uniform
+from rankfold.proposals._remover import Remover
 from rankfold.registry import name_of
-from rankfold.statistics.distributed import world
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 
-from rankfold.curves import measure
+from rankfold.allocation import HalfWay, Lagrangian, RankSelector, Uniform
+from rankfold.allocation.curve import Curves
+from rankfold.allocation.measuring import measure
 from rankfold.decompositions import Decomposition, Family
+from rankfold.distributed import world
 from rankfold.plan import Plan
-from rankfold.planning import make_plan
+from rankfold.plan.making import make_plan
 from rankfold.proposals._base import Asked, Proposal, Proposer, proposes
-from rankfold.ranks import HalfWay, Lagrangian, RankSelector, Uniform
-from rankfold.ranks.curve import Curves
 from rankfold.registry import name_of
-from rankfold.statistics.distributed import world
 
 
 @proposes(Decomposition)

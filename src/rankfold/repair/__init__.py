@@ -1,5 +1,5 @@
 """The closed-form re-solve at apply time."""
 
-from rankfold.repair.options import Lockstep
+from rankfold.plan.lockstep import Lockstep
 
 __all__ = ["Lockstep"]

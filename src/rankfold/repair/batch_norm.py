@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from rankfold.data.batches import to_device
+from rankfold.data.running import device_of, evaluating, run
+from rankfold.data.splits import as_batches
+from rankfold.distributed import ALONE, World
 from rankfold.errors import DataError, NumericsError
-from rankfold.graph.models import check_module
-from rankfold.graph.trace import device_of, evaluating, run, to_device
 from rankfold.layers import input_of
 from rankfold.linalg.precision import widen
-from rankfold.statistics.data import as_batches
-from rankfold.statistics.distributed import ALONE, World
+from rankfold.sites.models import check_module
 
 
 def reestimate_batch_norms(model: nn.Module, data: Any, *, world: World = ALONE) -> list[str]:

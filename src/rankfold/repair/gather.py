@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.channels.narrowing import Kept
-from rankfold.graph.trace import Batch
+from rankfold.data.batches import Batch
+from rankfold.data.draws import enough_positions, generator
+from rankfold.distributed import ALONE, World
 from rankfold.layers import Adapter
 from rankfold.layers.calls import rows_of
 from rankfold.repair.moments import FIRST, HELD, SECOND, SplitMoments
 from rankfold.repair.widened import channel_axis, narrowed
 from rankfold.statistics.collect import chunks, labels_of_rows, of_rows, tells_apart
-from rankfold.statistics.distributed import ALONE, World
-from rankfold.statistics.draws import enough_positions, generator
 
 
 @dataclass(eq=False)

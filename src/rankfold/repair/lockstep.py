@@ -12,22 +12,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from rankfold.channels.narrowing import kept_of
+from rankfold.comparison.misfit import Misfit, misfit
+from rankfold.data.batches import Batch, batch_size, micro_batches, take, to_device
+from rankfold.data.running import device_of, evaluating, run
+from rankfold.distributed import ALONE, World
 from rankfold.errors import DistributedError, NumericsError, SelfCheckError, TraceError
-from rankfold.graph.lockstep import Arrival, Returned, Walk, micro_batches
-from rankfold.graph.regions import find_calls
-from rankfold.graph.sites import Sites
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, followed_output, run, take, to_device
-from rankfold.graph.values import Spill
-from rankfold.metrics.misfit import Misfit, misfit
+from rankfold.graph.spill import Spill
+from rankfold.graph.trace import followed_output
+from rankfold.graph.walk import Arrival, Returned, Walk
+from rankfold.install.swap import swap, train_as_
 from rankfold.plan import Plan
+from rankfold.plan.lockstep import Lockstep
 from rankfold.progress import Progress, silent
 from rankfold.repair.gather import Share
-from rankfold.repair.options import Lockstep
 from rankfold.repair.site import Recall, SiteSolver, always_solve
 from rankfold.repair.widened import Widened
+from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
-from rankfold.statistics.distributed import ALONE, World
-from rankfold.surgery import swap, train_as_
 
 
 @dataclass(eq=False)
@@ -129,7 +130,7 @@ def lockstep(
             got=f"{number} for {world.size} processes",
             cure="pass more data or a smaller Lockstep(batch=...), or start fewer processes",
         )
-    calls = find_calls(program, sites)
+    calls = sites.in_graph()
     reached = {call.path for call in calls}
     missed = [decision.site for decision in plan.changes if decision.site not in reached]
     if missed:

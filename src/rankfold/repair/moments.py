@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from rankfold.distributed import World
 from rankfold.linalg.precision import cross, gram, total, work_dtype
-from rankfold.statistics.distributed import World
 
 
 @dataclass(eq=False)

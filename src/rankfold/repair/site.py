@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.channels.narrowing import Kept
+from rankfold.data.running import device_of, evaluating, run
 from rankfold.decompositions import factorise
 from rankfold.errors import NumericsError, allocating
 from rankfold.factors import Factors
-from rankfold.graph.lockstep import Arrival
 from rankfold.graph.regions import channel_scale
-from rankfold.graph.sites import Site
-from rankfold.graph.trace import device_of, evaluating, run
+from rankfold.graph.walk import Arrival
+from rankfold.install.fill import unrepaired
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
 from rankfold.layers.calls import input_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
+from rankfold.plan.lockstep import Lockstep
 from rankfold.repair.gather import Gather, Share
 from rankfold.repair.moments import PairMoments, SplitMoments
-from rankfold.repair.options import Lockstep
 from rankfold.repair.solve import as_moments, best_bias, ridge
+from rankfold.sites.site import Site
 from rankfold.statistics import Statistics
 from rankfold.statistics.size import size_of
-from rankfold.surgery import unrepaired
 
 DOUBT = 0.16  # of one held-out sample
 SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
@@ -297,7 +297,7 @@ class SiteSolver:
         fill_shell(shell, chosen.factors, bias)
         return shell
 
-    def _shell(self, layer: nn.Module, decision: Decision) -> nn.Sequential:
+    def _shell(self, layer: nn.Module, decision: Decision) -> nn.Module:
         """The shell a decision asks for, still empty."""
         adapter = adapter_for(layer)
         if adapter is None or decision.method is None or decision.rank is None:

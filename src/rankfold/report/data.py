@@ -13,15 +13,15 @@ import scipy
 import torch
 
 from rankfold._version import __version__
+from rankfold.comparison.compare import Comparison
+from rankfold.cost.formula import Cost, dense_cost
 from rankfold.errors import CheckpointError, shown
-from rankfold.graph.sites import Site, Sites
-from rankfold.metrics.compare import Comparison
-from rankfold.metrics.cost import Cost, dense_cost
 from rankfold.plan import Plan
-from rankfold.planning import decision_cost, plan_cost
+from rankfold.plan.making import decision_cost, plan_cost
 from rankfold.report.signature import Signature
 from rankfold.report.warnings import few, lost, slower
 from rankfold.serialization import canonical_json, converted, parse_json, read_json
+from rankfold.sites.site import Site, Sites
 
 VERSION = 1
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.data.batches import Batch, batch_size, split_batch
 from rankfold.errors import DataError
-from rankfold.graph.trace import Batch, batch_size, split_batch
 
 
 @dataclass(frozen=True)

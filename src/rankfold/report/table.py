@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rankfold.graph.channels import Channels
-    from rankfold.graph.sites import Sites
+    from rankfold.channels.groups import Channels
     from rankfold.report.data import Report, Row
+    from rankfold.sites.site import Sites
 
 FEW = 3  # paths that are named of many
 GAP = 1  # columns of blanks between two of a table
@@ -158,7 +158,7 @@ def render_sites(sites: Sites, *, width: int = 110) -> str:
 
 def _reach(sites: Sites) -> list[str]:
     """Which share can be cut at all, and what no count of MACs knows."""
-    from rankfold.graph.reach import reach
+    from rankfold.sites.reach import reach
 
     shares = reach(sites)
     lines = [f"can be cut: {shares['params']:.3f} of the params, {shares['macs']:.3f} of the MACs"]

@@ -6,8 +6,8 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rankfold.metrics.compare import Comparison
-    from rankfold.metrics.tally import OutputComparison
+    from rankfold.comparison.compare import Comparison
+    from rankfold.comparison.tally import OutputComparison
     from rankfold.report.data import Report
 
 STAGES = ("trace", "statistics", "gradients", "curves", "plans", "repair", "apply", "latency")  # as they come

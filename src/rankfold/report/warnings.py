@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from rankfold.metrics.compare import Comparison, OutputComparison
+from rankfold.comparison.compare import Comparison, OutputComparison
 
 LEAST_AGREEMENT = 0.9  # share of decisions kept, below which a network is called changed
 MOST_ERROR = 0.1  # relative error of values, above which it is

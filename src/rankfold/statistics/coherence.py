@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.decompositions import Moments, WhitenedSVD, output_root
-from rankfold.graph.sites import Site
 from rankfold.layers import adapter_for
 from rankfold.layers.calls import rows_of
 from rankfold.linalg.precision import gram, widen
 from rankfold.linalg.spectrum import tail_sums
 from rankfold.linalg.whitening import left_spectrum
+from rankfold.sites.site import Site
 from rankfold.statistics._coherence import Coherence
 from rankfold.statistics.collect import tells_apart
 from rankfold.statistics.store import Statistics

@@ -10,27 +10,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import (
-    DataError,
-    MemoryLimitError,
-    NumericsError,
-    OptionError,
-    TraceError,
-    allocating,
-    shown,
-)
-from rankfold.graph.lockstep import micro_batches
-from rankfold.graph.sites import Site, Sites, check_sites
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
+from rankfold.data.batches import Batch, batch_size, micro_batches, to_device
+from rankfold.data.draws import check_seed, enough_positions, generator
+from rankfold.data.running import device_of, evaluating, run
+from rankfold.data.splits import as_batches, digest, no_batch, numbered, sample_count
+from rankfold.distributed import ALONE, World
+from rankfold.errors import DataError, MemoryLimitError, NumericsError, OptionError, TraceError, allocating, shown
 from rankfold.layers import Adapter, adapter_for, input_of
 from rankfold.layers.calls import rows_of
 from rankfold.linalg.precision import work_dtype
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.registry import lookup
+from rankfold.sites.finding import check_sites
+from rankfold.sites.site import Site, Sites
 from rankfold.statistics._base import Statistic
-from rankfold.statistics.data import as_batches, digest, no_batch, numbered, sample_count
-from rankfold.statistics.distributed import ALONE, World
-from rankfold.statistics.draws import check_seed, enough_positions, generator
 from rankfold.statistics.size import CHUNK_BYTES, size_of
 from rankfold.statistics.store import Statistics
 

@@ -9,21 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankfold.data.batches import Batch, batch_size, to_device
+from rankfold.data.draws import generator
+from rankfold.data.running import device_of, evaluating, run
+from rankfold.data.splits import no_batch
+from rankfold.distributed import ALONE, World
 from rankfold.errors import NumericsError, is_out_of_memory
-from rankfold.graph.models import check_module
-from rankfold.graph.sites import Site, Sites
-from rankfold.graph.trace import Batch, batch_size, device_of, evaluating, run, to_device
 from rankfold.layers import adapter_for
 from rankfold.layers.calls import rows_of
-from rankfold.metrics.outputs import Output, Outputs, Taken, first_samples, outputs_to_json, settled
+from rankfold.outputs.taken import Output, Outputs, Taken, first_samples, outputs_to_json, settled
 from rankfold.progress import Progress, silent
+from rankfold.sites.models import check_module
+from rankfold.sites.site import Site, Sites
 from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.coherence import Followed, add_samples
 from rankfold.statistics.collect import labels_of_rows, of_rows, sum_up
-from rankfold.statistics.data import no_batch
-from rankfold.statistics.distributed import ALONE, World
-from rankfold.statistics.draws import generator
 from rankfold.statistics.store import Statistics
 
 SAMPLES = 256  # samples looked at; one probe each
@@ -62,7 +63,7 @@ def collect_gradients(
         stats: Of the same model; changed.
         sites: Its sites.
         samples: How many samples.
-        outputs: What the outputs are; None guesses by the first 32 samples (`rankfold.metrics.outputs.settle`).
+        outputs: What the outputs are; None guesses by the first 32 samples (`rankfold.outputs.taken.settle`).
         seed: Seed of the directions.
         progress: Told about every batch.
         world: The processes that share the samples; all get the sums.

@@ -10,8 +10,8 @@ from typing import cast
 import torch
 
 from rankfold.errors import MemoryLimitError, bytes_shown
-from rankfold.graph.sites import Site, Sites, Skip
 from rankfold.registry import lookup
+from rankfold.sites.site import Site, Sites, Skip
 from rankfold.statistics._base import Statistic
 from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from rankfold.decompositions import Moments
 from rankfold.errors import CheckpointError, DataError, RegistryError
-from rankfold.graph.sites import Site
 from rankfold.linalg.whitening import (
     correlations,
     covariance,
@@ -24,6 +23,7 @@ from rankfold.linalg.whitening import (
 )
 from rankfold.registry import lookup
 from rankfold.serialization import canonical_json, read_json, sha256_file, write_directory, write_text
+from rankfold.sites.site import Site
 from rankfold.statistics._base import Statistic, merge
 
 VERSION = 2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+from rankfold.allocation import Option, Problem
+from rankfold.cost.formula import Cost, dense_cost, site_cost
 from rankfold.decompositions import SVD, Decomposition, SpatialSVD
-from rankfold.graph.sites import Site
 from rankfold.layers import Geometry
-from rankfold.metrics.cost import Cost, dense_cost, site_cost
-from rankfold.ranks import Option, Problem
+from rankfold.sites.site import Site
 
 FAMILIES: tuple[Decomposition, ...] = (SVD(), SpatialSVD(whitened=False))
 

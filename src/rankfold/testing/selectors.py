@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 
+from rankfold.allocation import Option, Problem, RankSelector
+from rankfold.cost.formula import Cost
 from rankfold.decompositions import SVD, SpatialSVD
 from rankfold.errors import BudgetError
-from rankfold.graph.sites import Site
 from rankfold.layers import Geometry
-from rankfold.metrics.cost import Cost
-from rankfold.ranks import Option, Problem, RankSelector
 from rankfold.registry import from_json, to_json
+from rankfold.sites.site import Site
 from rankfold.testing.devices import generator_states, same_states
 from rankfold.testing.problems import random_problem, with_bounds
 

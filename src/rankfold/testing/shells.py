@@ -12,22 +12,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rankfold.curves import measure
+from rankfold.allocation import Budget, Curves
+from rankfold.allocation.measuring import measure
+from rankfold.cost.counted import count
+from rankfold.cost.formula import site_cost
 from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError
 from rankfold.factors import Factors, Rank
-from rankfold.graph.sites import Site, Sites, find_sites, fingerprint
+from rankfold.install.fill import filler, install_shells
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell
 from rankfold.linalg.precision import widen
-from rankfold.metrics.cost import site_cost
-from rankfold.metrics.counted import count
 from rankfold.plan import Decision, Plan
-from rankfold.planning import make_plan, plan_cost
-from rankfold.ranks import Budget, Curves
+from rankfold.plan.making import make_plan, plan_cost
 from rankfold.registry import lookup
+from rankfold.sites.copies import copied
+from rankfold.sites.finding import find_sites, fingerprint
+from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistic, Statistics
 from rankfold.statistics.collect import collect
-from rankfold.surgery import copied, filler, install_shells
 from rankfold.testing.devices import generator_states, same_states
 from rankfold.testing.layers import ALWAYS_BIASED, LAYERS, toy_layer
 from rankfold.testing.networks import toy_network

@@ -1,0 +1,152 @@
+"""The axis on which selectors plug in, and the arithmetic they share."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankfold.allocation.curve import Option, Problem
+
+
+class Selector:
+    """How sizes under a budget are chosen: ranks of factors, or numbers of channels that stay.
+
+    Attributes:
+        chooses: "ranks" or "widths": sizes of which families, see `Family.sized_by`.
+    """
+
+    chooses: ClassVar[str] = "ranks"
+
+
+class RankSelector(Selector, ABC):
+    """Curves + budget → one option a site. A subclass is a frozen, registered dataclass in a file of its own."""
+
+    @abstractmethod
+    def select(self, problem: Problem) -> tuple[Option, ...]:
+        """Choose one option a site so that every bound holds.
+
+        Args:
+            problem: Options and bounds; known to have a solution for each bound alone.
+
+        Returns:
+            One of `problem.options[i]` for every site i.
+
+        Raises:
+            BudgetError: Several bounds that can be met one by one, but not together.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A problem as arrays.
+
+    Attributes:
+        errors: One array a site, shape (options,).
+        costs: One array a site, shape (options, resources), in whole numbers.
+        bounds: Shape (resources,); the sum of the costs of a choice must not exceed it.
+        loads: The costs as shares of the bounds, for scores that weigh resources against each other.
+    """
+
+    errors: list[NDArray[np.float64]]
+    costs: list[NDArray[np.int64]]
+    bounds: NDArray[np.int64]
+    loads: list[NDArray[np.float64]]
+
+    @classmethod
+    def of(cls, problem: Problem) -> Table:
+        """Read a problem."""
+        names = list(problem.bounds)
+        bounds = np.array([min(problem.bounds[name], 2**62) for name in names], dtype=np.int64)  # fits in 64 bits
+        errors = [np.array([option.error for option in each], dtype=np.float64) for each in problem.options]
+        costs = [
+            np.array([[option.cost.amounts()[name] for name in names] for option in each], dtype=np.int64)
+            for each in problem.options
+        ]
+        return cls(errors, costs, bounds, [each / np.maximum(bounds, 1) for each in costs])
+
+    def choose(self, score: Callable[[int], NDArray[np.float64]]) -> list[int]:
+        """For every site the option of least score (the first on ties)."""
+        return [int(np.argmin(score(i))) for i in range(len(self.errors))]
+
+    def load(self, chosen: Sequence[int]) -> NDArray[np.float64]:
+        """Summed loads of a choice, shape (resources,)."""
+        total = self.cost(chosen) / np.maximum(self.bounds, 1)
+        return np.asarray(total, dtype=np.float64)
+
+    def cost(self, chosen: Sequence[int]) -> NDArray[np.int64]:
+        """Summed costs of a choice, shape (resources,)."""
+        picked = [costs[k] for costs, k in zip(self.costs, chosen, strict=True)]
+        return np.sum(picked, axis=0, dtype=np.int64) if picked else np.zeros_like(self.bounds)
+
+    def error(self, chosen: Sequence[int]) -> float:
+        """Summed errors of a choice."""
+        return float(sum(errors[k] for errors, k in zip(self.errors, chosen, strict=True)))
+
+
+def top_up(table: Table, chosen: Sequence[int]) -> list[int]:
+    """Spend what is left of the budget: repeat the step with most error removed per share of the budget that fits.
+
+    Args:
+        table: The problem as arrays.
+        chosen: A choice within the bounds.
+
+    Returns:
+        A choice within the bounds, of no larger error, from which no single step that fits removes error.
+    """
+    chosen = list(chosen)
+    while True:
+        left = table.bounds - table.cost(chosen)
+        best, step = 0.0, None
+        for i, k in enumerate(chosen):
+            gain = table.errors[i][k] - table.errors[i]
+            fits = (table.costs[i] - table.costs[i][k] <= left).all(1) & (gain > 0)
+            if not fits.any():
+                continue
+            more = (table.loads[i] - table.loads[i][k]).max(1)
+            worth = np.where(fits, gain / np.maximum(more, 1e-9), 0.0)
+            j = int(np.argmax(worth))
+            if worth[j] > best:
+                best, step = float(worth[j]), (i, j)
+        if step is None:
+            return chosen
+        chosen[step[0]] = step[1]
+
+
+def pick(problem: Problem, chosen: Sequence[int]) -> tuple[Option, ...]:
+    """The options at the chosen positions."""
+    return tuple(options[k] for options, k in zip(problem.options, chosen, strict=True))
+
+
+def largest_fitting(problem: Problem, choose: Callable[[float], list[int]], *, steps: int = 40) -> list[int] | None:
+    """The choice at the largest t in [0, 1] that is within the bounds, by bisection.
+
+    Args:
+        problem: The problem.
+        choose: A choice that costs more as t grows.
+        steps: Halvings.
+
+    Returns:
+        The choice, or None where not even t = 0 fits.
+    """
+
+    def fits(chosen: list[int]) -> bool:
+        return problem.fits(problem.total(pick(problem, chosen)))
+
+    if fits(top := choose(1.0)):
+        return top
+    if not fits(found := choose(0.0)):
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        trial = choose(middle)
+        if fits(trial):
+            low, found = middle, trial
+        else:
+            high = middle
+    return found

@@ -1,0 +1,44 @@
+"""Ranks that hardware likes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rankfold.allocation._base import RankSelector
+from rankfold.allocation._lagrangian import Lagrangian
+from rankfold.allocation.curve import Option, Problem
+from rankfold.errors import OptionError
+from rankfold.registry import register
+
+
+@register("rounded")
+@dataclass(frozen=True)
+class Rounded(RankSelector):
+    """Another selector's choice among ranks that are multiples of a number. The budget stays an upper bound.
+
+    A site where no multiple is smaller than dense stays dense.
+
+    Attributes:
+        selector: The selector that chooses.
+        multiple: What every rank (every part of a tuple) is a multiple of; at least 1.
+    """
+
+    selector: RankSelector = field(default_factory=Lagrangian)
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
+            raise OptionError("Rounded.multiple", law="an int of at least 1", got=repr(self.multiple), cure="try 8")
+        if not isinstance(self.selector, RankSelector):
+            raise OptionError(
+                "Rounded.selector", law="an instance of a selector", got=repr(self.selector), cure="try Lagrangian()"
+            )
+
+    def select(self, problem: Problem) -> tuple[Option, ...]:
+        """See `RankSelector.select`."""
+
+        def fits(option: Option) -> bool:
+            parts = option.rank if isinstance(option.rank, tuple) else (option.rank,)
+            return all(part is not None and part % self.multiple == 0 for part in parts)
+
+        return self.selector.select(problem.restricted(fits))

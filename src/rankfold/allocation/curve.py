@@ -1,0 +1,168 @@
+"""One site, one family: candidate ranks with their cost and error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rankfold.allocation.budget import Budget
+from rankfold.cost.formula import Cost, dense_cost
+from rankfold.decompositions import Decomposition
+from rankfold.factors import Rank
+from rankfold.sites.reach import NOTHING_SMALLER, unreachable
+from rankfold.sites.site import Site, Sites
+
+
+@dataclass(frozen=True)
+class RankCurve:
+    """What a method offers at a site.
+
+    Attributes:
+        site: The site.
+        method: The method.
+        ranks: Candidates, cheapest first.
+        costs: Of the site at each rank.
+        errors: Error at each rank, comparable across sites; see `measure` for its meaning.
+        energy: What the errors are measured against: the energy of the site's output.
+        independent: The errors if those at the positions of a sample were independent; None where they are not told
+            apart from `errors`.
+    """
+
+    site: Site
+    method: Decomposition
+    ranks: tuple[Rank, ...]
+    costs: tuple[Cost, ...]
+    errors: tuple[float, ...]
+    energy: float = 1.0
+    independent: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to have a site: dense (`method` None) or a method at a rank."""
+
+    method: Decomposition | None
+    rank: Rank | None
+    cost: Cost
+    error: float
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """The curves of all sites and families, with what a selector needs of the model.
+
+    Attributes:
+        sites: The sites measured.
+        curves: One a site and family that has a case there, in the order of the sites, then of the families.
+    """
+
+    sites: Sites
+    curves: tuple[RankCurve, ...]
+
+    def __iter__(self) -> Iterator[RankCurve]:
+        """The curves."""
+        return iter(self.curves)
+
+    def __len__(self) -> int:
+        """Number of curves."""
+        return len(self.curves)
+
+    def independent(self) -> Curves:
+        """The curves as they would be if errors at the positions of a sample were independent."""
+        apart = (c if c.independent is None else replace(c, errors=c.independent) for c in self.curves)
+        return replace(self, curves=tuple(apart))
+
+    def of(self, site: Site) -> list[RankCurve]:
+        """All curves of a site."""
+        return [curve for curve in self.curves if curve.site.path == site.path]
+
+    def fixed_cost(self) -> Cost:
+        """Cost of all that no decision changes: the model without its sites."""
+        total = self.sites.cost
+        for site in self.sites:
+            total = total - dense_cost(site)
+        return total
+
+    def problem(self, budget: Budget) -> Problem:
+        """The choice to be made under a budget; see `Problem`."""
+        return Problem.of(self, budget)
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """For each site its options, and the bounds that hold for the sum of their costs.
+
+    Attributes:
+        sites: The sites.
+        options: One list a site; each begins with the dense option, the rest cost less in a bounded resource.
+        bounds: Absolute bounds on the sites' summed cost, by resource: the model's bound less the fixed cost.
+        fixed: Cost of all that no decision changes.
+        original: Cost of the whole original model.
+        found: The sites with the model around them, to name what blocks a budget; None for a problem without a model.
+    """
+
+    sites: tuple[Site, ...]
+    options: tuple[tuple[Option, ...], ...]
+    bounds: dict[str, int]
+    fixed: Cost
+    original: Cost
+    found: Sites | None = None
+
+    @classmethod
+    def of(cls, curves: Curves, budget: Budget) -> Problem:
+        """Build it and check that the budget can be met.
+
+        Raises:
+            BudgetError: The cheapest options together are over a bound; the smallest reachable values are named.
+        """
+        budget.check_counted(curves.sites.uncounted)
+        whole = budget.bounds(curves.sites.cost)
+        fixed = curves.fixed_cost()
+        bounds = {name: bound - fixed.amounts()[name] for name, bound in whole.items()}
+        options = []
+        for site in curves.sites:
+            dense = Option(None, None, dense_cost(site), 0.0)
+            smaller = [
+                Option(curve.method, rank, cost, error)
+                for curve in curves.of(site)
+                for rank, cost, error in zip(curve.ranks, curve.costs, curve.errors, strict=True)
+                if any(cost.amounts()[name] < dense.cost.amounts()[name] for name in bounds)
+            ]
+            options.append((dense, *smaller))
+        return cls(curves.sites.sites, tuple(options), bounds, fixed, curves.sites.whole, curves.sites).checked()
+
+    def checked(self) -> Problem:
+        """This problem, if the cheapest options together are within every bound.
+
+        Raises:
+            BudgetError: They are not; the smallest reachable value of each resource is named.
+        """
+        fixed = self.fixed.amounts()
+        smallest = {
+            name: fixed[name] + sum(min(o.cost.amounts()[name] for o in each) for each in self.options)
+            for name in self.bounds
+        }
+        whole = {name: bound + fixed[name] for name, bound in self.bounds.items()}
+        if any(smallest[name] > bound for name, bound in whole.items()):
+            dense = [site for site, each in zip(self.sites, self.options, strict=True) if len(each) == 1]
+            frozen = {site.path: site.fixed or NOTHING_SMALLER for site in dense}
+            raise unreachable(self.original, whole, smallest, sites=self.found, frozen=frozen)
+        return self
+
+    def restricted(self, keep: Callable[[Option], bool]) -> Problem:
+        """This problem with only the options that `keep` lets through; the dense one always stays.
+
+        Raises:
+            BudgetError: What is left cannot meet a bound.
+        """
+        options = tuple((each[0], *(option for option in each[1:] if keep(option))) for each in self.options)
+        return replace(self, options=options).checked()
+
+    def total(self, choice: Sequence[Option]) -> Cost:
+        """Summed cost of the sites under a choice."""
+        return sum((option.cost for option in choice), Cost())
+
+    def fits(self, cost: Cost) -> bool:
+        """Whether a summed cost is within every bound."""
+        amounts = cost.amounts()
+        return all(amounts[name] <= bound for name, bound in self.bounds.items())

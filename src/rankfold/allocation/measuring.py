@@ -1,0 +1,256 @@
+"""Statistics + decompositions → rank curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.allocation import Selector
+from rankfold.allocation.curve import Curves, RankCurve
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.decompositions import (
+    SVD,
+    Decomposition,
+    Family,
+    Interpolative,
+    Moments,
+    SpatialSVD,
+    Tucker2,
+    WhitenedSVD,
+    output_errors,
+)
+from rankfold.distributed import ALONE, World
+from rankfold.errors import DataError, OptionError, shown
+from rankfold.factors import Rank
+from rankfold.layers import adapter_for
+from rankfold.linalg.precision import widen
+from rankfold.progress import Progress, Told, as_progress, silent
+from rankfold.sites.finding import check_sites
+from rankfold.sites.site import Site, Sites
+from rankfold.statistics import Statistics
+from rankfold.statistics._coherence import CoherenceCurve, coherences
+
+DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tucker2())
+
+
+def default_families(selector: Selector | None) -> tuple[Family, ...]:
+    """The families of `compress` where none are named: all, or those whose sizes a selector chooses."""
+    families: tuple[Family, ...] = (*DEFAULT_FAMILIES, Interpolative())
+    return tuple(family for family in families if selector is None or family.sized_by == selector.chooses)
+
+
+def measure(
+    model: nn.Module,
+    stats: Statistics | None = None,
+    *,
+    sites: Sites,
+    families: Sequence[Decomposition] = DEFAULT_FAMILIES,
+    progress: Progress | Told = silent,
+    world: World = ALONE,
+) -> Curves:
+    """For every site and family that can make it smaller: what each rank costs and what error it makes.
+
+    Where the statistics hold the gradient Gram `G` of every site, the error is the Gauss–Newton estimate of the
+    squared change of the network's output, `tr(G D A Dᵀ)`, times the coherence of such errors where it was collected
+    (`rankfold.statistics.Coherence`); otherwise the energy of the site's output error over the energy of its output,
+    `tr(D A Dᵀ)/tr(W A Wᵀ)`. Either way errors of different layers can be summed. They are scaled so that losing every
+    site's output costs 1 a site on average.
+
+    Args:
+        model: The model the statistics are of.
+        stats: From `collect`; may be None if no family needs any.
+        sites: From `find_sites`.
+        families: Methods to measure.
+        progress: Told about every site.
+        world: The processes that share the sites out among them; all get all curves.
+
+    Returns:
+        The curves.
+
+    Raises:
+        DataError: A family needs statistics that were not collected.
+        OptionError: `families` is empty or holds something that is no method; `stats` or `sites` are of another kind.
+        ModelError: The model is no module, or has tensors on meta.
+        SiteError: The sites are of another model.
+    """
+    check_families(families)
+    progress = as_progress(progress)
+    model = check_sites(model, sites)
+    if stats is not None and not isinstance(stats, Statistics):
+        raise OptionError(
+            "stats", law="an instance of Statistics, or None", got=shown(stats), cure="pass what rankfold.collect gave"
+        )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    curves: list[RankCurve] = []
+    weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
+    told = coherences(stats.sites) if stats is not None and weighted else {}
+    with progress("curves", len(sites)) as advance:
+        for number, site in enumerate(sites):
+            own = [
+                method
+                for method in families
+                if not site.fixed and method.refuses(site.geometry.canonical_shape) is None and _saves(site, method)
+            ]
+            for method in own:
+                _check_collected(site, method, stats)
+            groups = range(site.geometry.groups if own and world.owns(number) else 0)
+            fits = [_fits(site, group, stats) for group in groups]
+            coherence = told.get(site.path)
+            curves += [_curve(site, modules[site.path], method, fits, weighted, coherence) for method in own]
+            advance()
+    curves = _exchanged(curves, world)
+    scale = _mean_energy(curves) if weighted else 1.0
+    return Curves(sites, tuple(_scaled(curve, scale) for curve in curves))
+
+
+def _saves(site: Site, method: Decomposition) -> bool:
+    """Whether the least rank costs less than the layer in any resource; a depthwise 3×3 in matrix form does not."""
+    least = site_cost(site, method.form, method.candidates(site.geometry.canonical_shape)[0]).amounts()
+    return any(least[name] < cost for name, cost in dense_cost(site).amounts().items())
+
+
+def check_families(families: Sequence[Family]) -> None:
+    """Refuse what is no list, an empty one, and anything in it that is no instance of a method.
+
+    Raises:
+        OptionError: As said.
+    """
+    alone = isinstance(families, Family)
+    if alone or not isinstance(families, Sequence) or isinstance(families, str):
+        raise OptionError(
+            "families",
+            law="a list of methods",
+            got=shown(families),
+            cure="put it in brackets" if alone else "try [rankfold.WhitenedSVD()]",
+        )
+    if not families:
+        raise OptionError("families", law="at least one method", got="none", cure="try [rankfold.WhitenedSVD()]")
+    for method in families:
+        if not isinstance(method, Family):
+            raise OptionError(
+                "families", law="instances of methods", got=repr(method), cure=f"try {SVD.__name__}() with parentheses"
+            )
+
+
+def needed(families: Sequence[Family], *, channels: bool = False) -> list[str]:
+    """Names of the statistics that any of the families reads, and those of the removal of channels where it is."""
+    own = set(Interpolative.needs) if channels else set()
+    return sorted(own.union(*(method.needs for method in families)))
+
+
+def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics | None) -> Moments:
+    """The moments a method reads at one group of a site.
+
+    Raises:
+        DataError: They were not collected.
+    """
+    _check_collected(site, method, stats)
+    return Moments(bias=site.geometry.bias) if stats is None else stats.moments(site, group)
+
+
+def _check_collected(site: Site, method: Decomposition, stats: Statistics | None) -> None:
+    """Refuse statistics that lack what a method reads.
+
+    Raises:
+        DataError: As said.
+    """
+    if stats is None and method.needs:
+        raise DataError(
+            repr(site.path),
+            law=f"{method} reads {', '.join(method.needs)}",
+            got="no statistics",
+            cure="pass data, or statistics collected with rankfold.collect",
+        )
+    missing = [name for name in method.needs if stats is not None and name not in stats.sites.get(site.path, {})]
+    if missing:
+        raise DataError(
+            repr(site.path),
+            law=f"{method} reads {', '.join(method.needs)}",
+            got=f"no {', '.join(missing)}",
+            cure="collect with statistics=rankfold.needed(families)",
+        )
+
+
+_Fits: TypeAlias = list[tuple[Moments, Moments | None]]  # what factors are made with, and judged on; None is the same
+
+
+def _fits(site: Site, group: int, stats: Statistics | None) -> _Fits:
+    """What factors of a group are made with and judged on: each half of the samples on the other, if they are known."""
+    if stats is None:
+        return [(Moments(bias=site.geometry.bias), None)]
+    if not stats.has_halves(site.path):
+        return [(stats.moments(site, group), None)]
+    own = [stats.moments(site, group, half=half) for half in (0, 1)]
+    other = [stats.moments(site, group, half=half, shrink=False) for half in (1, 0)]
+    return list(zip(own, other, strict=True))
+
+
+def _curve(
+    site: Site,
+    module: nn.Module,
+    method: Decomposition,
+    fits: Sequence[_Fits],
+    weighted: bool,
+    coherence: CoherenceCurve | None,
+) -> RankCurve:
+    """The curve of one method at a site, from the fits of its groups; of zeros where another process has these."""
+    adapter = adapter_for(module)
+    if adapter is None:
+        raise TypeError(f"{site.path} has no adapter")
+    weight = widen(adapter.canonical(module))
+    ranks = method.candidates(site.geometry.canonical_shape)
+    summed, total = weight.new_zeros(len(ranks)), 0.0
+    for group, own in enumerate(fits):
+        for moments, judge in own:
+            relative, energy = output_errors(method, weight[group], moments, judge)
+            summed += relative.to(summed) * energy / len(own)  # of two halves the mean
+            total += energy / len(own)
+    errors = summed if weighted or total <= 0 else summed / total
+    costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
+    if coherence is None:
+        return RankCurve(site, method, tuple(ranks), costs, _falling(errors, ranks), total)
+    felt = _falling(errors * coherence.at(errors / (total or 1.0)), ranks)
+    total *= float(coherence.at(errors.new_ones(1)))
+    return RankCurve(site, method, tuple(ranks), costs, felt, total, _falling(errors, ranks))
+
+
+def _falling(errors: Tensor, ranks: Sequence[Rank]) -> tuple[float, ...]:
+    """Errors that never grow with the rank, though by chance a rank more may lose more on other samples."""
+    if all(isinstance(rank, int) for rank in ranks):
+        errors = torch.cummin(errors, 0).values
+    return tuple(errors.tolist())
+
+
+def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:
+    """Every process's curves, given that those it does not know are zero: the sum is exact."""
+    if world.size == 1:
+        return curves
+    rows = [torch.tensor([*curve.errors, curve.energy, *(curve.independent or ())]).double() for curve in curves]
+    world.sum_(rows)
+    result = []
+    for curve, row in zip(curves, rows, strict=True):
+        errors, energy, rest = row.tensor_split([len(curve.errors), len(curve.errors) + 1])
+        result.append(
+            replace(
+                curve,
+                errors=tuple(errors.tolist()),
+                energy=float(energy),
+                independent=tuple(rest.tolist()) if len(rest) else None,
+            )
+        )
+    return result
+
+
+def _mean_energy(curves: Sequence[RankCurve]) -> float:
+    """Mean over the sites of the error of losing the whole output; 1 where all is zero."""
+    energies = {curve.site.path: curve.energy for curve in curves}
+    return sum(energies.values()) / max(len(energies), 1) or 1.0
+
+
+def _scaled(curve: RankCurve, scale: float) -> RankCurve:
+    apart = None if curve.independent is None else tuple(error / scale for error in curve.independent)
+    return replace(curve, errors=tuple(error / scale for error in curve.errors), independent=apart)

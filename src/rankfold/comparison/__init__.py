@@ -1,0 +1,1 @@
+"""Original against compressed, on data."""

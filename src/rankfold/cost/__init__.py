@@ -1,0 +1,1 @@
+"""Parameters, multiply-adds and bytes, by formula and counted; time, measured."""

@@ -1,0 +1,1 @@
+"""Calibration data: batches, running a model on them, splits and draws."""

@@ -1,0 +1,1 @@
+"""What a compression will take and can reach, before it is run."""

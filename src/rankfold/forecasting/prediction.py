@@ -1,0 +1,265 @@
+"""The model of what a compression takes in time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+from rankfold.channels.groups import ChannelGroup
+from rankfold.data.batches import Batch, batch_size, to_device
+from rankfold.data.draws import enough_positions
+from rankfold.data.running import device_of, evaluating, run
+from rankfold.data.splits import HELD_OUT, held_out_among
+from rankfold.decompositions import Decomposition, Family, WhitenedSVD
+from rankfold.forecasting.rates import Rates
+from rankfold.repair import Lockstep
+from rankfold.sites.site import Site, Sites
+from rankfold.statistics.collect import PIECE
+from rankfold.statistics.gradients import BATCH
+from rankfold.statistics.size import CHUNK_BYTES, CHUNKS, ELEMENT, sizes_of
+from rankfold.trials.trials import DENSER, FEWEST, FINALISTS, SPARSEST
+
+TRIANGLE = 0.75  # of a Gram's products are computed
+DIAL = 1 + 2 * 3  # solves of a site: for three levels of the ridge each half, and once all samples
+HEAVIEST = 5  # sites that are named
+TIMED_SAMPLES, TIMED_SECONDS = 32, 1.0  # of the measured latency
+
+
+@dataclass(frozen=True)
+class SiteForecast:
+    """What one layer adds.
+
+    Attributes:
+        path: Of the layer.
+        seconds: Over all stages, for statistics, curves and repairs.
+        bytes: Of its moments while it is solved, with what is kept of it.
+    """
+
+    path: str
+    seconds: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a compression is asked to do, as far as it costs anything.
+
+    Attributes:
+        families: Methods to choose from.
+        statistics: Names of what is collected.
+        repair: The repair, or None.
+        plans: How many plans of ranks and of channels are made where many are tried.
+        always: How many where few are.
+        weighting: Whether gradients are collected.
+        positions: Most positions a sample.
+        enough: Positions for each feature.
+        limit: Most bytes of values carried, or None.
+    """
+
+    families: Sequence[Family]
+    statistics: Sequence[str]
+    repair: Lockstep | None
+    plans: int
+    always: int
+    weighting: bool
+    positions: int | None
+    enough: int
+    limit: int | None = None
+
+    @property
+    def forms(self) -> list[Decomposition]:
+        """The families that have ranks."""
+        return [method for method in self.families if isinstance(method, Decomposition)]
+
+
+class Predicted:
+    """The model of a compression's time and memory; the arguments are those of `forecast_of`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Batch,
+        sites: Sites,
+        course: Course,
+        rates: Rates,
+        samples: int,
+        groups: Sequence[ChannelGroup],
+    ) -> None:
+        self.sites, self.course, self.rates, self.groups = sites, course, rates, groups
+        self.samples, self.held = samples, samples // held_out_among(samples)
+        self.fit = samples - self.held
+        self.forward = rates.forward(model, example)
+        self.batch = batch_size(example)
+        self.largest, self.together = _activations(model, example)
+        every = min(SPARSEST, self.fit // FEWEST)
+        parted = every >= 2 and course.repair is not None and sites.graph.static_batch is None
+        plans = course.plans if every >= 2 and sites.graph.static_batch is None else course.always
+        self.part = samples // every if parted and plans > FINALISTS else 0
+        self.trials = plans if self.part else 0
+        self.whole = FINALISTS if self.part else plans
+        self.bare = int(plans > 1 and course.repair == Lockstep() and held_out_among(samples) < HELD_OUT)
+        self.by_site: dict[str, float] = {site.path: 0.0 for site in sites}
+        self.sizes = sizes_of(sites, course.statistics, repaired=course.repair is not None)
+
+    def seconds(self, traced: float) -> dict[str, float]:
+        """By stage."""
+        course, forward = self.course, self.forward
+        result = {"trace": traced}
+        own = [self._spent(site, self._statistics(site)) for site in self.sites]
+        result["statistics"] = forward * self.fit + sum(own)
+        if course.weighting:
+            result["gradients"] = self._gradients()
+        ranks = sum(self._spent(site, self._curves(site)) for site in self.sites)
+        result["curves"] = ranks + self._groups()
+        if self.groups and course.forms:
+            result["plans"] = 0.7 * ranks  # the curves of the model that lost half of its channels
+        judged = 2 * forward * self.held
+        if course.repair is None:
+            done = self.whole * (judged + sum(self._spent(site, self._solved(site)) for site in self.sites))
+            result["apply"] = done
+        else:
+            result["repair"] = self.trials * (judged + self._walk(self.part, self.fit // DENSER, self.trials))
+            result["repair"] += self.whole * (judged + self._walk(self.samples, self.samples, self.whole))
+            if self.bare:
+                result["apply"] = judged + sum(self._spent(site, self._solved(site)) for site in self.sites)
+        result["latency"] = max(TIMED_SECONDS, 6 * forward * min(self.batch, TIMED_SAMPLES))
+        return result
+
+    def memory(self) -> dict[str, int]:
+        """By stage: moments, patches, and activations."""
+        piece, moments = min(self.batch, PIECE), self.sizes
+        kept = moments.statistics
+        working = max((site.working for site in moments.sites), default=0)
+        running = 3 * self.largest * piece
+        chunks = CHUNKS * max((min(CHUNK_BYTES, piece * self._patches(site)) for site in self.sites), default=0)
+        result = {"statistics": kept + chunks + running}
+        if self.course.weighting:
+            result["gradients"] = kept + moments.followed + 2 * self.together * min(self.batch, BATCH)
+        result["curves"] = kept + working
+        if self.course.repair is None:
+            result["apply"] = kept + working + running
+        else:
+            carried = 6 * self.largest * self.samples
+            carried = carried if self.course.limit is None else min(carried, self.course.limit)
+            result["repair"] = kept + moments.solving + chunks + carried + 2 * self.sites.cost.bytes + running
+        return result
+
+    def heaviest(self) -> tuple[SiteForecast, ...]:
+        """The sites that take most time, and those that take most memory."""
+        needs = {size.path: size.statistics + size.repair + size.working for size in self.sizes.sites}
+        slow = sorted(self.by_site, key=lambda path: -self.by_site[path])[:HEAVIEST]
+        large = sorted(needs, key=lambda path: -needs[path])[:HEAVIEST]
+        paths = dict.fromkeys([*slow[:3], *large[:2], *slow[3:]])
+        return tuple(SiteForecast(path, self.by_site[path], needs[path]) for path in [*paths][:HEAVIEST])
+
+    def _patches(self, site: Site) -> int:
+        """Bytes of a sample's patches, at the positions that a repair looks at."""
+        geometry = site.geometry
+        wanted = enough_positions(geometry.features, 48, max(self.fit, 1))
+        return 4 * geometry.groups * geometry.features * min(_positions(site), wanted)
+
+    def _spent(self, site: Site, seconds: float) -> float:
+        self.by_site[site.path] += seconds
+        return seconds
+
+    def _statistics(self, site: Site) -> float:
+        if not self.course.statistics:
+            return 0.0
+        available = _positions(site)
+        most = available if self.course.positions is None else min(available, self.course.positions)
+        wanted = enough_positions(site.geometry.features, self.course.enough, self.fit)
+        rows = self.fit * (most if self.course.positions is None else min(most, wanted))
+        return self._moments(site, rows, self.fit / min(self.batch, PIECE), outputs=0)
+
+    def _gradients(self) -> float:
+        samples = min(256, self.fit)
+        total = self.forward * (2 * 3 * samples + BATCH)
+        for site in self.sites:
+            geometry = site.geometry
+            outputs, rows = geometry.canonical_shape[0], samples * _positions(site)
+            rank = min(outputs, geometry.features)
+            products = TRIANGLE * outputs**2 + rank * (2 * outputs + TRIANGLE * rank)  # Gram; both turned, and its Gram
+            copied = self.rates.copy(geometry.groups * rows * (2 * outputs + 4 * rank))
+            basis = geometry.groups * self.rates.decompose(WhitenedSVD(), (outputs, geometry.features))
+            total += self._spent(site, self.rates.product(geometry.groups * rows * products) + copied + basis)
+        return total
+
+    def _moments(self, site: Site, rows: float, pieces: float, *, outputs: int) -> float:
+        """Products of patches, and the patches themselves."""
+        groups, features = site.geometry.groups, site.geometry.features
+        products = self.rates.product(groups * rows * (TRIANGLE * features**2 + outputs * features))
+        copied = groups * (2 * rows * (features + outputs) + 2 * pieces * features**2)
+        return products + self.rates.copy(copied)
+
+    def _methods(self, site: Site) -> list[Decomposition]:
+        shape = site.geometry.canonical_shape
+        return [method for method in self.course.forms if not site.fixed and method.refuses(shape) is None]
+
+    def _curves(self, site: Site) -> float:
+        shape = site.geometry.canonical_shape
+        halves = 2  # each fitted on one and judged on the other
+        return site.geometry.groups * halves * sum(self.rates.errors(method, shape) for method in self._methods(site))
+
+    def _groups(self) -> float:
+        """Each channel group is tried three times, on the batch first, and then ordered."""
+        total = 0.0
+        for group in self.groups:
+            total += self.forward * (3 * self.batch + 24)
+            for path, units in group.read.items():
+                site = self.sites.at(path)
+                taps = site.geometry.features * max(1, len(units) // max(site.geometry.inputs, 1)) // len(units)
+                outputs = site.geometry.canonical_shape[0]
+                total += self._spent(site, self.rates.elimination(group.units, max(taps, 1), outputs))
+        return total
+
+    def _solved(self, site: Site) -> float:
+        """The decomposition that a site gets, as the mean over the methods."""
+        methods = self._methods(site)
+        shape = site.geometry.canonical_shape
+        each = sum(self.rates.decompose(method, shape) for method in methods) / max(len(methods), 1)
+        return site.geometry.groups * each
+
+    def _walk(self, samples: int, drawn_for: int, times: int) -> float:
+        """One pass of lockstep repair over some samples, with the check of the module."""
+        if self.course.repair is None:
+            raise TypeError("there is no repair")
+        options, total = self.course.repair, self.forward * samples * (2 + self.held / max(self.samples, 1))
+        for site in self.sites:
+            geometry = site.geometry
+            wanted = enough_positions(geometry.features, options.samples_per_feature, max(drawn_for, 1))
+            rows = samples * min(_positions(site), wanted)
+            own = self._moments(site, rows, 2 * samples / options.batch, outputs=geometry.canonical_shape[0])
+            own += geometry.groups * DIAL * self.rates.solve(geometry.features) + 2 * self._solved(site)
+            self._spent(site, own * times)
+            total += own
+        return total
+
+
+def _positions(site: Site) -> int:
+    """Positions of a sample at a site, over all its calls."""
+    geometry = site.geometry
+    return sum(count * (prod(geometry.output_size(size)) if size else 1) for size, count in site.calls) or 1
+
+
+def _activations(model: nn.Module, batch: Batch) -> tuple[int, int]:
+    """Bytes a sample of the largest output of a layer, and of all of them together."""
+    sizes: list[int] = []
+
+    def note(layer: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            sizes.append(output.numel() * max(output.element_size(), 4))
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    handles = [leaf.register_forward_hook(note) for leaf in leaves]
+    try:
+        with evaluating(model):
+            run(model, to_device(batch, device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    samples = batch_size(batch)
+    return max(sizes, default=ELEMENT) // samples, sum(sizes) // samples

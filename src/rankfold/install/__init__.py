@@ -1,0 +1,1 @@
+"""Plan + model → model with other layers in place."""

@@ -1,0 +1,165 @@
+"""Plan + model → an error that names what does not fit, before anything is changed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from rankfold.channels.narrowing import Attributes, Cuts, kept_of, narrowed_geometry
+from rankfold.errors import PlanError, near_matches, shown
+from rankfold.layers import adapter_for, places_of
+from rankfold.plan import Plan
+from rankfold.sites.finding import fingerprint
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Check a plan against a model before anything is changed.
+
+    Raises:
+        PlanError: The plan is of another model, names a module that is not there or no layer of a known kind, decides
+            twice on a module with two names, or asks for a rank the layer cannot have.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            "plan", law="a rankfold.Plan", got=shown(plan), cure="pass the plan, or Plan.from_json(text) of its file"
+        )
+    if plan.fingerprint != fingerprint(model):
+        raise PlanError(
+            plan.model or "plan",
+            law="the plan is of a model with the same parameter names, shapes and dtypes",
+            got=f"fingerprint {plan.fingerprint[:12]} against {fingerprint(model)[:12]} of this {type(model).__name__}",
+            cure="make a plan for this model",
+        )
+    check_channels(model, plan)
+    check_cuts(model, plan.cuts)
+    check_attributes(model, plan.attributes)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    decided: dict[int, str] = {}
+    for decision in plan.decisions:
+        if decision.site not in modules:
+            raise PlanError(
+                repr(decision.site),
+                law="the path of a module",
+                got="no such module",
+                cure=near_matches(decision.site, modules),
+            )
+        module = modules[decision.site]
+        other = decided.setdefault(id(module), decision.site)
+        if other != decision.site:
+            raise PlanError(
+                repr(decision.site),
+                law="one decision a module",
+                got=f"another one at {other!r}, which is the same module",
+                cure="remove one of the two",
+            )
+        adapter = adapter_for(module)
+        if adapter is None:
+            raise PlanError(
+                repr(decision.site),
+                law="a layer of a known kind",
+                got=type(module).__name__,
+                cure="take the decision out of the plan",
+            )
+        if decision.method is None:
+            continue
+        kept = kept_of(decision.site, module, plan.cuts)
+        shape = narrowed_geometry(adapter.geometry(module), kept).canonical_shape
+        why = decision.method.refuses(shape)
+        if why is None and (decision.rank is None or not decision.method.admits(shape, decision.rank)):
+            ranks = decision.method.candidates(shape)
+            why = f"a rank between {ranks[0]} and {ranks[-1]}"
+        if why is not None:
+            raise PlanError(
+                repr(decision.site),
+                law=why,
+                got=f"{decision.method} at rank {shown(decision.rank)}",
+                cure="correct the plan",
+            )
+
+
+def check_channels(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan that says channels go, and does not say which.
+
+    Raises:
+        PlanError: Naming the group.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for decision in plan.channels:
+        if decision.group not in modules:
+            raise PlanError(
+                repr(decision.group),
+                law="a group is named by a layer of the model",
+                got="no such layer",
+                cure=near_matches(decision.group, modules),
+            )
+    if plan.channels and not plan.cuts:
+        raise PlanError(
+            "cuts",
+            law="where channels go, cuts say what stays of every tensor",
+            got=f"{len(plan.channels)} groups that lose channels and no cuts",
+            cure="take the channels out of the plan, too, or make the plan again",
+        )
+
+
+def check_cuts(model: nn.Module, cuts: Cuts) -> None:
+    """Refuse cuts that do not fit a model.
+
+    Raises:
+        PlanError: Naming the tensor.
+    """
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    for name, axes in cuts.items():
+        if name not in tensors:
+            raise PlanError(
+                repr(name), law="a parameter or buffer of the model", got="no such", cure=near_matches(name, tensors)
+            )
+        for axis, kept in axes.items():
+            shape = tuple(tensors[name].shape)
+            if axis >= len(shape) or not kept or kept[-1] >= shape[axis]:
+                raise PlanError(
+                    repr(name),
+                    law=f"indices that stay along axis {axis} of a tensor of shape {shape}",
+                    got=shown(list(kept)),
+                    cure="make the plan again",
+                )
+    _check_layers(model, cuts)
+
+
+def _check_layers(model: nn.Module, cuts: Cuts) -> None:
+    """Refuse cuts by which the tensors of one layer or norm keep different output channels."""
+    names: dict[int, list[str]] = {}  # of a module that stands in several places
+    for path, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(f"{path}." if path else "")
+    for path, module in model.named_modules():
+        stays: dict[str, tuple[int, ...] | None] = {}
+        for name, place in places_of(module).items():
+            if getattr(module, name, None) is not None:
+                full = next((prefix + name for prefix in names[id(module)] if prefix + name in cuts), None)
+                stays[name] = None if full is None else cuts[full].get(place)
+        if len(set(stays.values())) > 1:
+            raise PlanError(
+                repr(path),
+                law="all tensors of a layer keep the same output channels",
+                got=", ".join(f"{name}: {'all' if kept is None else len(kept)}" for name, kept in stays.items()),
+                cure="make the plan again",
+            )
+
+
+def check_attributes(model: nn.Module, attributes: Attributes) -> None:
+    """Refuse numbers that no module keeps.
+
+    Raises:
+        PlanError: Naming the attribute.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path, own in attributes.items():
+        for name in own:
+            if path not in modules or type(vars(modules[path]).get(name)) is not int:
+                raise PlanError(
+                    f"{path}.{name}",
+                    law="a whole number that a module of the model keeps",
+                    got="no such attribute" if path in modules else f"no module {path!r}",
+                    cure="make the plan again",
+                )

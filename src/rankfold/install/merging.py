@@ -1,0 +1,102 @@
+"""Shells → dense layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.errors import PlanError
+from rankfold.install.swap import swap, train_as_
+from rankfold.layers import Geometry, adapter_for, dense_geometry, stages, tensor
+from rankfold.linalg.precision import widen
+from rankfold.plan import Decision, Plan
+from rankfold.sites.copies import copied
+from rankfold.sites.models import check_in_place, check_module
+
+
+def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Multiply every shell back into one dense layer: the inverse of `apply`, up to the rank lost.
+
+    Args:
+        model: A compressed model.
+        plan: The plan it was made by.
+        inplace: Change the model itself.
+
+    Returns:
+        A model of the original's structure (transformers' `Conv1D` comes back as `nn.Linear`); layers that lost
+        channels stay narrow.
+
+    Raises:
+        ModelError: The model is no module, or is to be changed in place and is compiled.
+        PlanError: The model is not what the plan makes.
+    """
+    if inplace:
+        check_in_place(model, instead="rankfold.merge with inplace=False")
+    model = check_module(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for decision in plan.changes:
+        shell = modules.get(decision.site)
+        if not _is_shell(shell, decision):
+            raise PlanError(
+                repr(decision.site),
+                law="a shell that the plan made",
+                got=type(shell).__name__,
+                cure="pass the compressed model with its own plan",
+            )
+    model = model if inplace else copied(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    replaced: dict[int, nn.Module] = {}
+    for decision in plan.changes:
+        shell = modules[decision.site]
+        parts = [adapter for layer in shell.children() if (adapter := adapter_for(layer)) is not None]
+        geometries = [part.geometry(layer) for part, layer in zip(parts, shell.children(), strict=True)]
+        replaced[id(shell)] = _dense(list(shell.children()), geometries)
+    return swap(model, replaced)
+
+
+def _is_shell(module: nn.Module | None, decision: Decision) -> bool:
+    """Whether a module is built as the decision's form and rank say."""
+    if module is None or decision.method is None or decision.rank is None:
+        return False
+    layers = list(module.children())
+    adapters = [adapter_for(layer) for layer in layers]
+    parts = [part.geometry(layer) for part, layer in zip(adapters, layers, strict=True) if part is not None]
+    if not layers or len(parts) != len(adapters):
+        return False
+    try:
+        return list(stages(dense_geometry(parts), decision.method.form, decision.rank)) == parts
+    except PlanError:
+        return False
+
+
+def _dense(layers: list[nn.Module], geometries: list[Geometry]) -> nn.Module:
+    geometry = dense_geometry(geometries)
+    weights = [
+        _dense_stage(tensor(layer, "weight"), part, geometry.groups)
+        for layer, part in zip(layers, geometries, strict=True)
+    ]
+    product = weights[0]
+    for weight in weights[1:]:
+        product = torch.einsum("gor...,gri...->goi...", weight, product)
+    first = tensor(layers[0], "weight")
+    dense = geometry.build(device=first.device, dtype=first.dtype)
+    with torch.no_grad():
+        tensor(dense, "weight").copy_(product.flatten(0, 1))
+        if geometry.bias:
+            tensor(dense, "bias").copy_(tensor(layers[-1], "bias"))
+    train_as_(dense, layers[0])
+    if geometry.bias:
+        tensor(dense, "bias").requires_grad_(tensor(layers[-1], "bias").requires_grad)
+    return dense.train(layers[0].training)
+
+
+def _dense_stage(weight: Tensor, part: Geometry, groups: int) -> Tensor:
+    """A stage's weight by group of the layer, groups × out × in × kernel…; more groups of its own lie on a diagonal."""
+    own = part.groups // groups
+    split = torch.unflatten(widen(weight), 0, (groups, own, -1))
+    if own == 1:
+        return split[:, 0]
+    dense = split.new_zeros(groups, own, split.shape[2], own, *split.shape[3:])
+    for index in range(own):
+        dense[:, index, :, index] = split[:, index]
+    return dense.flatten(3, 4).flatten(1, 2)

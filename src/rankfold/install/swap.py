@@ -1,0 +1,109 @@
+"""Modules in the place of others, and models as they were where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rankfold.channels.narrowing import narrow_
+from rankfold.layers import tensor
+from rankfold.plan import Plan
+
+
+def train_as_(new: nn.Module, old: nn.Module) -> None:
+    """Give a module `requires_grad` of the layer whose place it takes: its biases as the bias, all else as the weight.
+
+    Args:
+        new: A shell, or a layer like the old one; changed.
+        old: The layer, which has a weight.
+    """
+    for name, parameter in new.named_parameters():
+        own = getattr(old, "bias", None) if name.rpartition(".")[2] == "bias" else None
+        own = own if isinstance(own, torch.Tensor) else tensor(old, "weight")
+        parameter.requires_grad_(own.requires_grad)
+
+
+def swap(model: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
+    """Put new modules in the place of old ones, found by identity, under every name they have."""
+    if id(model) in replaced:
+        return replaced[id(model)]
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None and id(child) in replaced:
+                setattr(parent, name, replaced[id(child)])
+    return model
+
+
+def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
+    """Make a model what a changed copy of it is, in place.
+
+    Args:
+        model: The original. Parameters that the plan neither cuts nor replaces are the same objects afterwards.
+        changed: The copy, after the plan was carried out.
+        plan: The plan.
+
+    Returns:
+        The root, which is a new module where the model itself is a replaced layer.
+    """
+    new = dict(changed.named_modules(remove_duplicate=False))
+    replaced = {}
+    with undone_on_failure(model) as values:
+        for path, module in list(model.named_modules(remove_duplicate=False)):
+            if any(decision.site == path for decision in plan.changes):
+                replaced[id(module)] = new[path]
+            elif path in new and type(new[path]) is type(module):
+                _take_tensors(module, new[path], values)
+        narrow_(model, {name: {} for name in plan.cuts}, plan.attributes)  # the tensors are narrow; the numbers follow
+        return swap(model, replaced)
+
+
+def _take_tensors(module: nn.Module, new: nn.Module, before: list[tuple[Tensor, Tensor]]) -> None:
+    """A module's own tensors become those of another: by value where the shape is the same, else the tensor itself.
+
+    Args:
+        module: What is changed.
+        new: Holds the tensors.
+        before: Gets each tensor that is written into, with a copy of what it held.
+    """
+    registers: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (module._parameters, new._parameters),
+        (module._buffers, new._buffers),
+    ]
+    with torch.no_grad():
+        for old, own in registers:
+            for name, value in old.items():
+                if value is None or own[name] is None or own[name].shape != value.shape:
+                    old[name] = own[name]
+                elif not torch.equal(value, own[name]):
+                    before.append((value, value.clone()))
+                    value.copy_(own[name])
+
+
+@contextmanager
+def undone_on_failure(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Leave a model as it was if what is done to it in here fails or is stopped by Ctrl-C.
+
+    Yields:
+        A list for what is written into: each tensor, with a copy of what it held. Modules, their registers and
+        attributes are remembered here.
+    """
+    own = ("_parameters", "_buffers", "_modules")
+    before = [(m, dict(vars(m)), [(getattr(m, name), dict(getattr(m, name))) for name in own]) for m in model.modules()]
+    values: list[tuple[Tensor, Tensor]] = []
+    try:
+        yield values
+    except BaseException:
+        for module, attributes, registers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for register, held in registers:
+                register.clear()
+                register.update(held)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        raise

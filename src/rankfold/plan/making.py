@@ -1,0 +1,124 @@
+"""Curves + budget → plan, and what a plan will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rankfold.allocation import Budget, Curves, Lagrangian, RankSelector, Selector
+from rankfold.cost.formula import Cost, dense_cost, site_cost
+from rankfold.data.draws import check_seed
+from rankfold.errors import OptionError, PlanError, shown
+from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.plan import Decision, Plan
+from rankfold.registry import name_of, to_json
+from rankfold.sites.site import Site, Sites
+
+DIGITS = 6  # of a predicted error in a plan: more are not the same on every machine
+CURES: Mapping[type, str] = {
+    Curves: "pass what rankfold.measure gave",
+    Budget: "try rankfold.Budget(params=0.5)",
+    RankSelector: "try rankfold.Uniform(), or leave it out",
+    Selector: "try rankfold.Uniform(), or leave it out",
+    Lockstep: "try rankfold.Lockstep(), or None",
+}
+
+
+def make_plan(
+    curves: Curves,
+    *,
+    budget: Budget,
+    selector: RankSelector | None = None,
+    seed: int = 0,
+    calibration: Mapping[str, Any] | None = None,
+    repair: Lockstep | None = None,
+) -> Plan:
+    """Decide for every site, under one budget for the whole model.
+
+    Args:
+        curves: From `measure`.
+        budget: Upper bounds; all hold for the result.
+        selector: How ranks are chosen; `Lagrangian()` if None.
+        seed: Noted in the plan.
+        calibration: Manifest of the data, noted in the plan.
+        repair: The repair at apply time, noted in the plan and carried out by `apply`.
+
+    Returns:
+        The plan. Its predicted cost (`plan_cost`) is within the budget.
+
+    Raises:
+        BudgetError: The budget cannot be met; the smallest reachable value is named.
+        OptionError: An argument is of another kind.
+    """
+    selector = Lagrangian() if selector is None else selector
+    check_kinds({"curves": (curves, Curves), "budget": (budget, Budget), "selector": (selector, RankSelector)})
+    if repair is not None:
+        check_kinds({"repair": (repair, Lockstep)})
+    check_seed(seed)
+    problem = curves.problem(budget)
+    chosen = selector.select(problem)
+    decisions = []
+    for site, option in zip(curves.sites, chosen, strict=True):
+        if option.method is None:
+            why = site.fixed or "nothing smaller was worth its error"
+            decisions.append(Decision(site.path, why=f"dense: {why}"))
+        else:
+            why = f"rank by {name_of(selector)}"
+            decisions.append(Decision(site.path, option.method, option.rank, why, float(f"{option.error:.{DIGITS}g}")))
+    sites = curves.sites
+    plan = Plan(
+        tuple(decisions),
+        sites.skips,
+        sites.fingerprint,
+        sites.model,
+        budget.to_json(),
+        to_json(selector),
+        seed,
+        dict(calibration or {}),
+        None if repair is None else to_json(repair),
+    )
+    cost = plan_cost(sites, plan).amounts()
+    for name, bound in budget.bounds(sites.cost).items():
+        if cost[name] > bound:
+            raise PlanError(
+                type(selector).__name__,
+                law=f"a selector keeps to the budget of {bound} {name}",
+                got=str(cost[name]),
+                cure="this is a defect of the selector; please report it",
+            )
+    return plan
+
+
+def check_kinds(given: Mapping[str, tuple[Any, type]]) -> None:
+    """Refuse arguments that are no instance of their class.
+
+    Args:
+        given: For each argument its value and the class.
+
+    Raises:
+        OptionError: Naming the argument.
+    """
+    for place, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            raise OptionError(place, law=f"an instance of {kind.__name__}", got=shown(value), cure=CURES[kind])
+
+
+def decision_cost(site: Site, decision: Decision) -> Cost:
+    """Predicted cost of one site."""
+    if decision.method is None or decision.rank is None:
+        return dense_cost(site)
+    return site_cost(site, decision.method.form, decision.rank)
+
+
+def plan_cost(sites: Sites, plan: Plan) -> Cost:
+    """Predicted cost of the whole compressed model: equal to what `count` finds on the live one.
+
+    Args:
+        sites: Of the model that the decisions are on: the original, or the narrowed one where the plan cuts channels.
+        plan: Any plan of that model.
+    """
+    total = sites.cost
+    for decision in plan.decisions:
+        site = sites.at(decision.site)
+        total = total - dense_cost(site) + decision_cost(site, decision)
+    return total

@@ -1,0 +1,239 @@
+"""Channel groups + budget → a plan that removes channels, and cuts what is left by the other families."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import nn
+
+from rankfold.allocation import Budget, Curves, RankSelector
+from rankfold.allocation.measuring import measure
+from rankfold.channels.elimination import RemovalCurve, even, removal_curves
+from rankfold.channels.groups import ChannelGroup, find_channels
+from rankfold.channels.ledger import Stack, Widths, stacks_of
+from rankfold.channels.narrowing import Attributes, Cuts, attributes_of, cuts_of, fold_and_cut_, narrowed_sites
+from rankfold.channels.stock import is_stock, stock_units
+from rankfold.channels.trial import removable
+from rankfold.channels.widths import WidthSelector
+from rankfold.cost.counted import count
+from rankfold.data.batches import Batch
+from rankfold.decompositions import Decomposition, Interpolative
+from rankfold.distributed import ALONE, World
+from rankfold.errors import SiteError
+from rankfold.plan import ChannelDecision, Decision, Plan
+from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.making import make_plan
+from rankfold.registry import name_of, to_json
+from rankfold.sites.copies import copied
+from rankfold.sites.finding import fingerprint
+from rankfold.sites.site import Sites, Skip
+from rankfold.statistics import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Remover:
+    """What all plans that remove channels of one model share.
+
+    Attributes:
+        model: The original.
+        example: One batch.
+        sites: Its sites.
+        stats: Its statistics.
+        method: Says the rule.
+        curves: One a group.
+        stacks: Which groups go together, and how far.
+        norms: Running mean of the batch norm that can absorb a layer's bias, by path.
+        skips: Layers whose channels must stay, with the reason, by path.
+    """
+
+    model: nn.Module
+    example: Batch
+    sites: Sites
+    stats: Statistics
+    method: Interpolative
+    curves: tuple[RemovalCurve, ...]
+    stacks: tuple[Stack, ...]
+    norms: Mapping[str, str | None]
+    skips: Mapping[str, str]
+    narrowed: dict[tuple[object, ...], Curves] = field(default_factory=dict)  # rank curves by what was removed
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example: Batch,
+        sites: Sites,
+        stats: Statistics,
+        method: Interpolative,
+        *,
+        selectors: Collection[WidthSelector] = (),
+        seed: int = 0,
+    ) -> Remover:
+        """Find the groups and measure what removing their units costs.
+
+        Each group is tried first: without a fold, a copy of the model without some units must compute what the original
+        computes when nobody reads them. A group of which that is not true is skipped with what went wrong.
+
+        Args:
+            model: The original.
+            example: One batch.
+            sites: Its sites.
+            stats: Its statistics.
+            method: Says the rule.
+            selectors: Which will be asked for plans; they say what the curves have to hold.
+            seed: Of the rule "random".
+
+        Raises:
+            SiteError: There is no group whose channels can be removed.
+        """
+        channels = find_channels(model, sites)
+        groups: list[ChannelGroup] = [group for group in channels if even(group)]
+        skips = {skip.path: skip.reason for skip in channels.skips}
+        skips |= {group.name: "frozen: its units are read unevenly" for group in channels if group not in groups}
+        any_batch = sites.graph.static_batch is None
+        groups, refused = removable(model, groups, example, any_batch=any_batch)
+        skips |= refused
+        if not groups or sites.graph.program is None:
+            reasons = "; ".join(f"{path}: {reason}" for path, reason in list(skips.items())[:3])
+            raise SiteError(
+                str(method),
+                law="there are channels that can be removed",
+                got=f"none ({reasons})" if reasons else "none",
+                cure="use low-rank families",
+            )
+        stock = method.uniform and is_stock(model)
+        stacks = stacks_of(
+            groups,
+            multiple_of=method.multiple_of,
+            uniform=method.uniform,
+            allowed=partial(stock_units, model) if stock else None,
+        )
+        if stock:
+            skips |= {
+                groups[i].name: "frozen: no configuration of its class says fewer"
+                for stack in stacks
+                for i in stack.members
+                if len(stack.allowed) == 1
+            }
+        norms = {call.path: call.norm for call in sites.in_graph()}
+        curves = removal_curves(
+            model,
+            groups,
+            stats,
+            sites=sites,
+            method=method,
+            norms=norms,
+            remainders=any("remainders" in each.reads for each in selectors),
+            relative=any("relative" in each.reads for each in selectors),
+            seed=seed,
+        )
+        return cls(model, example, sites, stats, method, tuple(curves), stacks, norms, skips)
+
+    def plan(
+        self,
+        budget: Budget,
+        *,
+        share: float,
+        sizes: WidthSelector,
+        families: Sequence[Decomposition],
+        selector: RankSelector,
+        seed: int,
+        repair: Lockstep | None,
+        world: World = ALONE,
+    ) -> Plan:
+        """A plan in which channels make a share of the way to the budget, and the other families the rest.
+
+        Args:
+            budget: For the whole model.
+            share: In (0, 1]; at 1 every layer stays dense on what channels it has left.
+            sizes: How many units of each group go.
+            families: For the rest of the way; read where `share` is below 1.
+            selector: Chooses their ranks.
+            seed: Noted in the plan.
+            repair: Noted in the plan.
+            world: The processes that share the curves out among them.
+
+        Raises:
+            BudgetError: The budget cannot be met on this way.
+        """
+        whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
+        part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
+        widths = Widths(self.model, self.curves, self.sites, part, self.stacks)
+        sizes.select(widths)
+        chosen = widths.chosen()
+        decided = []
+        for curve in self.curves:
+            units, left = curve.group.units, chosen[curve.group.name]
+            if left < units:
+                kept = curve.kept(left, self.method)
+                decided.append(
+                    ChannelDecision(
+                        curve.group.name,
+                        units,
+                        kept,
+                        f"width by {name_of(sizes)}; the others are predicted linearly from these",
+                        self.method.fold,
+                    )
+                )
+        masks = {decision.group: _mask(decision) for decision in decided}
+        groups = [curve.group for curve in self.curves]
+        cuts, attributes = cuts_of(self.model, groups, masks), attributes_of(groups, masks)
+        if share < 1 and families:
+            key = (*decided, *families)
+            if key not in self.narrowed:
+                self.narrowed[key] = self._curves(cuts, attributes, families, world)
+            plan = make_plan(
+                self.narrowed[key],
+                budget=Budget(**bounds),
+                selector=selector,
+                seed=seed,
+                calibration=self.stats.manifest,
+                repair=repair,
+            )
+        else:
+            plan = Plan(
+                tuple(
+                    Decision(site.path, why=f"dense: {site.fixed or 'on the channels it has left'}")
+                    for site in self.sites
+                ),
+                self.sites.skips,
+                self.sites.fingerprint,
+                self.sites.model,
+                seed=seed,
+                calibration=dict(self.stats.manifest),
+                repair=None if repair is None else to_json(repair),
+            )
+        return replace(
+            plan,
+            fingerprint=self.sites.fingerprint,
+            budget=budget.to_json(),
+            skips=(*plan.skips, *(Skip(path, f"channels {reason}") for path, reason in self.skips.items())),
+            channels=tuple(decided),
+            cuts=cuts,
+            attributes=attributes,
+            removal=to_json(self.method) if decided else None,
+            width_selector=to_json(sizes) if decided else None,
+        )
+
+    def _curves(self, cuts: Cuts, attributes: Attributes, families: Sequence[Decomposition], world: World) -> Curves:
+        """Rank curves of the model as some cuts leave it."""
+        narrow = copied(self.model)
+        norms = self.norms if self.method.fold else None
+        stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms, attributes)
+        sites = replace(
+            self.sites,
+            sites=narrowed_sites(self.model, self.sites, cuts),
+            cost=count(narrow, self.example),
+            original=self.sites.whole,
+            fingerprint=fingerprint(narrow),
+        )
+        return measure(narrow, stats, sites=sites, families=families, world=world)
+
+
+def _mask(decision: ChannelDecision) -> torch.Tensor:
+    mask = torch.zeros(decision.units, dtype=torch.bool)
+    mask[list(decision.kept)] = True
+    return mask

@@ -1,0 +1,1 @@
+"""Layers that can be compressed, and why the others can not."""

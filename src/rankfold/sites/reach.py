@@ -1,0 +1,129 @@
+"""How far a model can be cut at all, and which layers stand in the way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rankfold.cost.formula import RESOURCES, Cost, Holding, dense_cost
+from rankfold.errors import BudgetError
+from rankfold.sites.site import Sites
+
+NO_MATRIX = "no matrix: its tensors have fewer than two axes, or are no weights"
+NO_WEIGHT = "no weight: it multiplies activations with each other, or weights of other modules"
+NOTHING_SMALLER = "no smaller form: none of the families given makes it smaller"
+NO_CHANNELS = "frozen: no channels of it can be removed, and no other family was given"
+
+
+@dataclass(frozen=True)
+class Blocker:
+    """A module that no compression makes smaller.
+
+    Attributes:
+        path: Dotted path; "" is the model's own code.
+        kind: Name of its class.
+        amount: What it has of the resource itself, its children left out.
+        share: Of the whole original model, 0 to 1.
+        reason: Why it stays, as *kind: explanation*.
+    """
+
+    path: str
+    kind: str
+    amount: int
+    share: float
+    reason: str
+
+    def __str__(self) -> str:
+        """For a message: path, class, share and reason."""
+        return f"{self.path or '(the model)'} ({self.kind}, {self.share:.4f}, {self.reason})"
+
+
+def cuttable(sites: Sites) -> Cost:
+    """What the sites cost as they are: all that ranks and channels can be cut from, norms between them left out."""
+    return sum((dense_cost(site) for site in sites), Cost())
+
+
+def reach(sites: Sites) -> dict[str, float]:
+    """Share of the whole original model that can be cut, 0 to 1, by resource."""
+    part, whole = cuttable(sites).amounts(), sites.whole.amounts()
+    return {name: part[name] / max(whole[name], 1) for name in RESOURCES}
+
+
+def blockers(
+    sites: Sites, resource: str, *, most: int | None = 5, frozen: Mapping[str, str] | None = None
+) -> tuple[Blocker, ...]:
+    """The modules that hold most of a resource and that no compression makes smaller, largest first.
+
+    Args:
+        sites: From `find_sites`, selected or not.
+        resource: "params", "macs" or "bytes".
+        most: At most so many; None is all.
+        frozen: Sites that the given families cannot cut, each with the reason.
+    """
+    frozen = frozen or {}
+    whole = max(sites.whole.amounts()[resource], 1)
+    skips = {skip.path: skip.reason for skip in sites.skips}
+    cut = {site.path for site in sites} - set(frozen)
+    found = []
+    for holding in sites.holdings:
+        amount = holding.cost.amounts()[resource]
+        if amount and holding.path not in cut:
+            reason = _reason(holding, {**skips, **frozen})
+            found.append(Blocker(holding.path, holding.kind, amount, amount / whole, reason))
+    found.sort(key=lambda one: -one.amount)
+    return tuple(found[:most])
+
+
+def _reason(holding: Holding, known: Mapping[str, str]) -> str:
+    """Why a module stays."""
+    owner = holding.path.partition(".parametrizations")[0]  # what computes a weight belongs to the layer that reads it
+    if (reason := known.get(holding.path, known.get(owner))) is not None:
+        return reason
+    return NO_MATRIX if holding.cost.bytes else NO_WEIGHT
+
+
+def unreachable(
+    original: Cost,
+    bounds: Mapping[str, int],
+    smallest: Mapping[str, int],
+    *,
+    sites: Sites | None,
+    frozen: Mapping[str, str] | None = None,
+    cure: str = "",
+) -> BudgetError:
+    """The error for bounds that the smallest reachable model is over.
+
+    Args:
+        original: Cost of the whole original model.
+        bounds: On the whole model, by resource; one of them is broken.
+        smallest: The smallest reachable value of each.
+        sites: Of the model, whose blockers are named; None where there is no model.
+        frozen: See `blockers`.
+        cure: What else helps than a larger bound.
+    """
+    whole = original.amounts()
+    broken = [name for name, bound in bounds.items() if smallest[name] > bound]
+    parts, unselected, unreduced = [], False, False
+    for name in broken:
+        text = f"{name} at most {bounds[name]} where the smallest is {smallest[name]}"
+        text += f" ({smallest[name] / max(whole[name], 1):.4f} of {whole[name]})"
+        left = () if sites is None else blockers(sites, name, most=None, frozen=frozen)
+        if left:
+            few, more = left[:5], left[5:]
+            text += f"; what stays: {', '.join(map(str, few))}"
+            text += f" and {len(more)} more ({sum(one.share for one in more):.4f})" if more else ""
+        parts.append(text)
+        unselected |= any(one.reason.startswith("not selected") for one in left)
+        unreduced |= 2 * sum(one.amount for one in left) < smallest[name]
+    needed = ", ".join(f"{name}={math.ceil(1e4 * smallest[name] / max(whole[name], 1)) / 1e4:g}" for name in broken)
+    cures = [f"raise the bound (at least {needed})"]
+    cures += ["select more layers"] if unselected else []
+    cures += [cure or "allow more families"] if unreduced else []
+    return BudgetError(
+        f"Budget.{broken[0]}",
+        law="the smallest reachable model is within every bound",
+        got=" and ".join(parts),
+        cure=", or ".join(cures),
+        smallest=dict(smallest),
+    )

@@ -1,0 +1,152 @@
+"""What a site is: a layer that can be compressed, or one that is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+from rankfold.cost.formula import Cost, Holding
+from rankfold.errors import SiteError, near_matches
+from rankfold.graph.regions import Call, find_calls
+from rankfold.graph.trace import Graph
+from rankfold.layers import Geometry
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place that can be compressed. Holds no tensor.
+
+    Attributes:
+        path: Dotted path of the module; "" for a model that is itself one layer.
+        aliases: Other paths of the same module.
+        kind: Layer kind, as its adapter names it.
+        geometry: Shape and wiring.
+        calls: For every call of a forward on one sample: the spatial size of the input, and how often the layer is
+            applied in it (tokens of a linear layer; 1 for a convolution). Counts are per sample.
+        element_size: Bytes of one weight element.
+        fixed: Why no other module can take the layer's place, where it can still lose channels; "" where one can.
+        rows: How many entries the axis of samples has at a call of one sample alone: 1, or several, as of windows or
+            where time stands in front; empty where that is not known.
+    """
+
+    path: str
+    aliases: tuple[str, ...]
+    kind: str
+    geometry: Geometry
+    calls: tuple[tuple[tuple[int, ...], int], ...]
+    element_size: int
+    fixed: str = ""
+    rows: tuple[int, ...] = ()
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the weight over all groups, out × in/groups × kernel…."""
+        out, *rest = self.geometry.canonical_shape
+        return (out * self.geometry.groups, *rest)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per sample."""
+        return sum(count * self.geometry.macs(size) for size, count in self.calls)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The path and its aliases."""
+        return (self.path, *self.aliases)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer left alone, with the reason.
+
+    Attributes:
+        path: Dotted path of the module.
+        reason: Why, as *kind: explanation*.
+    """
+
+    path: str
+    reason: str
+
+    @property
+    def kind(self) -> str:
+        """Kind of the reason, for counting: "tied", "quantised", "no room", …"""
+        return self.reason.partition(":")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Sites(Sequence[Site]):
+    """What `find_sites` found.
+
+    Attributes:
+        sites: In the order of the model's modules.
+        skips: Everything that holds a weight of two or more axes and is no site.
+        graph: The traced forward, or the reason why there is none.
+        cost: Of the whole model.
+        fingerprint: SHA-256 over the names, shapes and dtypes of the model's state.
+        model: Name of the model's class.
+        fixed: Layers among the skips that can lose channels, though no other module can take their place.
+        holdings: What each module holds and multiplies itself, by path, in the order of the model's modules.
+        uncounted: Operators that multiply matrices, or may, and are in no count of MACs, with where they are called.
+        original: Cost of the model before any channel went, where these are the sites of a narrowed one.
+    """
+
+    sites: tuple[Site, ...]
+    skips: tuple[Skip, ...]
+    graph: Graph
+    cost: Cost
+    fingerprint: str
+    model: str
+    fixed: tuple[Site, ...] = ()
+    holdings: tuple[Holding, ...] = ()
+    uncounted: tuple[str, ...] = ()
+    original: Cost | None = None
+
+    @property
+    def whole(self) -> Cost:
+        """Cost of the whole original model, which every share is a share of."""
+        return self.cost if self.original is None else self.original
+
+    def in_graph(self) -> list[Call]:
+        """Every call of the sites' layers in the graph, in its order; none where there is no graph."""
+        names = {path: site.path for site in self for path in site.paths}
+        return [] if self.graph.program is None else find_calls(self.graph.program, names)
+
+    def with_fixed(self) -> Sites:
+        """The same with the fixed layers among the sites, for the removal of channels."""
+        paths = {site.path for site in self.fixed}
+        skips = tuple(skip for skip in self.skips if skip.path not in paths)
+        return replace(self, sites=(*self.sites, *self.fixed), skips=skips, fixed=())
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Site]: ...
+    def __getitem__(self, index: int | slice) -> Site | Sequence[Site]:
+        """The site at a position."""
+        return self.sites[index]
+
+    def __len__(self) -> int:
+        """Number of sites."""
+        return len(self.sites)
+
+    def __iter__(self) -> Iterator[Site]:
+        """The sites."""
+        return iter(self.sites)
+
+    def at(self, path: str) -> Site:
+        """The site at a path or alias.
+
+        Raises:
+            SiteError: There is none; near matches are named.
+        """
+        for site in self.sites:
+            if path in site.paths:
+                return site
+        reason = next((skip.reason for skip in self.skips if skip.path == path), None)
+        raise SiteError(
+            repr(path),
+            law="the path of a site",
+            got=f"a skipped layer ({reason})" if reason else "an unknown path",
+            cure=near_matches(path, [p for site in self.sites for p in site.paths]),
+        )

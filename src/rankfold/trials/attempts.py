@@ -1,0 +1,76 @@
+"""What comes of carrying out a plan, and how long it took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from rankfold.comparison.compare import Comparison
+from rankfold.cost.formula import Cost
+from rankfold.cost.latency import Latency, latency_ratio
+from rankfold.data.batches import Batch, batch_size, take
+from rankfold.distributed import world
+from rankfold.plan import Plan
+from rankfold.report.data import Candidate
+from rankfold.sites.site import Sites
+
+LATENCY_SAMPLES = 32  # samples of a batch that are timed at most, where the model takes a batch of any size
+
+
+@dataclass(frozen=True, eq=False)
+class Attempt:
+    """One plan carried out.
+
+    Attributes:
+        comparison: On the held-out samples.
+        model: The compressed model.
+        plan: The plan.
+        details: Of the report.
+        cost: Counted on the compressed model; None for a trial on a part of the samples, which nobody gets.
+        errors: Of the sites that a repair solved, on held-out samples: without it, and as installed.
+    """
+
+    comparison: Comparison
+    model: nn.Module
+    plan: Plan
+    details: tuple[str, ...]
+    cost: Cost | None = None
+    errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def told(self, name: str, samples: int | None = None) -> Candidate:
+        """For the report: by name, and how many samples it was carried out on where these are not all."""
+        return Candidate(name, self.comparison.divergence, self.comparison.agreement, False, samples)
+
+
+def one_latency(original: nn.Module, compressed: nn.Module, example: Batch, samples: int | None) -> Latency:
+    """Measured by the first process while all others wait, so that none disturbs it.
+
+    Args:
+        original: The original.
+        compressed: The compressed model.
+        example: One batch.
+        samples: At most so many of it are timed; None is all, where the model may take no other size.
+    """
+    if samples is not None:
+        example = take(example, torch.arange(min(batch_size(example), samples)))
+    together_with = world()
+    latency = torch.zeros(3, dtype=torch.float64)
+    if together_with.owns(0):
+        measured = latency_ratio(original, compressed, example)
+        latency = torch.tensor([measured.ratio, measured.lower, measured.upper], dtype=torch.float64)
+    together_with.broadcast_([latency], 0)
+    return Latency(*latency.tolist())
+
+
+def uncalled(sites: Sites, plan: Plan) -> list[str]:
+    """A remark on layers that the forward does not reach, where channels went that such a layer may read."""
+    left = [skip.path for skip in sites.skips if skip.reason.startswith("not called")]
+    if not left or not plan.cuts:
+        return []
+    return [
+        f"as wide as before, though channels went: {', '.join(left)}, which the forward on the example does not "
+        "reach; code that calls them elsewhere (in training, say) may find channels gone"
+    ]

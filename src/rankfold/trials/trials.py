@@ -1,0 +1,221 @@
+"""Proposals → the plan whose outputs are closest to the original's on held-out samples, carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from rankfold.allocation import Budget
+from rankfold.applying import carry_out
+from rankfold.clock import Clock
+from rankfold.comparison.compare import compare
+from rankfold.cost.counted import count
+from rankfold.data.batches import Batch, batch_size, micro_batches
+from rankfold.data.splits import HELD_OUT, Part, first_of, joined
+from rankfold.distributed import world
+from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError
+from rankfold.graph.spill import Spill
+from rankfold.outputs.taken import Taken
+from rankfold.plan import Plan
+from rankfold.progress import Progress
+from rankfold.proposals import Proposal, plans_from
+from rankfold.registry import to_json
+from rankfold.repair import Lockstep
+from rankfold.repair.site import always_solve
+from rankfold.report.data import Candidate
+from rankfold.sites.copies import copied
+from rankfold.sites.site import Sites
+from rankfold.statistics import Statistics
+from rankfold.store.work import Work
+from rankfold.trials.attempts import Attempt
+
+FINALISTS = 2  # so many of the plans tried on a part are carried out on all samples
+FEWEST = 64  # samples of the part on which the others are
+SPARSEST = 8  # the part has at least one sample in so many
+LARGEST_BATCH = 128  # small batches of the part are put together up to this: a trial costs calls more than samples
+DENSER = 2  # on a part of the samples so many times the positions of each are looked at
+
+
+@dataclass(eq=False)
+class Trials:
+    """What carries plans out on a copy of one model and judges them.
+
+    Attributes:
+        model: The original.
+        batches: The calibration data.
+        sites: Its sites.
+        judged: The held-out samples, or all where none are.
+        stats: Its statistics.
+        every: One sample in so many is held out.
+        outputs: What the model's outputs are.
+        work: Keeps what is finished.
+        clock: Adds up the seconds of each stage.
+        progress: Told about every step.
+        spill: Where a repair keeps its values.
+        notes: Remarks for the report: plans that dropped out.
+    """
+
+    model: nn.Module
+    batches: Iterable[Batch]
+    sites: Sites
+    judged: Iterable[Batch]
+    stats: Statistics
+    every: int
+    outputs: Taken | None
+    work: Work
+    clock: Clock
+    progress: Progress
+    spill: Spill
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def at_once(self) -> int | None:
+        """Samples of a batch that are compared at once; None is all, where the model may take no other number."""
+        graph = self.sites.graph
+        return None if graph.program is None or graph.static_batch is not None else graph.at_once(LARGEST_BATCH)
+
+    def attempt(self, plan: Plan, part: Sequence[Batch] | None = None) -> Attempt:
+        """Carry a plan out on a copy and compare it on the held-out samples.
+
+        Args:
+            plan: The plan.
+            part: The samples it is carried out on; None is all.
+        """
+        world().agree("plan", plan.to_json())
+        remembered = plan.repair is not None and part is None
+
+        def work() -> Attempt:
+            carried = carry_out(
+                self.model,
+                copied(self.model),
+                plan,
+                sites=self.sites,
+                stats=self.stats,
+                batches=self.batches if part is None else part,
+                spill=self.spill,
+                recall=lambda base: self.work.sites(base, plan) if remembered else always_solve,
+                progress=self.progress,
+                world=world(),
+                drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
+            )
+            comparison = compare(
+                self.model, carried.model, self.judged, outputs=self.outputs, at_once=self.at_once, world=world()
+            )
+            cost = count(carried.model, first_of(self.batches)) if part is None else None
+            return Attempt(comparison, carried.model, plan, carried.details, cost, carried.errors)
+
+        return self.clock.time("apply" if plan.repair is None else "repair", work)
+
+    def best(self, proposals: Sequence[Proposal], budget: Budget) -> tuple[Attempt, list[Candidate]]:
+        """The plan closest to the original on held-out samples, and how all of them did.
+
+        With a repair, where there are many, all are carried out on a part of the samples first, and the best on all;
+        these are told of twice.
+
+        Args:
+            proposals: Of plans.
+            budget: Their budget.
+        """
+        part = None
+        if self.sites.graph.static_batch is None:
+            part = part_of(self.batches, self.stats.manifest["samples"], held_out=self.every, processes=world().size)
+        chosen = [proposal for proposal in proposals if proposal.always or part is not None]
+        plans = self.clock.time("plans", lambda: plans_from(chosen, budget.bounds(self.sites.cost)))
+        best: list[Attempt] = []
+        repaired = any(plan.repair is not None for plan in plans.values())
+        samples = None if part is None else sum(batch_size(batch) for batch in part)
+
+        def whole(name: str, plan: Plan) -> Candidate:
+            def work() -> Candidate:
+                attempt = self.attempt(plan)
+                if attempt.cost is not None:
+                    budget.check_held(attempt.cost, self.sites.cost)
+                if not best or attempt.comparison.divergence < best[0].comparison.divergence:
+                    best[:] = [attempt]  # one compressed model at a time is kept
+                return attempt.told(name)
+
+            return replace(self.work.result(plan, "all", Candidate, work), selector=name)
+
+        def trial(name: str, plan: Plan) -> Candidate:
+            def work() -> Candidate:
+                return self.attempt(plan, part).told(name, samples)
+
+            return replace(self.work.result(plan, f"a part of {samples}", Candidate, work), selector=name)
+
+        if part is None or not repaired or len(plans) <= FINALISTS:
+            done, tried = self._each("candidates", plans, whole), []
+        else:
+            tried = self._each("trials", plans, trial)
+            tried.sort(key=lambda one: one.divergence)
+            ranked = {one.selector: plans[one.selector] for one in tried}
+            done = self._each("candidates", ranked, whole, wanted=FINALISTS)
+        least = min(done, key=lambda one: one.divergence)
+        plan = plans[least.selector]
+        if len(plans) > 1 and self.every < HELD_OUT and plan.repair == to_json(Lockstep()):
+            # with few samples, what a repair fits to them may not hold for others
+            bare = {f"{least.selector}, no repair": replace(plan, repair=None)}
+            done += self._each("candidates", bare, whole, others=done)
+            plans |= bare
+            least = min(done, key=lambda one: one.divergence)
+        if not best or best[0].plan is not plans[least.selector]:  # an earlier run judged it: its sites are kept
+            best[:] = [self.attempt(plans[least.selector])]
+        return best[0], [*(replace(one, taken=one is least) for one in done), *tried]
+
+    def _each(
+        self,
+        stage: str,
+        plans: Mapping[str, Plan],
+        work: Callable[[str, Plan], Candidate],
+        *,
+        wanted: int | None = None,
+        others: Sequence[Candidate] = (),
+    ) -> list[Candidate]:
+        """Some work for every plan, or for as many as are wanted; one that fails drops out while another is left.
+
+        Args:
+            stage: For the progress.
+            plans: By name.
+            work: What is done for each.
+            wanted: How many; None is all.
+            others: What is done already, and left where all of these fail.
+        """
+        done: list[Candidate] = []
+        failures: list[SelfCheckError | PlanError | NumericsError | BudgetError] = []
+        wanted = len(plans) if wanted is None else min(wanted, len(plans))
+        with self.progress(stage, wanted) as advance:
+            for name, plan in plans.items():
+                if len(done) == wanted:
+                    break
+                try:
+                    done.append(work(name, plan))
+                except (SelfCheckError, PlanError, NumericsError, BudgetError) as cause:
+                    if (len(plans) == 1 and not others) or world().size > 1:
+                        raise
+                    failures.append(cause)
+                    self.notes.append(f"candidate {name} was dropped: {cause}")
+                    continue
+                advance()
+        if not done and not others:
+            raise failures[0]
+        return done
+
+
+def part_of(batches: Iterable[Batch], samples: int, *, held_out: int, processes: int) -> list[Batch] | None:
+    """A part of the samples to try many plans on, or None where they are too few for that, and for many plans.
+
+    Args:
+        batches: All samples.
+        samples: How many of those are fitted on.
+        held_out: One sample in this many is not.
+        processes: That share the batches; each needs one, so batches are cut where they are too few.
+    """
+    every = min(SPARSEST, samples // FEWEST)
+    if every < 2:
+        return None
+    part = joined(Part(batches, every, held_out), LARGEST_BATCH)
+    if len(part) < processes:
+        size = max(1, sum(batch_size(batch) for batch in part) // processes)
+        part = [piece for piece, _ in micro_batches(iter(part), size)]
+    return part
