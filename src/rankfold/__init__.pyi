@@ -1,5 +1,4 @@
 from ._version import __version__ as __version__
-from .allocation import Budget as Budget
 from .allocation import Energy as Energy
 from .allocation import HalfWay as HalfWay
 from .allocation import Lagrangian as Lagrangian
@@ -29,6 +28,7 @@ from .comparison.corruptions import Noise as Noise
 from .comparison.decisions import Decisions as Decisions
 from .comparison.decisions import decisions as decisions
 from .comparison.tally import Comparison as Comparison
+from .cost.resources import Budget as Budget
 from .decompositions import SVD as SVD
 from .decompositions import Decomposition as Decomposition
 from .decompositions import Family as Family

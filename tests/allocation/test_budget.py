@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankfold.allocation import Budget
-from rankfold.cost.formula import Cost
+from rankfold.cost.resources import Cost
 from rankfold.errors import BudgetError
 
 WHOLE = Cost(1000, 2_000_000, 4000)

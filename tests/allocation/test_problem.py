@@ -8,7 +8,8 @@ from torch import nn
 
 from rankfold.allocation import Budget, Curves, Lagrangian, Rounded
 from rankfold.allocation.measuring import measure
-from rankfold.cost.formula import Cost, dense_cost
+from rankfold.cost.formula import dense_cost
+from rankfold.cost.resources import Cost
 from rankfold.decompositions import SVD, SpatialSVD
 from rankfold.errors import BudgetError
 from rankfold.sites.finding import find_sites

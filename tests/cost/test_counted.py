@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import rankfold as rf
 from rankfold.cost.counted import count, count_bytes, count_macs, count_params, run_one
-from rankfold.cost.formula import Cost, dense_cost, site_cost
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.cost.resources import Cost
 from rankfold.decompositions import Decomposition
 from rankfold.errors import PlanError
 from rankfold.plan.making import decision_cost, plan_cost

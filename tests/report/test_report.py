@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.cost.counted import count
-from rankfold.cost.formula import Cost
+from rankfold.cost.resources import Cost
 from rankfold.report.data import Candidate, Row
 from rankfold.report.table import render_sites
 from rankfold.serialization import canonical_json

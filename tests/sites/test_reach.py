@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.cost.counted import count
-from rankfold.cost.formula import Cost
+from rankfold.cost.resources import Cost
 from rankfold.errors import BudgetError
 from rankfold.sites.reach import blockers, cuttable, reach
 from rankfold.testing import random_network

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import rankfold as rf
 import rankfold.store.checkpoint as checkpoint
 from rankfold.comparison.compare import Comparison
-from rankfold.cost.formula import Cost
+from rankfold.cost.resources import Cost
 from rankfold.errors import CheckpointError, ModelError, OptionError, PlanError, WriteError
 
 STORED = sorted((Path(__file__).parents[1] / "checkpoints").iterdir())

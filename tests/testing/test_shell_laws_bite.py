@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankfold.allocation import Budget
-from rankfold.cost.formula import Cost
+from rankfold.cost.resources import Cost
 from rankfold.decompositions import SVD, Decomposition, WhitenedSVD
 from rankfold.install.fill import filler, install_shells
 from rankfold.plan.making import make_plan

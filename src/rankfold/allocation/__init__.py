@@ -1,13 +1,16 @@
 """From curves and a budget to one decision a site."""
 
+import importlib
+import pkgutil
+
 from rankfold.allocation._base import RankSelector, Selector
 from rankfold.allocation._energy import Energy
 from rankfold.allocation._half_way import HalfWay
 from rankfold.allocation._lagrangian import Lagrangian
 from rankfold.allocation._rounded import Rounded
 from rankfold.allocation._uniform import Uniform
-from rankfold.allocation.budget import Budget
 from rankfold.allocation.curve import Curves, Option, Problem, RankCurve
+from rankfold.cost.resources import Budget
 
 __all__ = [
     "Budget",
@@ -23,3 +26,7 @@ __all__ = [
     "Selector",
     "Uniform",
 ]
+
+for _selector in pkgutil.iter_modules(__path__):  # every file named _SELECTOR.py registers one
+    if _selector.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_selector.name}")

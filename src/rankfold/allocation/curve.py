@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from rankfold.allocation.budget import Budget
-from rankfold.cost.formula import Cost, dense_cost
+from rankfold.cost.formula import dense_cost
+from rankfold.cost.resources import Budget, Cost
 from rankfold.decompositions import Decomposition
 from rankfold.factors import Rank
 from rankfold.sites.reach import NOTHING_SMALLER, unreachable

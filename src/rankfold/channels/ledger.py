@@ -12,10 +12,13 @@ from torch import nn
 
 from rankfold.channels.elimination import RemovalCurve
 from rankfold.channels.groups import ChannelGroup
-from rankfold.cost.formula import Cost, dense_cost
+from rankfold.cost.formula import dense_cost
+from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.errors import BudgetError
 from rankfold.sites.reach import NO_CHANNELS, unreachable
 from rankfold.sites.site import Sites
+
+NAMES = tuple(RESOURCES)
 
 
 @dataclass(frozen=True)
@@ -172,9 +175,7 @@ class _Ledger:
         weights = {f"{path}.weight" if path else "weight": path for path in self._sites}
         biases = {f"{path}.bias" if path else "bias" for path in self._sites}
         self._changes: list[dict[str, list[torch.Tensor]]] = []  # group → layer → inputs, outputs gone by units removed
-        self._carried: list[
-            torch.Tensor
-        ] = []  # group → parameters and bytes gone by units removed, shape (2, units + 1)
+        self._carried: list[torch.Tensor] = []  # group → amounts gone by units removed, shape (resources, units + 1)
         for curve in curves:
             units, order = curve.group.units, curve.order
             changes: dict[str, list[torch.Tensor]] = {}
@@ -187,9 +188,9 @@ class _Ledger:
             for side, table in enumerate((curve.group.read, curve.group.made)):
                 for path, own in table.items():
                     changes.setdefault(path, [torch.zeros(units + 1, dtype=torch.int64)] * 2)[side] = gone(own)
-            carried = torch.zeros(3, units + 1, dtype=torch.int64)
+            carried = torch.zeros(len(RESOURCES), units + 1, dtype=torch.int64)
             if curve.group.macs:
-                carried[2, 1:] = torch.tensor(curve.group.macs)[order].cumsum(0)
+                carried[NAMES.index("macs"), 1:] = torch.tensor(curve.group.macs)[order].cumsum(0)
             for name, axes in curve.group.carried.items():
                 if name in weights:  # a depthwise convolution
                     both = gone(axes[0])
@@ -198,8 +199,8 @@ class _Ledger:
                     value = tensors[name]
                     for axis, own in axes.items():
                         slices = gone(own) * (value.numel() // value.shape[axis])
-                        carried[0] += slices * (name in parameters)
-                        carried[1] += slices * value.element_size()
+                        carried[NAMES.index("params")] += slices * (name in parameters)
+                        carried[NAMES.index("bytes")] += slices * value.element_size()
             self._changes.append(changes)
             self._carried.append(carried)
 
@@ -214,7 +215,7 @@ class _Ledger:
             after_in, after_out = have_in - fewer_in, have_out - fewer_out
             total = total + self._layer(path, have_in, have_out) - self._layer(path, after_in, after_out)
         gone = self._carried[group][:, units - after] - self._carried[group][:, units - left]
-        return total + Cost(int(gone[0]), int(gone[2]), int(gone[1]))
+        return total + Cost(*map(int, gone))
 
     def take(self, group: int, left: int, after: int) -> None:
         """Carry out a step, forwards or back."""

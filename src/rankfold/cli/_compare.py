@@ -21,8 +21,8 @@ from rankfold.progress import Progress, progress_bar
 
 if TYPE_CHECKING:
     from rankfold.comparison.compare import Comparison
-    from rankfold.cost.formula import Cost
     from rankfold.cost.latency import Latency
+    from rankfold.cost.resources import Cost
     from rankfold.outputs.taken import Outputs
 
 SHOWN = 10  # indices of changed examples in the text; JSON has all

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,23 +84,12 @@ class Request:
     memory: int | None = None
 
 
+@o.bounded(BUDGET)
 def compress(
     model: o.Model,
     data: o.Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="A new or empty directory for the checkpoint.")],
-    params: Annotated[
-        str | None,
-        typer.Option(
-            "--params", metavar="N", rich_help_panel=BUDGET, help="Parameters: kept fraction, or a whole number."
-        ),
-    ] = None,
-    macs: Annotated[
-        str | None,
-        typer.Option("--macs", metavar="N", rich_help_panel=BUDGET, help="Multiply-accumulates a sample, likewise."),
-    ] = None,
-    size_in_bytes: Annotated[
-        str | None, typer.Option("--bytes", metavar="N", rich_help_panel=BUDGET, help="Bytes of all weights, likewise.")
-    ] = None,
+    bounds: o.Bounds = o.NO_BOUNDS,
     family: Annotated[
         list[str] | None,
         typer.Option(
@@ -224,7 +213,6 @@ def compress(
         spec = ModelSpec.parse(model, weights=weights, factory=factory)
         source = DataSpec.parse(data, data_options)
         target = check_out(out, overwrite=overwrite)
-        bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
         with joined(device) as first, progress_bar(wanted=first) as progress, stdout_kept_clean():
             choice = Choice(family, selector, repair, weighting, only, exclude, outputs)
             request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
@@ -243,7 +231,7 @@ def compress(
 
 
 def _parse(
-    bounds: dict[str, str | None],
+    bounds: Mapping[str, str | None],
     choice: Choice,
     plan: Path | None,
     positions: str | None,

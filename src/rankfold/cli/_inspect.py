@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BUDGET = "Budget: predict what compress would take, and what it can reach"
 
 
+@o.bounded(BUDGET)
 def inspect(
     model: o.Model,
     data: Annotated[str | None, typer.Argument(metavar="[DATA]", help=f"{o.DATA_HELP} One batch is read.")] = None,
@@ -42,16 +43,7 @@ def inspect(
     mean: o.Mean = o.IMAGENET_MEAN,
     std: o.Std = o.IMAGENET_STD,
     length: o.Length = 128,
-    params: Annotated[
-        str | None,
-        typer.Option("--params", metavar="N", rich_help_panel=BUDGET, help="Kept fraction, or a whole number."),
-    ] = None,
-    macs: Annotated[
-        str | None, typer.Option("--macs", metavar="N", rich_help_panel=BUDGET, help="Of a sample, likewise.")
-    ] = None,
-    size_in_bytes: Annotated[
-        str | None, typer.Option("--bytes", metavar="N", rich_help_panel=BUDGET, help="Of all weights, likewise.")
-    ] = None,
+    bounds: o.Bounds = o.NO_BOUNDS,
     memory: Annotated[
         str | None,
         typer.Option("--memory", metavar="SIZE", rich_help_panel=BUDGET, help="The limit of compress, e.g. 512MB."),
@@ -72,7 +64,6 @@ def inspect(
     take is predicted too, and what it can reach.
     """
     with exit_codes(show_traceback=traceback):
-        bounds = {"params": params, "macs": macs, "bytes": size_in_bytes}
         budget = parse_budget(bounds) if any(bounds.values()) else None
         room = parse_limit(memory)
         options = DataOptions.parse(

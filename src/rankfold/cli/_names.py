@@ -10,7 +10,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -264,7 +264,7 @@ def parse_bound(text: str | None, *, option: str) -> float | int | None:
     return 1.0 if number == 1 else number
 
 
-def parse_budget(bounds: dict[str, str | None]) -> Budget:
+def parse_budget(bounds: Mapping[str, str | None]) -> Budget:
     """A budget from its bounds as typed, by resource.
 
     Raises:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, get_type_hints
 
 import typer
 
 from rankfold.cli._errors import UsageError
+from rankfold.cost.resources import RESOURCES
 
 if TYPE_CHECKING:
     import torch
@@ -94,6 +98,44 @@ Length: TypeAlias = Annotated[
     int, typer.Option("--length", metavar="N", min=1, rich_help_panel=PANEL, help="Tokens a block of a text.")
 ]
 IMAGENET_MEAN, IMAGENET_STD = "0.485,0.456,0.406", "0.229,0.224,0.225"
+
+
+Bounds: TypeAlias = Mapping[str, str | None]
+NO_BOUNDS: Bounds = {}
+
+
+def bounded(panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for every resource that a budget can bound, such as --params; it gets them as `bounds`.
+
+    Args:
+        panel: Title in the help under which they stand.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        own = {name: f"bound_{name}" for name in RESOURCES}
+        parameters: list[inspect.Parameter] = []
+        for parameter in inspect.signature(command).parameters.values():
+            if parameter.name != "bounds":
+                parameters.append(parameter.replace(annotation=hints[parameter.name]))
+                continue
+            for number, (name, what) in enumerate(RESOURCES.items()):
+                text = f"{what}{', likewise' if number else ': kept fraction, or a whole number'}."
+                option = typer.Option(f"--{name}", metavar="N", rich_help_panel=panel, help=text)
+                kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+                hint = Annotated[str | None, option]
+                parameters.append(inspect.Parameter(own[name], kind, default=None, annotation=hint))
+
+        @functools.wraps(command)
+        def given(**arguments: Any) -> None:
+            bounds = {name: arguments.pop(word) for name, word in own.items()}
+            command(**arguments, bounds=bounds)
+
+        given.__annotations__ = {each.name: each.annotation for each in parameters}
+        given.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return given
+
+    return decorate
 
 
 def parse_device(text: str) -> torch.device:

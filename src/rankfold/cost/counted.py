@@ -14,8 +14,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from rankfold.cost.formula import Cost, Holding
 from rankfold.cost.operators import FORMULAS, missed
+from rankfold.cost.resources import RESOURCES, Cost, Holding
 from rankfold.data.batches import Batch, batch_size, take, to_device
 from rankfold.data.running import device_of, evaluating, run
 
@@ -175,6 +175,18 @@ def run_one(
     return batch_size(example)
 
 
+LIVE: dict[str, Callable[[nn.Module, Counted], int]] = {
+    "params": lambda model, seen: count_params(model),
+    "macs": lambda model, seen: seen.macs,
+    "bytes": lambda model, seen: count_bytes(model),
+}
+
+
 def count(model: nn.Module, example: Batch) -> Cost:
     """All resources of a live model."""
-    return Cost(count_params(model), count_macs(model, example), count_bytes(model))
+    return amounts_of(model, counted(model, example))
+
+
+def amounts_of(model: nn.Module, seen: Counted) -> Cost:
+    """All resources of a live model, one forward of which was counted."""
+    return Cost(**{name: LIVE[name](model, seen) for name in RESOURCES})

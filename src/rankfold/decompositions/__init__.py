@@ -1,5 +1,8 @@
 """Methods that factorise a canonical weight. They know nothing of layers."""
 
+import importlib
+import pkgutil
+
 from rankfold.decompositions._base import Decomposition, Family, Moments
 from rankfold.decompositions._interpolative import Interpolative
 from rankfold.decompositions._spatial_svd import SpatialSVD
@@ -21,3 +24,7 @@ __all__ = [
     "output_errors",
     "output_root",
 ]
+
+for _method in pkgutil.iter_modules(__path__):  # every file named _METHOD.py registers one
+    if _method.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_method.name}")

@@ -64,6 +64,21 @@ class Moments:
         return self.gram
 
 
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Singular values of a matrix that a method truncates, for selectors that look at them.
+
+    Attributes:
+        values: Descending, shape (min(rows, columns),).
+        rows: Of the matrix.
+        columns: Of the matrix.
+    """
+
+    values: Tensor
+    rows: int
+    columns: int
+
+
 class Family:
     """What `families=` may hold: a way to make layers smaller.
 
@@ -184,6 +199,23 @@ class Decomposition(Family, ABC):
         between = np.interp(level.cpu().numpy(), level[places].cpu().numpy(), ratio.cpu().numpy())
         return own * torch.from_numpy(between).to(own).exp()
 
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Singular values of each matrix whose rank it chooses, in the order of the parts of a rank; () for none.
+
+        Args:
+            weight: Canonical weight of one group.
+            moments: Of the same group.
+        """
+        return ()
+
+    def at_multiples(self, multiple: int) -> Decomposition:
+        """This method with ranks that are multiples among its `candidates`.
+
+        Itself where it lists every rank, of which a selector can leave out what is no multiple; a method on a grid puts
+        its grid there.
+        """
+        return self
+
     def __str__(self) -> str:
         """The name it bears in JSON with the options that are not at their defaults."""
         changed = [
@@ -225,3 +257,15 @@ def check_damping(damping: float, method: str) -> None:
         raise OptionError(
             f"{method}.damping", law="a fraction of the mean eigenvalue, 0 to 1", got=repr(damping), cure="try 1e-6"
         )
+
+
+def check_flag(value: object, place: str) -> None:
+    """Refuse anything but True and False."""
+    if not isinstance(value, bool):
+        raise OptionError(place, law="True or False", got=repr(value), cure="pass a bool")
+
+
+def check_multiple(value: object, place: str) -> None:
+    """Refuse what nothing can be a multiple of."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(place, law="an int of at least 1", got=repr(value), cure="try 8")

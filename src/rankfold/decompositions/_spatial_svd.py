@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments, canonical, check_damping
-from rankfold.decompositions._svd import check_flag
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_damping, check_flag
 from rankfold.factors import Rank, SpatialFactors
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import split_basis, split_errors, split_refit
@@ -102,6 +101,12 @@ class SpatialSVD(Decomposition):
             basis = split_basis(split, patches, damping=self.damping)[:below]
             errors = split_errors(split, patches, basis, damping=self.damping)[1:]
         return torch.cat([errors, errors.new_zeros(1)])
+
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Of the weight as (out·kw) × (in·kh)."""
+        out, inputs, height, width = weight.shape
+        matrix = _columns(widen(weight).reshape(out, inputs * height, width))
+        return (Spectrum(svd(matrix)[1], *matrix.shape),)
 
     def _patches(self, moments: Moments, split: Tensor) -> Tensor:
         _, rows, width = split.shape

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments, check_damping
-from rankfold.decompositions._svd import check_flag
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping, check_flag, check_multiple
 from rankfold.errors import OptionError
 from rankfold.factors import Rank, TuckerFactors
 from rankfold.linalg.precision import power_of_two_scale, widen
+from rankfold.linalg.svd import svd
 from rankfold.linalg.tucker import hooi, metric_tucker, metric_tucker_errors
 from rankfold.registry import register
 
@@ -31,6 +32,7 @@ class Tucker2(Decomposition):
     Attributes:
         whitened: Use the input moments.
         damping: Added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
+        multiple_of: Widths of the grid of candidates are multiples of this, but for the exact ones.
 
     References:
         Tucker, Psychometrika 31, 1966; Kim et al., arXiv 1511.06530, for convolutions. We differ in the metric of the
@@ -39,8 +41,10 @@ class Tucker2(Decomposition):
 
     whitened: bool = True
     damping: float = 1e-6
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
+        check_multiple(self.multiple_of, "Tucker2.multiple_of")
         check_flag(self.whitened, "Tucker2.whitened")
         check_damping(self.damping, "Tucker2")
 
@@ -63,7 +67,18 @@ class Tucker2(Decomposition):
     def candidates(self, shape: Sequence[int]) -> list[Rank]:
         """A grid of pairs `(a, b)` that `admits`, ascending; the last is exact."""
         inner, outer = _largest(shape)
-        return [(a, b) for a in _widths(inner) for b in _widths(outer) if self.admits(shape, (a, b))]
+        widths = [_widths(size, self.multiple_of) for size in (inner, outer)]
+        return [(a, b) for a in widths[0] for b in widths[1] if self.admits(shape, (a, b))]
+
+    def at_multiples(self, multiple: int) -> Tucker2:
+        """With a grid of multiples."""
+        return replace(self, multiple_of=math.lcm(self.multiple_of, multiple))
+
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Of the unfoldings along the input and the output channels."""
+        work = widen(weight).flatten(2)
+        matrices = work.movedim(1, 0).flatten(1), work.flatten(1)
+        return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in matrices)
 
     def admits(self, shape: Sequence[int], rank: Rank) -> bool:
         """Any pair up to (in, out) whose core is no wider than its k taps can fill: `b ≤ a·k` and `a ≤ b·k`."""
@@ -122,6 +137,7 @@ def _largest(shape: Sequence[int]) -> tuple[int, int]:
     return min(shape[1], shape[0] * taps), min(shape[0], shape[1] * taps)
 
 
-def _widths(size: int) -> list[int]:
-    """At most `GRID` widths from size/GRID to size, evenly spaced."""
-    return sorted({max(1, round(size * step / GRID)) for step in range(1, GRID + 1)})
+def _widths(size: int, multiple: int) -> list[int]:
+    """At most `GRID` widths from size/GRID to size, evenly spaced; all but the last are multiples."""
+    even = {max(1, round(size * step / GRID / multiple)) * multiple for step in range(1, GRID)}
+    return sorted({*(width for width in even if width < size), size})

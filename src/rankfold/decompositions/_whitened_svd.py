@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments, canonical, check_damping
-from rankfold.decompositions._svd import check_flag, judged_projections, max_pair_rank, pair, refuses_mirrored
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_damping, check_flag
+from rankfold.decompositions.unfolding import judged_projections, max_pair_rank, pair, refuses_mirrored
 from rankfold.factors import MatrixFactors, MirroredFactors, Rank
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import split_basis, split_errors, split_refit
@@ -85,6 +85,14 @@ class WhitenedSVD(Decomposition):
             basis = split_basis(split, patches, damping=self.damping)
             return split_errors(split, patches, basis, damping=self.damping)[1:]
         return tail_energy(left_spectrum(weight.flatten(1), metric, damping=self.damping)[1])[1:]
+
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Of `W A^{1/2}`; () for the mirrored form, which truncates another matrix and refits."""
+        if self.mirrored:
+            return ()
+        flat = widen(weight).flatten(1)
+        values = left_spectrum(flat, moments.metric(self).to(flat), damping=self.damping)[1]
+        return (Spectrum(values, *flat.shape),)
 
     def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
         """In closed form for the matrix form."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.cost.formula import Cost
+from rankfold.cost.resources import Cost
 from rankfold.data.batches import Batch, batch_size
 from rankfold.data.running import device_of
 from rankfold.data.splits import first_of, sample_count

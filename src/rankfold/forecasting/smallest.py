@@ -11,7 +11,8 @@ from torch import nn
 from rankfold.channels.elimination import RemovalCurve, even
 from rankfold.channels.groups import ChannelGroup, find_channels
 from rankfold.channels.ledger import Widths, stacks_of
-from rankfold.cost.formula import RESOURCES, Cost, dense_cost, site_cost
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.sites.reach import NOTHING_SMALLER, Blocker, blockers
 from rankfold.sites.site import Site, Sites

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rankfold.allocation import Budget, Curves, Lagrangian, RankSelector, Selector
-from rankfold.cost.formula import Cost, dense_cost, site_cost
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.cost.resources import Cost
 from rankfold.data.draws import check_seed
 from rankfold.errors import OptionError, PlanError, shown
 from rankfold.plan.lockstep import Lockstep

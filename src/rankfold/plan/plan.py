@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.allocation import Budget, Selector
+from rankfold.cost.resources import RESOURCES
 from rankfold.data.draws import SEED_LAW, is_seed
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, PlanError, near_matches, shown
@@ -368,7 +369,7 @@ def budget_of(bounds: Mapping[str, float | int], place: str) -> Budget | None:
         dict(bounds) if isinstance(bounds, Mapping) else bounds,
         f"{place}.budget",
         required=set(),
-        optional={"params", "macs", "bytes"},
+        optional=set(RESOURCES),
     )
     try:
         return Budget(**known)

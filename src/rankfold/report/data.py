@@ -14,7 +14,8 @@ import torch
 
 from rankfold._version import __version__
 from rankfold.comparison.compare import Comparison
-from rankfold.cost.formula import Cost, dense_cost
+from rankfold.cost.formula import dense_cost
+from rankfold.cost.resources import Cost
 from rankfold.errors import CheckpointError, shown
 from rankfold.plan import Plan
 from rankfold.plan.making import decision_cost, plan_cost

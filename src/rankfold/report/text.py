@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from rankfold.cost.resources import RESOURCES
+
 if TYPE_CHECKING:
     from rankfold.comparison.compare import Comparison
     from rankfold.comparison.tally import OutputComparison
@@ -23,7 +25,7 @@ def render(report: Report) -> str:
     """
     asked = ", ".join(f"{name} {bound}" for name, bound in report.budget.items())
     lines = [f"{report.model}: compressed without training{f' to {asked}' if asked else ''}"]
-    for name in ("params", "macs", "bytes"):
+    for name in RESOURCES:
         before, after = getattr(report.before, name), getattr(report.after, name)
         bound = f" (budget {report.budget[name]})" if name in report.budget else ""
         lines.append(f"{name:<8} {before:>15,} → {after:>15,}   {after / max(before, 1):.3f} kept{bound}")

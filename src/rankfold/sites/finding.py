@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from rankfold.cost.counted import Counted, count_bytes, count_params, counted, holdings
-from rankfold.cost.formula import Cost
+from rankfold.cost.counted import Counted, amounts_of, counted, holdings
 from rankfold.data.batches import Batch, split_batch
 from rankfold.errors import ModelError, OptionError, SiteError, TraceError, is_out_of_memory, near_matches, shown
 from rankfold.graph.trace import trace
@@ -83,7 +82,7 @@ def find_sites(
         tuple(sites),
         tuple(skips),
         graph,
-        Cost(count_params(model), macs.macs, count_bytes(model)),
+        amounts_of(model, macs),
         fingerprint(model),
         type(model).__name__,
         tuple(fixed),

@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from rankfold.cost.formula import RESOURCES, Cost, Holding, dense_cost
+from rankfold.cost.formula import dense_cost
+from rankfold.cost.resources import RESOURCES, Cost, Holding
 from rankfold.errors import BudgetError
 from rankfold.sites.site import Sites
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import overload
 
-from rankfold.cost.formula import Cost, Holding
+from rankfold.cost.resources import Cost, Holding
 from rankfold.errors import SiteError, near_matches
 from rankfold.graph.regions import Call, find_calls
 from rankfold.graph.trace import Graph

@@ -6,7 +6,8 @@ import random
 from collections.abc import Callable, Sequence
 
 from rankfold.allocation import Option, Problem
-from rankfold.cost.formula import Cost, dense_cost, site_cost
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.cost.resources import Cost
 from rankfold.decompositions import SVD, Decomposition, SpatialSVD
 from rankfold.layers import Geometry
 from rankfold.sites.site import Site

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from rankfold.allocation import Option, Problem, RankSelector
-from rankfold.cost.formula import Cost
+from rankfold.cost.resources import Cost
 from rankfold.decompositions import SVD, SpatialSVD
 from rankfold.errors import BudgetError
 from rankfold.layers import Geometry

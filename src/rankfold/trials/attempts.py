@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from rankfold.comparison.compare import Comparison
-from rankfold.cost.formula import Cost
 from rankfold.cost.latency import Latency, latency_ratio
+from rankfold.cost.resources import Cost
 from rankfold.data.batches import Batch, batch_size, take
 from rankfold.distributed import world
 from rankfold.plan import Plan

@@ -1,12 +1,66 @@
-"""Upper bounds on the cost of the whole compressed model."""
+"""What a budget can bound: its resources, amounts of them, and bounds on the whole model.
+
+These are the *priced* resources: what any plan takes of them is known before it is carried out, by formula
+(`cost/formula.py`), and is counted on the live model afterwards (`cost/counted.py`). What is known only by measuring
+(time, agreement) is no resource but a `rankfold.trials.limits.Limit`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from rankfold.cost.formula import Cost
 from rankfold.errors import BudgetError, shown
+
+# By name what it is, for the command line; a resource has a field of its name in `Cost` and in `Budget`.
+RESOURCES = {
+    "params": "Parameters",
+    "macs": "Multiply-accumulates a sample",
+    "bytes": "Bytes of all weights",
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Amounts of each resource.
+
+    Attributes:
+        params: Parameters, shared ones once.
+        macs: Multiply-accumulates per sample.
+        bytes: Bytes of parameters and persistent buffers, shared ones once.
+    """
+
+    params: int = 0
+    macs: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Sum a resource at a time."""
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in RESOURCES))
+
+    def __sub__(self, other: Cost) -> Cost:
+        """Difference a resource at a time."""
+        return Cost(*(getattr(self, name) - getattr(other, name) for name in RESOURCES))
+
+    def amounts(self) -> dict[str, int]:
+        """By name of the resource."""
+        return {name: getattr(self, name) for name in RESOURCES}
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one module has of its own, its children left out.
+
+    Attributes:
+        path: Dotted path of the module, its first.
+        kind: Name of its class.
+        cost: Its parameters and persistent buffers, a shared one at the module that comes first, and the MACs that its
+            own code does, all calls together.
+    """
+
+    path: str
+    kind: str
+    cost: Cost
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""What methods of two stages share: the unfolded weight, and factors folded back into stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rankfold.decompositions._base import Decomposition, Moments
+from rankfold.factors import MatrixFactors, MirroredFactors
+from rankfold.linalg.spectrum import judged_tail
+
+
+def judged_projections(basis: Tensor, flat: Tensor, judge: Moments, method: Decomposition) -> Tensor:
+    """`judged_errors` of factors `U_r`, `U_rᵀ W`.
+
+    Args:
+        basis: `U`, shape (out, k).
+        flat: `W`, shape (out, n).
+        judge: What the error is measured in.
+        method: Whose errors these are.
+    """
+    metric = None if judge.gram is None else judge.metric(method).to(flat)
+    gradients = None if judge.gradient_gram is None else judge.gradient_gram.to(flat)
+    left = judged_tail(basis, flat, metric, gradients)
+    return left[1:] / left[0] if float(left[0]) > 0 else torch.zeros_like(left[1:])
+
+
+def unfold(weight: Tensor, *, mirrored: bool) -> Tensor:
+    """`W` (out, in, k…) as out × (in·k…), or mirrored as (out·k…) × in."""
+    return weight.movedim(1, -1).flatten(0, -2) if mirrored else weight.flatten(1)
+
+
+def pair(
+    left: Tensor, right: Tensor, shape: Sequence[int], *, mirrored: bool, dtype: object
+) -> MatrixFactors | MirroredFactors:
+    """Fold the two factors of an unfolded weight back into stages.
+
+    Args:
+        left: Shape (out, r), or mirrored (out·k…, r).
+        right: Shape (r, in·k…), or mirrored (r, in).
+        shape: Of the canonical weight.
+        mirrored: Which unfolding.
+        dtype: Of the result.
+    """
+    out, inputs, *kernel = shape
+    ones = [1] * len(kernel)
+    rank = right.shape[0]
+    if mirrored:
+        left = left.reshape(out, *kernel, rank).movedim(-1, 1)
+        right = right.reshape(rank, inputs, *ones)
+        return MirroredFactors(left.to(dtype).contiguous().clone(), right.to(dtype).contiguous().clone())  # type: ignore[call-overload]
+    left, right = left.reshape(out, rank, *ones), right.reshape(rank, inputs, *kernel)
+    return MatrixFactors(left.to(dtype).contiguous().clone(), right.to(dtype).contiguous().clone())  # type: ignore[call-overload]
+
+
+def max_pair_rank(shape: Sequence[int], *, mirrored: bool) -> int:
+    """The smaller side of the unfolding."""
+    out, inputs, *kernel = shape
+    taps = 1
+    for size in kernel:
+        taps *= size
+    return min(out * taps, inputs) if mirrored else min(out, inputs * taps)
+
+
+def refuses_mirrored(shape: Sequence[int]) -> str | None:
+    """Without a kernel the mirrored form is the plain one."""
+    return None if any(size > 1 for size in shape[2:]) else "the mirrored form needs a kernel larger than 1"
