@@ -11,12 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold import registry
 from rankfold import session as sessions
+from rankfold.allocation import Option, Problem
+from rankfold.cost.resources import Cost
 from rankfold.decompositions import Family
 from rankfold.errors import BudgetError, OptionError, RankfoldError
 from rankfold.plan import Plan
-from rankfold.proposals import Asked, Proposal, Proposer, _base, numbers_of, proposes
+from rankfold.proposals import Asked, Foretold, Outlook, Proposal, Proposer, _base, numbers_of, proposes
 from rankfold.registry import register, to_json
+from rankfold.trials.attempts import Attempt
+from rankfold.trials.limits import Limit
 
 
 def network() -> nn.Module:
@@ -97,6 +102,10 @@ def kind() -> Iterator[type[Fewer]]:
 
     @proposes(Fewer)
     class FewerProposer(Proposer):
+        @classmethod
+        def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
+            return Foretold({"curves": 1000.0}, outlook.sites.cost - Cost(params=5), frozenset({"0"}))
+
         def proposals(self, asked: Asked) -> list[Proposal]:
             site = self.basis.sites.sites[-1]
 
@@ -127,6 +136,9 @@ def test_a_new_kind_of_family_plugs_in_beside_the_others(kind: type[Fewer]) -> N
     out = rf.compress(network(), images(60), budget=budget, families=[rf.WhitenedSVD(), kind()])
     assert "fewer" in {candidate.selector for candidate in out.report.candidates}
     assert numbers_of([rf.WhitenedSVD(), kind()], chosen_by=False) == (5, 4)
+    forecast = rf.prepare(network(), images(60), families=[kind()]).forecast(budget)
+    assert forecast.seconds["curves"] == 1000
+    assert forecast.smallest["params"] == forecast.original.params - 5
 
 
 def test_a_kind_that_nothing_proposes_for_is_refused() -> None:
@@ -137,3 +149,133 @@ def test_a_kind_that_nothing_proposes_for_is_refused() -> None:
 
     with pytest.raises(RankfoldError, match=r"Lonely · something makes plans of every kind of family"):
         rf.compress(network(), images(60), budget=rf.Budget(params=0.9), families=[Lonely()])
+
+
+@pytest.fixture
+def forget() -> Iterator[list[type]]:
+    """Classes whose registration is taken back."""
+    classes: list[type] = []
+    yield classes
+    for cls in classes:
+        del registry._BY_NAME[registry._NAMES.pop(cls)]
+
+
+def test_a_selector_can_have_choices_carried_out(forget: list[type]) -> None:
+    seen: list[float] = []
+
+    @register("either")
+    @dataclass(frozen=True)
+    class Either(rf.RankSelector):
+        """The better of two choices, by carrying both out."""
+
+        @property
+        def reads(self) -> tuple[str, ...]:
+            return ("evaluate",)
+
+        def select(self, problem: Problem) -> tuple[Option, ...]:
+            assert problem.evaluate is not None
+            choices = [rf.Uniform().select(problem), rf.Lagrangian().select(problem)]
+            seen.extend(problem.evaluate(choice) for choice in choices)
+            return choices[seen.index(min(seen))]
+
+    forget.append(Either)
+    out = rf.compress(network(), images(), budget=rf.Budget(params=0.5), selector=Either())
+    assert len(seen) == 2
+    assert all(score > 0 for score in seen)
+    named = rf.Uniform() if seen[0] <= seen[1] else rf.Lagrangian()
+    other = rf.compress(network(), images(), budget=rf.Budget(params=0.5), selector=named)
+    assert [(d.site, d.rank) for d in out.plan.decisions] == [(d.site, d.rank) for d in other.plan.decisions]
+
+
+def test_a_selector_that_evaluates_is_refused_where_nothing_carries_plans_out(forget: list[type]) -> None:
+    @register("blind")
+    @dataclass(frozen=True)
+    class Blind(rf.RankSelector):
+        """Needs what is not there."""
+
+        @property
+        def reads(self) -> tuple[str, ...]:
+            return ("evaluate",)
+
+        def select(self, problem: Problem) -> tuple[Option, ...]:
+            raise AssertionError("it is not asked")
+
+    forget.append(Blind)
+    sites = rf.find_sites(network(), images()[0])
+    curves = rf.measure(network(), sites=sites, families=[rf.SVD()])
+    with pytest.raises(OptionError, match=r"selector .* blind .* evaluate="):
+        rf.make_plan(curves, budget=rf.Budget(params=0.5), selector=Blind())
+
+
+def test_a_selector_can_look_at_spectra(forget: list[type]) -> None:
+    seen: dict[str, Any] = {}
+
+    @register("looking")
+    @dataclass(frozen=True)
+    class Looking(rf.RankSelector):
+        """Notes what it sees."""
+
+        @property
+        def reads(self) -> tuple[str, ...]:
+            return ("spectra",)
+
+        def select(self, problem: Problem) -> tuple[Option, ...]:
+            seen.update({path: own for (path, method), own in problem.spectra.items() if method == rf.SVD()})
+            return rf.Uniform().select(problem)
+
+    forget.append(Looking)
+    model = network()
+    families = [rf.SVD(), rf.Tucker2(whitened=False)]
+    rf.compress(model, images(), budget=rf.Budget(params=0.5), families=families, selector=Looking())
+    assert set(seen) == {"0", "2", "6"}
+    ((spectrum,),) = seen["2"]
+    weight = model[2].weight.detach().flatten(1).double()  # type: ignore[index,union-attr,operator]
+    torch.testing.assert_close(spectrum.values, torch.linalg.svdvals(weight))
+    assert (spectrum.rows, spectrum.columns) == tuple(weight.shape)
+
+
+class Agreeing(Limit):
+    """At most so large an error of the outputs."""
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+        self.seen: list[float] = []
+
+    def check(self, attempt: Attempt) -> None:
+        self.seen.append(attempt.comparison.divergence)
+        if self.seen[-1] > self.most:
+            raise BudgetError("divergence", law=f"at most {self.most}", got=str(self.seen[-1]), cure="ask for less")
+
+
+def test_what_is_known_only_by_measuring_can_be_bounded() -> None:
+    session, budget = rf.prepare(network(), images()), rf.Budget(params=0.4)
+    any_of_them = Agreeing(float("inf"))
+    free = session.run(budget, limits=[any_of_them])
+    assert len(any_of_them.seen) > 1
+    least, most = min(any_of_them.seen), max(any_of_them.seen)
+    assert least < most
+    out = session.run(budget, limits=[Agreeing((least + most) / 2)])
+    assert out.plan == free.plan
+    assert any("was dropped: divergence" in note for note in out.report.notes)
+    with pytest.raises(BudgetError, match=r"^divergence"):
+        session.run(budget, limits=[Agreeing(least / 2)])
+    assert session.run(budget).plan == free.plan
+
+
+def test_ranks_on_a_grid_are_offered_at_multiples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(24, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 40, 3, padding=1)).eval()
+    data = list(torch.randn(96, 24, 6, 6, generator=torch.Generator().manual_seed(2)).split(32))
+    families = [rf.Tucker2()]
+    out = rf.compress(model, data, budget=rf.Budget(params=0.5), families=families, selector=rf.Rounded(multiple=8))
+    ranks = [decision.rank for decision in out.plan.changes]
+    assert ranks
+    assert all(isinstance(rank, tuple) and all(part % 8 == 0 for part in rank) for rank in ranks)
+    assert {str(decision.method) for decision in out.plan.changes} == {"tucker2(multiple_of=8)"}
+    few = [rank for rank in rf.Tucker2().candidates((40, 40, 3, 3)) if _fits(rank)]
+    many = [rank for rank in rf.Tucker2(multiple_of=8).candidates((40, 40, 3, 3)) if _fits(rank)]
+    assert len(few) < len(many) == 25
+
+
+def _fits(rank: Any) -> bool:
+    return all(part % 8 == 0 for part in rank)

@@ -42,6 +42,7 @@ from rankfold.statistics.gradients import SAMPLES, collect_gradients
 from rankfold.statistics.size import bounded, machine_memory
 from rankfold.store.work import Work, facts_of
 from rankfold.trials.attempts import LATENCY_SAMPLES, Attempt, one_latency, uncalled
+from rankfold.trials.limits import Limit
 from rankfold.trials.trials import Trials
 
 ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
@@ -275,11 +276,12 @@ class Session:
         )
 
     @together
-    def run(self, budget: Budget) -> Compressed:
+    def run(self, budget: Budget, *, limits: Sequence[Limit] = ()) -> Compressed:
         """Compress to a budget; the second run measures nothing again.
 
         Args:
             budget: How large the whole model may be.
+            limits: What the result has to keep beside it, known only by measuring; plans that do not drop out.
 
         Returns:
             As `compress`; the seconds of its report are those spent since the report before it.
@@ -293,9 +295,10 @@ class Session:
         chosen_by = [type(method).__name__ for method in (*options.families, options.selector)]
         said = (chosen_by, budget, options.repair, options.weighting, options.outputs, options.positions, options.seed)
         world().agree("options", repr(said))
-        asked = Asked(budget, options.selector, options.repair)
-        proposals = [each for proposer in self.proposers for each in proposer.proposals(asked)]
-        trials = self.trials
+        proposers, trials = self.proposers, self.trials
+        trials.limits = tuple(limits)
+        asked = Asked(budget, options.selector, options.repair, trials.score)
+        proposals = [each for proposer in proposers for each in proposer.proposals(asked)]
         best, told = trials.best(proposals, budget)
         return self.finish(best, told, budget=budget, notes=trials.notes)
 

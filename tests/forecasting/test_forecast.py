@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.cost.rates import Rates, _shrunk
 from rankfold.errors import BudgetError, OptionError
 from rankfold.forecasting import forecast
-from rankfold.forecasting.rates import Rates, _shrunk
 from rankfold.proposals import numbers_of
 
 

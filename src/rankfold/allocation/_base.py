@@ -22,9 +22,23 @@ class Selector:
 
     chooses: ClassVar[str] = "ranks"
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What it needs of its problem beside costs and errors, which is there only where it is asked for."""
+        return ()
+
 
 class RankSelector(Selector, ABC):
-    """Curves + budget → one option a site. A subclass is a frozen, registered dataclass in a file of its own."""
+    """Curves + budget → one option a site. A subclass is a frozen, registered dataclass in a file of its own.
+
+    One that `reads` "spectra" finds the singular values of every site in `problem.spectra`; one that reads "evaluate"
+    can have any choice carried out and judged by `problem.evaluate`.
+    """
+
+    @property
+    def multiple(self) -> int:
+        """What every rank it chooses is a multiple of: methods on a grid then offer such ranks."""
+        return 1
 
     @abstractmethod
     def select(self, problem: Problem) -> tuple[Option, ...]:

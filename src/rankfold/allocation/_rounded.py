@@ -34,6 +34,11 @@ class Rounded(RankSelector):
                 "Rounded.selector", law="an instance of a selector", got=repr(self.selector), cure="try Lagrangian()"
             )
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """What the selector inside reads."""
+        return self.selector.reads
+
     def select(self, problem: Problem) -> tuple[Option, ...]:
         """See `RankSelector.select`."""
 

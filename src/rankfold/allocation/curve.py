@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 from rankfold.cost.formula import dense_cost
 from rankfold.cost.resources import Budget, Cost
-from rankfold.decompositions import Decomposition
+from rankfold.decompositions import Decomposition, Spectrum
 from rankfold.factors import Rank
 from rankfold.sites.reach import NOTHING_SMALLER, unreachable
 from rankfold.sites.site import Site, Sites
+
+Spectra: TypeAlias = Mapping[tuple[str, Decomposition], tuple[tuple[Spectrum, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,13 @@ class Curves:
     Attributes:
         sites: The sites measured.
         curves: One a site and family that has a case there, in the order of the sites, then of the families.
+        spectra: By site and family the singular values that its ranks truncate, one tuple a group; empty unless they
+            were asked for.
     """
 
     sites: Sites
     curves: tuple[RankCurve, ...]
+    spectra: Spectra = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[RankCurve]:
         """The curves."""
@@ -99,6 +105,9 @@ class Problem:
         fixed: Cost of all that no decision changes.
         original: Cost of the whole original model.
         found: The sites with the model around them, to name what blocks a budget; None for a problem without a model.
+        spectra: As of the curves, for selectors that read "spectra".
+        evaluate: Carries a choice out on a part of the samples and gives the divergence of its outputs on held-out
+            ones, less being better; None unless a selector that reads "evaluate" is asked.
     """
 
     sites: tuple[Site, ...]
@@ -107,6 +116,8 @@ class Problem:
     fixed: Cost
     original: Cost
     found: Sites | None = None
+    spectra: Spectra = field(default_factory=dict)
+    evaluate: Callable[[Sequence[Option]], float] | None = None
 
     @classmethod
     def of(cls, curves: Curves, budget: Budget) -> Problem:
@@ -129,7 +140,8 @@ class Problem:
                 if any(cost.amounts()[name] < dense.cost.amounts()[name] for name in bounds)
             ]
             options.append((dense, *smaller))
-        return cls(curves.sites.sites, tuple(options), bounds, fixed, curves.sites.whole, curves.sites).checked()
+        found = curves.sites, curves.spectra
+        return cls(curves.sites.sites, tuple(options), bounds, fixed, curves.sites.whole, *found).checked()
 
     def checked(self) -> Problem:
         """This problem, if the cheapest options together are within every bound.

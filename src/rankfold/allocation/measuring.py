@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.allocation import Selector
-from rankfold.allocation.curve import Curves, RankCurve
+from rankfold.allocation.curve import Curves, RankCurve, Spectra
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.decompositions import (
     SVD,
@@ -105,6 +105,37 @@ def measure(
     curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
     return Curves(sites, tuple(_scaled(curve, scale) for curve in curves))
+
+
+def spectra_of(
+    model: nn.Module, stats: Statistics | None, *, sites: Sites, families: Sequence[Decomposition]
+) -> Spectra:
+    """The singular values that the ranks of each family truncate at each site, for selectors that read them.
+
+    Args:
+        model: The model the statistics are of.
+        stats: From `collect`; may be None if no family needs any.
+        sites: From `find_sites`.
+        families: Methods.
+
+    Returns:
+        By path and method, one tuple a group; a method without any, or without a case at a site, is left out.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for site in sites:
+        adapter = adapter_for(modules[site.path])
+        if adapter is None:
+            raise TypeError(f"{site.path} has no adapter")
+        weights = widen(adapter.canonical(modules[site.path]))
+        for method in families:
+            if site.fixed or method.refuses(site.geometry.canonical_shape) is not None:
+                continue
+            moments = (moments_of(site, group, method, stats) for group in range(len(weights)))
+            own = tuple(method.spectra(weight, each) for weight, each in zip(weights, moments, strict=True))
+            if any(own):
+                found[site.path, method] = own
+    return found
 
 
 def _saves(site: Site, method: Decomposition) -> bool:

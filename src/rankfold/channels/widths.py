@@ -28,12 +28,27 @@ class WidthSelector(Selector, ABC):
         """What of `RemovalCurve` it needs that is not there unless it is asked for: "relative", "remainders"."""
         return ()
 
+    def select(self, widths: Widths) -> dict[str, int]:
+        """Choose how many units of each group stay, so that every bound holds.
+
+        Args:
+            widths: All groups, whole; changed.
+
+        Returns:
+            Units that stay by name of the group.
+
+        Raises:
+            BudgetError: The bounds are not met with the least of every group.
+        """
+        self.shrink(widths)
+        return widths.chosen()
+
     @abstractmethod
-    def select(self, widths: Widths) -> None:
+    def shrink(self, widths: Widths) -> None:
         """Take units away until every bound holds.
 
         Args:
-            widths: All groups, whole.
+            widths: All groups, whole; changed.
 
         Raises:
             BudgetError: The bounds are not met with the least of every group.
@@ -73,12 +88,12 @@ class RemovalGreedy(WidthSelector):
         """See `WidthSelector.reads`."""
         return ("relative",) if self.relative > 0 else ()
 
-    def select(self, widths: Widths) -> None:
-        """See `WidthSelector.select`."""
+    def shrink(self, widths: Widths) -> None:
+        """See `WidthSelector.shrink`."""
         errors = _errors(widths, self.relative)
         even = list(widths.left)
         if self.evenness > 0:
-            SameShare().select(widths)
+            SameShare().shrink(widths)
             even = list(widths.left)
             for s in _all(widths):
                 widths.set(s, widths.units(s))
@@ -118,8 +133,8 @@ class SameShare(WidthSelector):
     A stream that several layers write stays whole, unless the bounds cannot be met without it.
     """
 
-    def select(self, widths: Widths) -> None:
-        """See `WidthSelector.select`."""
+    def shrink(self, widths: Widths) -> None:
+        """See `WidthSelector.shrink`."""
         for spared in (True, False):
             for percent in range(100, -1, -1):
                 for s in _all(widths):
@@ -165,8 +180,8 @@ class InterpolativeGreedy(WidthSelector):
         """See `WidthSelector.reads`."""
         return ("remainders",)
 
-    def select(self, widths: Widths) -> None:
-        """See `WidthSelector.select`."""
+    def shrink(self, widths: Widths) -> None:
+        """See `WidthSelector.shrink`."""
         remainders = [[_known(curve.remainders) for curve in widths.groups(s)] for s in _all(widths)]
         while widths.broken():
             best, chosen = float("inf"), None

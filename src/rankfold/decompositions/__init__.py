@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from rankfold.decompositions._base import Decomposition, Family, Moments
+from rankfold.decompositions._base import Decomposition, Family, Moments, Spectrum
 from rankfold.decompositions._interpolative import Interpolative
 from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
@@ -18,6 +18,7 @@ __all__ = [
     "Interpolative",
     "Moments",
     "SpatialSVD",
+    "Spectrum",
     "Tucker2",
     "WhitenedSVD",
     "factorise",

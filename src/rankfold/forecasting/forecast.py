@@ -8,14 +8,15 @@ from typing import Any
 
 from torch import nn
 
+from rankfold.cost.rates import Rates
 from rankfold.cost.resources import Cost
 from rankfold.data.batches import Batch, batch_size
 from rankfold.data.running import device_of
 from rankfold.data.splits import first_of, sample_count
 from rankfold.errors import bytes_shown
 from rankfold.forecasting.prediction import Course, Predicted, SiteForecast
-from rankfold.forecasting.rates import Rates
-from rankfold.forecasting.smallest import groups_of, reach_of
+from rankfold.forecasting.smallest import reach_of
+from rankfold.proposals import foretold_of
 from rankfold.serialization import canonical_json
 from rankfold.sites.reach import Blocker
 from rankfold.sites.site import Sites
@@ -135,11 +136,10 @@ def forecast_of(
     example = first_of(batches)
     rates, samples = Rates(device_of(model)), sample_count(batches)
     samples = sum(batch_size(batch) for batch in batches) if samples is None else samples
-    removing = any(method.sized_by == "widths" for method in course.families)
-    groups = groups_of(model, sites) if removing and sites.graph.program is not None else []
-    predicted = Predicted(model, example, sites, course, rates, samples, groups)
-    seconds, memory = predicted.seconds(traced), predicted.memory()
-    reach = reach_of(model, sites, course.families, groups)
+    predicted = Predicted(model, example, sites, course, rates, samples)
+    foretold = foretold_of(predicted.outlook, course.families)
+    seconds, memory = predicted.seconds(traced, foretold), predicted.memory()
+    reach = reach_of(model, sites, foretold)
     notes = [f"no graph, so no lockstep repair: {sites.graph.reason}"] if sites.graph.reason else []
     return Forecast(
         sites.model,

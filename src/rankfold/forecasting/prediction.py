@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rankfold.channels.groups import ChannelGroup
+from rankfold.cost.rates import Rates
 from rankfold.data.batches import Batch, batch_size, to_device
 from rankfold.data.draws import enough_positions
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.data.splits import HELD_OUT, held_out_among
 from rankfold.decompositions import Decomposition, Family, WhitenedSVD
-from rankfold.forecasting.rates import Rates
+from rankfold.proposals import Foretold, Outlook
 from rankfold.repair import Lockstep
 from rankfold.sites.site import Site, Sites
 from rankfold.statistics.collect import PIECE
@@ -87,9 +87,8 @@ class Predicted:
         course: Course,
         rates: Rates,
         samples: int,
-        groups: Sequence[ChannelGroup],
     ) -> None:
-        self.sites, self.course, self.rates, self.groups = sites, course, rates, groups
+        self.sites, self.course, self.rates = sites, course, rates
         self.samples, self.held = samples, samples // held_out_among(samples)
         self.fit = samples - self.held
         self.forward = rates.forward(model, example)
@@ -103,20 +102,25 @@ class Predicted:
         self.whole = FINALISTS if self.part else plans
         self.bare = int(plans > 1 and course.repair == Lockstep() and held_out_among(samples) < HELD_OUT)
         self.by_site: dict[str, float] = {site.path: 0.0 for site in sites}
+        self.outlook = Outlook(model, sites, rates, self.forward, self.batch, self._spent)
         self.sizes = sizes_of(sites, course.statistics, repaired=course.repair is not None)
 
-    def seconds(self, traced: float) -> dict[str, float]:
-        """By stage."""
+    def seconds(self, traced: float, foretold: Sequence[Foretold]) -> dict[str, float]:
+        """By stage.
+
+        Args:
+            traced: Those of finding the sites.
+            foretold: By the families.
+        """
         course, forward = self.course, self.forward
         result = {"trace": traced}
         own = [self._spent(site, self._statistics(site)) for site in self.sites]
         result["statistics"] = forward * self.fit + sum(own)
         if course.weighting:
             result["gradients"] = self._gradients()
-        ranks = sum(self._spent(site, self._curves(site)) for site in self.sites)
-        result["curves"] = ranks + self._groups()
-        if self.groups and course.forms:
-            result["plans"] = 0.7 * ranks  # the curves of the model that lost half of its channels
+        for each in foretold:
+            for stage, seconds in each.seconds.items():
+                result[stage] = result.get(stage, 0.0) + seconds
         judged = 2 * forward * self.held
         if course.repair is None:
             done = self.whole * (judged + sum(self._spent(site, self._solved(site)) for site in self.sites))
@@ -198,23 +202,6 @@ class Predicted:
     def _methods(self, site: Site) -> list[Decomposition]:
         shape = site.geometry.canonical_shape
         return [method for method in self.course.forms if not site.fixed and method.refuses(shape) is None]
-
-    def _curves(self, site: Site) -> float:
-        shape = site.geometry.canonical_shape
-        halves = 2  # each fitted on one and judged on the other
-        return site.geometry.groups * halves * sum(self.rates.errors(method, shape) for method in self._methods(site))
-
-    def _groups(self) -> float:
-        """Each channel group is tried three times, on the batch first, and then ordered."""
-        total = 0.0
-        for group in self.groups:
-            total += self.forward * (3 * self.batch + 24)
-            for path, units in group.read.items():
-                site = self.sites.at(path)
-                taps = site.geometry.features * max(1, len(units) // max(site.geometry.inputs, 1)) // len(units)
-                outputs = site.geometry.canonical_shape[0]
-                total += self._spent(site, self.rates.elimination(group.units, max(taps, 1), outputs))
-        return total
 
     def _solved(self, site: Site) -> float:
         """The decomposition that a site gets, as the mean over the methods."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from rankfold.allocation import Budget, Curves, Lagrangian, RankSelector, Selector
+from rankfold.allocation import Budget, Curves, Lagrangian, Option, RankSelector, Selector
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import Cost
 from rankfold.data.draws import check_seed
@@ -33,6 +34,7 @@ def make_plan(
     seed: int = 0,
     calibration: Mapping[str, Any] | None = None,
     repair: Lockstep | None = None,
+    evaluate: Callable[[Plan], float] | None = None,
 ) -> Plan:
     """Decide for every site, under one budget for the whole model.
 
@@ -43,6 +45,7 @@ def make_plan(
         seed: Noted in the plan.
         calibration: Manifest of the data, noted in the plan.
         repair: The repair at apply time, noted in the plan and carried out by `apply`.
+        evaluate: Carries a plan out and gives the divergence of its outputs, for selectors that read "evaluate".
 
     Returns:
         The plan. Its predicted cost (`plan_cost`) is within the budget.
@@ -56,28 +59,32 @@ def make_plan(
     if repair is not None:
         check_kinds({"repair": (repair, Lockstep)})
     check_seed(seed)
-    problem = curves.problem(budget)
-    chosen = selector.select(problem)
-    decisions = []
-    for site, option in zip(curves.sites, chosen, strict=True):
-        if option.method is None:
-            why = site.fixed or "nothing smaller was worth its error"
-            decisions.append(Decision(site.path, why=f"dense: {why}"))
-        else:
-            why = f"rank by {name_of(selector)}"
-            decisions.append(Decision(site.path, option.method, option.rank, why, float(f"{option.error:.{DIGITS}g}")))
+    if "evaluate" in selector.reads and evaluate is None:
+        raise OptionError(
+            "selector",
+            law=f"{name_of(selector)} has plans carried out to choose among them",
+            got="nothing that does",
+            cure="pass evaluate=, or use rankfold.compress",
+        )
     sites = curves.sites
-    plan = Plan(
-        tuple(decisions),
-        sites.skips,
-        sites.fingerprint,
-        sites.model,
-        budget.to_json(),
-        to_json(selector),
-        seed,
-        dict(calibration or {}),
-        None if repair is None else to_json(repair),
-    )
+
+    def planned(chosen: Sequence[Option]) -> Plan:
+        return Plan(
+            tuple(_decision(site, option, selector) for site, option in zip(sites, chosen, strict=True)),
+            sites.skips,
+            sites.fingerprint,
+            sites.model,
+            budget.to_json(),
+            to_json(selector),
+            seed,
+            dict(calibration or {}),
+            None if repair is None else to_json(repair),
+        )
+
+    problem = curves.problem(budget)
+    if evaluate is not None:
+        problem = replace(problem, evaluate=lambda chosen: evaluate(planned(chosen)))
+    plan = planned(selector.select(problem))
     cost = plan_cost(sites, plan).amounts()
     for name, bound in budget.bounds(sites.cost).items():
         if cost[name] > bound:
@@ -88,6 +95,14 @@ def make_plan(
                 cure="this is a defect of the selector; please report it",
             )
     return plan
+
+
+def _decision(site: Site, option: Option, selector: RankSelector) -> Decision:
+    """What becomes of a site by the option that was chosen."""
+    if option.method is None:
+        return Decision(site.path, why=f"dense: {site.fixed or 'nothing smaller was worth its error'}")
+    error = float(f"{option.error:.{DIGITS}g}")
+    return Decision(site.path, option.method, option.rank, f"rank by {name_of(selector)}", error)
 
 
 def check_kinds(given: Mapping[str, tuple[Any, type]]) -> None:

@@ -12,13 +12,15 @@ from torch import nn
 
 from rankfold.allocation import Budget, Selector
 from rankfold.clock import Clock
+from rankfold.cost.rates import Rates
+from rankfold.cost.resources import Cost
 from rankfold.data.batches import Batch
 from rankfold.decompositions import Family
 from rankfold.errors import BudgetError, RegistryError
 from rankfold.plan import Plan
 from rankfold.plan.lockstep import Lockstep
 from rankfold.progress import Progress
-from rankfold.sites.site import Sites
+from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
 from rankfold.store.work import Work
 
@@ -63,11 +65,14 @@ class Asked:
         budget: Of the whole model.
         selector: The one that was named, which is then taken as it is; None is each of the defaults.
         repair: Noted in the plans.
+        evaluate: Carries a plan out on a part of the samples and gives the divergence of its outputs, for selectors
+            that read it.
     """
 
     budget: Budget
     selector: Selector | None
     repair: Lockstep | None
+    evaluate: Callable[[Plan], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,42 @@ class Proposal:
     name: str
     make: Callable[[], Plan]
     always: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Outlook:
+    """A model that nothing was measured of yet but its speed: what forecasts are made from.
+
+    Attributes:
+        model: The original.
+        sites: Its sites.
+        rates: How fast this machine is.
+        forward: Seconds a sample of a forward pass.
+        batch: Samples of a batch.
+        spent: Notes seconds at a site, and gives them back.
+    """
+
+    model: nn.Module
+    sites: Sites
+    rates: Rates
+    forward: float
+    batch: int
+    spent: Callable[[Site, float], float] = lambda _, seconds: seconds
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """What the families of one kind take, and how far they reach.
+
+    Attributes:
+        seconds: By stage, beside what collecting and carrying out takes.
+        smallest: The least of the whole model in each resource.
+        reduced: Paths of the modules that get smaller.
+    """
+
+    seconds: Mapping[str, float]
+    smallest: Cost
+    reduced: frozenset[str]
 
 
 class Proposer(ABC):
@@ -113,6 +154,17 @@ class Proposer(ABC):
 
         Returns:
             All, and those that are always tried.
+        """
+
+    @classmethod
+    @abstractmethod
+    def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
+        """What making the proposals takes, and how small a model they reach.
+
+        Args:
+            outlook: The model.
+            families: Of its kind.
+            beside: Those of other kinds.
         """
 
 
@@ -159,6 +211,12 @@ def numbers_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool =
         for proposer, own in kinds_of(families).items()
     ]
     return sum(many for many, _ in each), sum(few for _, few in each)
+
+
+def foretold_of(outlook: Outlook, families: Sequence[Family]) -> list[Foretold]:
+    """What each kind of family foretells; see `Proposer.foretold`."""
+    kinds = kinds_of(families)
+    return [proposer.foretold(outlook, own, [f for f in families if f not in own]) for proposer, own in kinds.items()]
 
 
 def plans_from(proposals: Sequence[Proposal], bounds: Mapping[str, int]) -> dict[str, Plan]:

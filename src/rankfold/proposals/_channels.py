@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from rankfold.allocation import Lagrangian, RankSelector, Uniform
+from rankfold.channels.elimination import RemovalCurve, even
+from rankfold.channels.groups import ChannelGroup, find_channels
+from rankfold.channels.ledger import Widths, stacks_of
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
+from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.distributed import world
 from rankfold.errors import SiteError
-from rankfold.proposals._base import Asked, Basis, Proposal, Proposer, proposes
+from rankfold.proposals._base import Asked, Basis, Foretold, Outlook, Proposal, Proposer, proposes
+from rankfold.proposals._ranks import curve_seconds
 from rankfold.proposals._remover import Remover
 from rankfold.registry import name_of
+
+NARROWER = 0.7  # of the time that curves of the whole model take, those of the model without half of its channels do
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,8 @@ class ChannelProposer(Proposer):
 
     def proposals(self, asked: Asked) -> list[Proposal]:
         """Of each family of its kind, each way."""
-        forms = [family for family in self.basis.families if isinstance(family, Decomposition)]
+        multiple = asked.selector.multiple if isinstance(asked.selector, RankSelector) else 1
+        forms = [form.at_multiples(multiple) for form in self.basis.families if isinstance(form, Decomposition)]
         ways = channel_ways(
             asked.selector if isinstance(asked.selector, RankSelector) else None,
             asked.selector if isinstance(asked.selector, WidthSelector) else None,
@@ -68,6 +78,7 @@ class ChannelProposer(Proposer):
                     selector=way.selector,
                     seed=self.basis.seed,
                     repair=asked.repair,
+                    evaluate=asked.evaluate,
                     world=world(),
                 )
                 found.append(Proposal(way.name, make, always=way.always))
@@ -113,6 +124,47 @@ class ChannelProposer(Proposer):
         else:
             many = few = 1 if chosen_by else len(SIZES)
         return many * len(families), few * len(families)
+
+    @classmethod
+    def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
+        """Each group is tried and ordered; half of the way leaves narrower layers whose curves are measured anew."""
+        if outlook.sites.graph.program is None:
+            return Foretold({}, outlook.sites.cost, frozenset())
+        groups = [group for group in find_channels(outlook.model, outlook.sites) if even(group)]
+        smallest = [_narrowest(outlook, groups, family) for family in families if isinstance(family, Interpolative)]
+        least = [outlook.sites.cost, *smallest]
+        made = {path for group in groups for path in (*group.made, *group.read)}
+        carried = {name.rpartition(".")[0] for group in groups for name in group.carried}
+        seconds = {"curves": sum(_ordering(outlook, group) for group in groups)}
+        forms = [family for family in beside if isinstance(family, Decomposition)]
+        if groups and forms:
+            seconds["plans"] = NARROWER * curve_seconds(replace(outlook, spent=lambda _, own: own), forms)
+        return Foretold(
+            seconds,
+            Cost(*(min(cost.amounts()[name] for cost in least) for name in RESOURCES)),
+            frozenset(made | carried),
+        )
+
+
+def _narrowest(outlook: Outlook, groups: Sequence[ChannelGroup], method: Interpolative) -> Cost:
+    """The whole model with each group at as few units as the method leaves."""
+    curves = [RemovalCurve(group, torch.arange(group.units), torch.zeros(group.units + 1)) for group in groups]
+    stacks = stacks_of(groups, multiple_of=method.multiple_of, uniform=method.uniform)
+    widths = Widths(outlook.model, curves, outlook.sites, {}, stacks)
+    for number, stack in enumerate(stacks):
+        widths.set(number, stack.allowed[0])
+    return widths.cost
+
+
+def _ordering(outlook: Outlook, group: ChannelGroup) -> float:
+    """Seconds of trying a group three times, on the batch first, and of ordering its units by every reader."""
+    total = outlook.forward * (3 * outlook.batch + 24)
+    for path, units in group.read.items():
+        site = outlook.sites.at(path)
+        taps = site.geometry.features * max(1, len(units) // max(site.geometry.inputs, 1)) // len(units)
+        outputs = site.geometry.canonical_shape[0]
+        total += outlook.spent(site, outlook.rates.elimination(group.units, max(taps, 1), outputs))
+    return total
 
 
 def channel_ways(selector: RankSelector | None, sizes: WidthSelector | None, *, ranks: bool) -> list[ChannelWay]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 
 from rankfold.allocation import HalfWay, Lagrangian, RankSelector, Uniform
 from rankfold.allocation.curve import Curves
-from rankfold.allocation.measuring import measure
+from rankfold.allocation.measuring import measure, spectra_of
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family
 from rankfold.distributed import world
 from rankfold.plan import Plan
 from rankfold.plan.making import make_plan
-from rankfold.proposals._base import Asked, Proposal, Proposer, proposes
+from rankfold.proposals._base import Asked, Basis, Foretold, Outlook, Proposal, Proposer, proposes
 from rankfold.registry import name_of
+from rankfold.sites.site import Site
+
+HALVES = 2  # of the samples, from which curves are cross-fitted
 
 
 @proposes(Decomposition)
@@ -26,25 +31,38 @@ class RankProposer(Proposer):
         """The families."""
         return [family for family in self.families if isinstance(family, Decomposition)]
 
-    @cached_property
-    def curves(self) -> Curves:
-        """Of all families; measured once."""
-        basis = self.basis
+    def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
+        super().__init__(basis, families)
+        self._curves: dict[int, Curves] = {}
+
+    def curves(self, multiple: int = 1, *, spectra: bool = False) -> Curves:
+        """Of all families; measured once.
+
+        Args:
+            multiple: What the ranks of methods on a grid are multiples of.
+            spectra: Whether a selector reads them.
+        """
+        basis, forms = self.basis, [form.at_multiples(multiple) for form in self.forms]
 
         def measured() -> Curves:
             return measure(
-                basis.model,
-                basis.stats,
-                sites=basis.sites,
-                families=self.forms,
-                progress=basis.progress,
-                world=world(),
+                basis.model, basis.stats, sites=basis.sites, families=forms, progress=basis.progress, world=world()
             )
 
-        return basis.clock.time("curves", lambda: basis.work.curves(basis.sites, self.forms, measured))
+        if multiple not in self._curves:
+            self._curves[multiple] = basis.clock.time("curves", lambda: basis.work.curves(basis.sites, forms, measured))
+        curves = self._curves[multiple]
+        if spectra and not curves.spectra:
+            found = basis.clock.time(
+                "curves", lambda: spectra_of(basis.model, basis.stats, sites=basis.sites, families=forms)
+            )
+            curves = self._curves[multiple] = replace(curves, spectra=found)
+        return curves
 
     def proposals(self, asked: Asked) -> list[Proposal]:
         """See `by_ranks`."""
+        selector = asked.selector if isinstance(asked.selector, RankSelector) else None
+        multiple, reads = (1, ()) if selector is None else (selector.multiple, selector.reads)
 
         def make(curves: Curves, selector: RankSelector) -> Plan:
             return make_plan(
@@ -54,9 +72,10 @@ class RankProposer(Proposer):
                 seed=self.basis.seed,
                 calibration=self.basis.stats.manifest,
                 repair=asked.repair,
+                evaluate=asked.evaluate if "evaluate" in selector.reads else None,
             )
 
-        return by_ranks(self.curves, asked.selector if isinstance(asked.selector, RankSelector) else None, make)
+        return by_ranks(self.curves(multiple, spectra="spectra" in reads), selector, make)
 
     @classmethod
     def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
@@ -64,6 +83,37 @@ class RankProposer(Proposer):
         if chosen_by:
             return 1, 1
         return 3 + weighting + (len(families) if len(families) > 1 else 0), 3
+
+    @classmethod
+    def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
+        """Curves take the errors of each method at each site; the least is every site at its smallest rank."""
+        forms = [family for family in families if isinstance(family, Decomposition)]
+        least = {site.path: _least(site, forms) for site in outlook.sites}
+        return Foretold(
+            {"curves": curve_seconds(outlook, forms)},
+            sum((least[site.path] - dense_cost(site) for site in outlook.sites), outlook.sites.cost),
+            frozenset(site.path for site in outlook.sites if least[site.path] != dense_cost(site)),
+        )
+
+
+def curve_seconds(outlook: Outlook, forms: Sequence[Decomposition]) -> float:
+    """Of the errors of some methods at all ranks of all sites, each fitted on one half and judged on the other."""
+    total = 0.0
+    for site in outlook.sites:
+        shape = site.geometry.canonical_shape
+        own = [form for form in forms if not site.fixed and form.refuses(shape) is None]
+        seconds = site.geometry.groups * HALVES * sum(outlook.rates.errors(form, shape) for form in own)
+        total += outlook.spent(site, seconds)
+    return total
+
+
+def _least(site: Site, forms: Sequence[Decomposition]) -> Cost:
+    """The least a site costs in each resource, at the smallest rank of any method."""
+    costs, shape = [dense_cost(site)], site.geometry.canonical_shape
+    for form in forms if not site.fixed else ():
+        if form.refuses(shape) is None:
+            costs.append(site_cost(site, form.form, form.candidates(shape)[0]))
+    return Cost(*(min(cost.amounts()[name] for cost in costs) for name in RESOURCES))
 
 
 def by_ranks(

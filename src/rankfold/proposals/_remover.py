@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -142,6 +142,7 @@ class Remover:
         selector: RankSelector,
         seed: int,
         repair: Lockstep | None,
+        evaluate: Callable[[Plan], float] | None = None,
         world: World = ALONE,
     ) -> Plan:
         """A plan in which channels make a share of the way to the budget, and the other families the rest.
@@ -154,6 +155,7 @@ class Remover:
             selector: Chooses their ranks.
             seed: Noted in the plan.
             repair: Noted in the plan.
+            evaluate: As for `make_plan`.
             world: The processes that share the curves out among them.
 
         Raises:
@@ -162,8 +164,7 @@ class Remover:
         whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
         part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
         widths = Widths(self.model, self.curves, self.sites, part, self.stacks)
-        sizes.select(widths)
-        chosen = widths.chosen()
+        chosen = sizes.select(widths)
         decided = []
         for curve in self.curves:
             units, left = curve.group.units, chosen[curve.group.name]
@@ -181,6 +182,21 @@ class Remover:
         masks = {decision.group: _mask(decision) for decision in decided}
         groups = [curve.group for curve in self.curves]
         cuts, attributes = cuts_of(self.model, groups, masks), attributes_of(groups, masks)
+        frozen = tuple(Skip(path, f"channels {reason}") for path, reason in self.skips.items())
+
+        def complete(plan: Plan) -> Plan:
+            return replace(
+                plan,
+                fingerprint=self.sites.fingerprint,
+                budget=budget.to_json(),
+                skips=(*plan.skips, *frozen),
+                channels=tuple(decided),
+                cuts=cuts,
+                attributes=attributes,
+                removal=to_json(self.method) if decided else None,
+                width_selector=to_json(sizes) if decided else None,
+            )
+
         if share < 1 and families:
             key = (*decided, *families)
             if key not in self.narrowed:
@@ -192,6 +208,7 @@ class Remover:
                 seed=seed,
                 calibration=self.stats.manifest,
                 repair=repair,
+                evaluate=None if evaluate is None else lambda plan: evaluate(complete(plan)),
             )
         else:
             plan = Plan(
@@ -206,17 +223,7 @@ class Remover:
                 calibration=dict(self.stats.manifest),
                 repair=None if repair is None else to_json(repair),
             )
-        return replace(
-            plan,
-            fingerprint=self.sites.fingerprint,
-            budget=budget.to_json(),
-            skips=(*plan.skips, *(Skip(path, f"channels {reason}") for path, reason in self.skips.items())),
-            channels=tuple(decided),
-            cuts=cuts,
-            attributes=attributes,
-            removal=to_json(self.method) if decided else None,
-            width_selector=to_json(sizes) if decided else None,
-        )
+        return complete(plan)
 
     def _curves(self, cuts: Cuts, attributes: Attributes, families: Sequence[Decomposition], world: World) -> Curves:
         """Rank curves of the model as some cuts leave it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from torch import nn
 
@@ -30,6 +31,7 @@ from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
 from rankfold.store.work import Work
 from rankfold.trials.attempts import Attempt
+from rankfold.trials.limits import Limit
 
 FINALISTS = 2  # so many of the plans tried on a part are carried out on all samples
 FEWEST = 64  # samples of the part on which the others are
@@ -55,6 +57,7 @@ class Trials:
         progress: Told about every step.
         spill: Where a repair keeps its values.
         notes: Remarks for the report: plans that dropped out.
+        limits: That what comes of a plan has to keep, too.
     """
 
     model: nn.Module
@@ -69,6 +72,8 @@ class Trials:
     progress: Progress
     spill: Spill
     notes: list[str] = field(default_factory=list)
+    limits: Sequence[Limit] = ()
+    _scores: dict[str, float] = field(default_factory=dict, init=False)
 
     @property
     def at_once(self) -> int | None:
@@ -108,6 +113,24 @@ class Trials:
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
 
+    @cached_property
+    def part(self) -> list[Batch] | None:
+        """The samples that many plans are tried on; None where they are too few for that, or all have to be there."""
+        if self.sites.graph.static_batch is not None:
+            return None
+        return part_of(self.batches, self.stats.manifest["samples"], held_out=self.every, processes=world().size)
+
+    def score(self, plan: Plan) -> float:
+        """The divergence of a plan that is carried out on the part of the samples, or on all; less is better.
+
+        Args:
+            plan: The plan; one that was scored already is not carried out again.
+        """
+        key = plan.to_json()
+        if key not in self._scores:
+            self._scores[key] = self.attempt(plan, self.part).comparison.divergence
+        return self._scores[key]
+
     def best(self, proposals: Sequence[Proposal], budget: Budget) -> tuple[Attempt, list[Candidate]]:
         """The plan closest to the original on held-out samples, and how all of them did.
 
@@ -118,9 +141,7 @@ class Trials:
             proposals: Of plans.
             budget: Their budget.
         """
-        part = None
-        if self.sites.graph.static_batch is None:
-            part = part_of(self.batches, self.stats.manifest["samples"], held_out=self.every, processes=world().size)
+        part = self.part
         chosen = [proposal for proposal in proposals if proposal.always or part is not None]
         plans = self.clock.time("plans", lambda: plans_from(chosen, budget.bounds(self.sites.cost)))
         best: list[Attempt] = []
@@ -132,10 +153,14 @@ class Trials:
                 attempt = self.attempt(plan)
                 if attempt.cost is not None:
                     budget.check_held(attempt.cost, self.sites.cost)
+                for limit in self.limits:
+                    limit.check(attempt)
                 if not best or attempt.comparison.divergence < best[0].comparison.divergence:
                     best[:] = [attempt]  # one compressed model at a time is kept
                 return attempt.told(name)
 
+            if self.limits:  # what an earlier run judged is not known to keep to them
+                return replace(work(), selector=name)
             return replace(self.work.result(plan, "all", Candidate, work), selector=name)
 
         def trial(name: str, plan: Plan) -> Candidate:
