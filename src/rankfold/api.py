@@ -26,7 +26,7 @@ from rankfold.install.checks import check_plan
 from rankfold.outputs.taken import Outputs, check_outputs, outputs_from_json
 from rankfold.plan import Plan
 from rankfold.plan.making import check_kinds
-from rankfold.plan.plan import budget_of
+from rankfold.plan.reading import budget_of
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.repair import Lockstep
 from rankfold.report.compressed import Compressed

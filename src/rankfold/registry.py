@@ -13,6 +13,7 @@ T = TypeVar("T", bound=type)
 _BY_NAME: dict[str, type] = {}
 _NAMES: dict[type, str] = {}
 ENTRY_POINTS = "rankfold.methods"
+LATER = "later"  # marks an option in the metadata of its field
 
 
 def register(name: str) -> Callable[[T], T]:
@@ -57,6 +58,15 @@ def _check_dataclass(name: str, cls: type) -> None:
         got=f"{cls.__qualname__.rpartition('.')[2]}, which is {'no dataclass' if own is None else 'not frozen'}",
         cure="write @dataclass(frozen=True) between @register and the class",
     )
+
+
+def added(default: Any) -> Any:
+    """The field of an option that a method got after plans that name it were written; see `to_json`.
+
+    Args:
+        default: Its default, under which the method is what it was before.
+    """
+    return dataclasses.field(default=default, metadata={LATER: True})
 
 
 def name_of(method: object) -> str:
@@ -106,10 +116,16 @@ def _load_entry_points() -> None:
 
 
 def to_json(method: Any) -> dict[str, Any]:
-    """A method as ``{"name": …, option: value, …}``; options that are methods nest."""
+    """A method as ``{"name": …, option: value, …}``; options that are methods nest.
+
+    An option that came later (`added`) is written only where it is not at its default, so that plans from before keep
+    their bytes.
+    """
     result: dict[str, Any] = {"name": name_of(method)}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
+        if field.metadata.get(LATER) and value == field.default:
+            continue
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
         result[field.name] = to_json(value) if nested else value
     return result

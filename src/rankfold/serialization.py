@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,11 +14,11 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import msgspec
 
-from rankfold.errors import CheckpointError, RankfoldError, WriteError
+from rankfold.errors import CheckpointError, RankfoldError, WriteError, near_matches, shown
 
 T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
@@ -96,24 +97,57 @@ def parse_json(text: str, *, place: str, error: type[RankfoldError] = Checkpoint
         ) from cause
 
 
-def converted(value: Any, kind: type[T], *, place: str, error: type[RankfoldError] = CheckpointError) -> T:
-    """A dataclass from JSON values, every field of the type that it is annotated with; unknown keys are left out.
+def converted(
+    value: Any,
+    kind: type[T],
+    *,
+    place: str,
+    error: type[RankfoldError] = CheckpointError,
+    cure: str = "write the file again with rankfold, or restore it from a copy",
+) -> T:
+    """A dataclass or struct from JSON values, every field of the type that it is annotated with.
 
     Args:
         value: What `parse_json` gave.
-        kind: The dataclass.
+        kind: The class; whether unknown keys are left out or refused is its own affair.
         place: Named in the message.
         error: The class to raise.
+        cure: What to do, for the message.
+
+    Raises:
+        RankfoldError: Of that class, naming the place inside the value, what has to stand there, and what does.
     """
     try:
         return msgspec.convert(value, kind, strict=True)
     except msgspec.ValidationError as cause:
-        raise error(
-            place,
-            law=f"the keys and types of a {kind.__name__.lower()}",
-            got=str(cause),
-            cure="write the file again with rankfold, or restore it from a copy",
-        ) from cause
+        text, _, path = str(cause).partition(" - at `$")
+        text, path = text.partition(" - at `key`")[0], path.rstrip("`")
+        found = _at(value, path)
+        if (named := re.fullmatch("Object contains unknown field `(.*)`", text)) is not None:
+            law, got, cure = "only known keys", repr(named[1]), near_matches(named[1], _fields(kind))
+        elif (named := re.fullmatch("Object missing required field `(.*)`", text)) is not None:
+            law, got, cure = f"the key {named[1]!r}", f"keys {shown(sorted(found))}", "add it"
+        else:
+            law = text.removeprefix("Expected ").partition(", got")[0].replace("`", "")
+            law, got = f"a JSON {law}", shown(found)
+        raise error(f"{place}{path}", law=law, got=got, cure=cure) from cause
+
+
+def _at(value: Any, path: str) -> Any:
+    """What stands at a path such as `.decisions[0].site`; where it goes through any key of an object, that object."""
+    for key, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        if index == "...":
+            return value
+        value = value[key] if key else value[int(index)]
+    return value
+
+
+def _fields(kind: Any) -> set[str]:
+    """Names of the fields of a class and of all classes among their types."""
+    if not hasattr(kind, "__struct_fields__") and not dataclasses.is_dataclass(kind):
+        return set().union(*(_fields(inner) for inner in get_args(kind)), set())
+    hints = get_type_hints(kind)
+    return set(hints).union(*(_fields(inner) for inner in hints.values()))
 
 
 def _depth(text: str) -> int:

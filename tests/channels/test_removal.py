@@ -1,10 +1,9 @@
-"""Removal of channels, end to end on small networks."""
+"""Channels that go: the structure stays, the budget holds, what others predict costs nothing."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.reference.removable import NETWORKS, Residual, error_of, images, made
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -26,135 +26,13 @@ from rankfold.sites.finding import find_sites
 from rankfold.statistics.collect import collect
 
 
-class Residual(nn.Module):
-    """A stem, two blocks on a residual stream with batch norms, and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.n0 = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
-        for block in (1, 2):
-            self.add_module(f"a{block}", nn.Conv2d(12, 16, 3, padding=1, bias=False))
-            self.add_module(f"m{block}", nn.BatchNorm2d(16))
-            self.add_module(f"b{block}", nn.Conv2d(16, 12, 3, padding=1, bias=False))
-            self.add_module(f"n{block}", nn.BatchNorm2d(12))
-        self.head = nn.Linear(12, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.n0(self.stem(x)))
-        h = F.relu(h + self.n1(self.b1(F.relu(self.m1(self.a1(h))))))
-        h = F.relu(h + self.n2(self.b2(F.relu(self.m2(self.a2(h))))))
-        y: Tensor = self.head(h.mean((2, 3)))
-        return y
-
-
-class Separable(nn.Module):
-    """Pointwise, depthwise, pointwise, with concatenation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.dw = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
-        self.left, self.right = nn.Conv2d(16, 12, 1), nn.Conv2d(16, 14, 1)
-        self.head = nn.Linear(26 * 4, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu6(self.dw(F.relu6(self.first(x))))
-        h = torch.cat([self.left(h).relu(), self.right(h).relu()], 1)
-        y: Tensor = self.head(F.adaptive_avg_pool2d(h, 2).flatten(1))
-        return y
-
-
-class Gated(nn.Module):
-    """A transformer's gated MLP with a packed projection."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.both, self.down = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(24, 16, bias=False)
-        self.head = nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x.flatten(1)[:, :48].unflatten(1, (8, 6)))
-        gate, up = self.both(h).chunk(2, -1)
-        y: Tensor = self.head(F.layer_norm(h + self.down(F.silu(gate) * up), (16,)).mean(1))
-        return y
-
-
-class Attending(nn.Module):
-    """Attention in which two heads share a key, and a head behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Linear(6, 16)
-        self.q, self.k, self.v = nn.Linear(16, 48), nn.Linear(16, 24), nn.Linear(16, 24)
-        self.o, self.head = nn.Linear(48, 16), nn.Linear(16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(x.flatten(1)[:, :48].unflatten(1, (8, 6)))
-        q, k, v = (layer(h).unflatten(-1, (-1, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        y: Tensor = self.head(F.layer_norm(h + self.o(attended), (16,)).mean(1))
-        return y
-
-
-class Packed(nn.Module):
-    """Packed queries, keys and values, and numbers of heads that the module keeps, as in timm; group norms before."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim, self.attn_dim = 4, 6, 24
-        self.first, self.norm, self.embed = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(8, 16), nn.Conv2d(16, 12, 2, 2)
-        self.qkv, self.proj, self.head = nn.Linear(12, 72), nn.Linear(24, 12), nn.Linear(12, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.embed(F.relu(self.norm(self.first(x)))).flatten(2).transpose(1, 2)
-        packed = self.qkv(h).reshape(len(h), 16, 3, self.num_heads, self.head_dim)
-        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(len(h), 16, self.attn_dim)
-        y: Tensor = self.head((h + self.proj(attended)).mean(1))
-        return y
-
-
-NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "residual": Residual,
-    "separable": Separable,
-    "gated": Gated,
-    "attending": Attending,
-    "packed": Packed,
-}
-
-
-def _images(samples: int = 80, seed: int = 0) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    waves = torch.randn(12, 3, 8, 8, generator=g)
-    return list((torch.randn(samples, 12, generator=g) @ waves.flatten(1)).reshape(-1, 3, 8, 8).div(3).split(40))
-
-
-def _made(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = NETWORKS[name]()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.2)  # type: ignore[arg-type]
-            nn.init.uniform_(module.running_var, 0.5, 2.0)  # type: ignore[arg-type]
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-    return model.eval()
-
-
-def _error(model: nn.Module, other: nn.Module, data: list[Tensor]) -> float:
-    with torch.no_grad():
-        x = torch.cat(data)
-        expected = model(x)
-        return float((other(x) - expected).norm() / (expected - expected.mean(0)).norm())
-
-
 @pytest.mark.parametrize("repair", [rf.Lockstep(), None], ids=["lockstep", "fold alone"])
 @pytest.mark.parametrize("budget", [rf.Budget(params=0.6), rf.Budget(macs=0.6)], ids=["params", "macs"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_structure_stays_and_the_budget_holds(
     name: str, budget: rf.Budget, repair: rf.Lockstep | None, tmp_path: Path
 ) -> None:
-    model, data = _made(name), _images()
+    model, data = made(name), images()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     out = rf.compress(model, data, budget=budget, families=[rf.Interpolative()], repair=repair)
     assert [type(m) for m in out.model.modules()] == [type(m) for m in model.modules()]
@@ -171,25 +49,25 @@ def test_the_structure_stays_and_the_budget_holds(
     assert rows + norms == amounts["params"]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     rf.save(out, tmp_path / "small")
-    again = rf.load(tmp_path / "small", factory=lambda: _made(name))
+    again = rf.load(tmp_path / "small", factory=lambda: made(name))
     with torch.no_grad():
         assert torch.equal(again(data[0]), out.model(data[0]))
     assert Plan.load(tmp_path / "small" / "plan.json") == out.plan
 
 
 def test_repair_beats_the_fold_and_the_fold_beats_cutting() -> None:
-    model, data, fresh = _made("residual"), _images(400), _images(200, seed=0)
+    model, data, fresh = made("residual"), images(400), images(200, seed=0)
     errors = []
     for fold, repair in ((True, rf.Lockstep()), (True, None), (False, None)):
         method = rf.Interpolative(rule="magnitude", fold=fold)
         out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[method], repair=repair)
-        errors.append(_error(model, out.model, fresh))
+        errors.append(error_of(model, out.model, fresh))
     assert errors[0] < errors[1] < errors[2]
 
 
 @pytest.mark.parametrize("repair", [rf.Lockstep(), None], ids=["lockstep", "fold alone"])
 def test_channels_that_others_predict_exactly_go_without_an_error(repair: rf.Lockstep | None) -> None:
-    model, data = _made("residual"), _images(200)
+    model, data = made("residual"), images(200)
     twin, norm = model.a1, model.m1
     with torch.no_grad():
         twin.weight[8:] = twin.weight[:8]
@@ -211,12 +89,12 @@ def test_channels_that_others_predict_exactly_go_without_an_error(repair: rf.Loc
     kept = torch.cat([values[:, list(decision.kept)], torch.ones(len(values), 1, dtype=values.dtype)], 1)
     predicted = kept @ torch.linalg.lstsq(kept, values, driver="gelsd").solution
     assert float((predicted - values).norm() / values.norm()) < 5e-3
-    assert _error(model, out.model, data) < 2e-3
+    assert error_of(model, out.model, data) < 2e-3
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_gives_a_network_of_the_size_asked(rule: str) -> None:
-    model, data = _made("separable"), _images()
+    model, data = made("separable"), images()
     out = rf.compress(model, data, budget=rf.Budget(params=0.7), families=[rf.Interpolative(rule=rule)])
     assert out.report.after.params <= 0.7 * out.report.before.params
     again = rf.compress(model, data, budget=rf.Budget(params=0.7), families=[rf.Interpolative(rule=rule)])
@@ -225,7 +103,7 @@ def test_every_rule_gives_a_network_of_the_size_asked(rule: str) -> None:
 
 
 def test_the_heads_a_module_counts_are_counted_anew() -> None:
-    model, data = _made("packed"), _images()
+    model, data = made("packed"), images()
     out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[rf.Interpolative()], selector=rf.SameShare())
     heads = len(next(decision for decision in out.plan.channels if decision.group == "qkv").kept)
     assert heads < 4
@@ -246,13 +124,13 @@ def test_the_heads_a_module_counts_are_counted_anew() -> None:
 
 def test_kept_units_are_multiples() -> None:
     method = rf.Interpolative(multiple_of=4)
-    out = rf.compress(_made("residual"), _images(), budget=rf.Budget(params=0.6), families=[method])
+    out = rf.compress(made("residual"), images(), budget=rf.Budget(params=0.6), families=[method])
     assert out.plan.channels
     assert all(len(decision.kept) % 4 == 0 for decision in out.plan.channels)
 
 
 def test_channels_and_ranks_share_one_budget() -> None:
-    model, data = _made("residual"), _images(200)
+    model, data = made("residual"), images(200)
     out = rf.compress(model, data, budget=rf.Budget(params=0.5), families=[rf.WhitenedSVD(), rf.Interpolative()])
     assert out.report.after.params <= 0.5 * out.report.before.params
     names = {candidate.selector for candidate in out.report.candidates}
@@ -266,7 +144,7 @@ def test_channels_and_ranks_share_one_budget() -> None:
 @pytest.mark.parametrize("repair", [rf.Lockstep(), None], ids=["lockstep", "fold alone"])
 @pytest.mark.parametrize("name", ["residual", "packed"])
 def test_in_place_gives_the_same_bits(name: str, repair: rf.Lockstep | None) -> None:
-    model, data = _made(name), _images()
+    model, data = made(name), images()
     out = rf.compress(
         model, data, budget=rf.Budget(params=0.6), families=[rf.WhitenedSVD(), rf.Interpolative()], repair=repair
     )
@@ -287,7 +165,7 @@ def test_in_place_gives_the_same_bits(name: str, repair: rf.Lockstep | None) -> 
 
 @pytest.mark.parametrize("stopped_at", ["narrow_", "swap", "_take_tensors"])
 def test_ctrl_c_in_place_leaves_the_model_as_it_was(stopped_at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, data = _made("packed"), _images()
+    model, data = made("packed"), images()
     families = [rf.WhitenedSVD(), rf.Interpolative()]
     plan = rf.compress(model, data, budget=rf.Budget(params=0.6), families=families).plan
     if not (plan.cuts and plan.changes):
@@ -315,7 +193,7 @@ def test_ctrl_c_in_place_leaves_the_model_as_it_was(stopped_at: str, monkeypatch
 
 
 def test_the_smallest_value_named_can_be_reached() -> None:
-    model, data = _made("residual"), _images()
+    model, data = made("residual"), images()
     with pytest.raises(BudgetError) as caught:
         rf.compress(model, data, budget=rf.Budget(params=1), repair=None, weighting=False)
     smallest = caught.value.smallest["params"]
@@ -324,7 +202,7 @@ def test_the_smallest_value_named_can_be_reached() -> None:
 
 
 def test_a_plan_is_carried_out_again_to_the_same_bits() -> None:
-    model, data = _made("residual"), _images()
+    model, data = made("residual"), images()
     out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[rf.Interpolative()])
     plan = Plan.from_json(out.plan.to_json())
     for again in (rf.execute(model, data, plan).model, rf.apply(model, plan, data)):
@@ -346,7 +224,7 @@ def _constant(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("kind", ["dead", "constant", "few samples"])
 def test_degenerate_channels_are_no_error(kind: str) -> None:
-    model, data = _made("residual"), _images(6 if kind == "few samples" else 80)
+    model, data = made("residual"), images(6 if kind == "few samples" else 80)
     {"dead": _dead, "constant": _constant, "few samples": lambda _: None}[kind](model)
     out = rf.compress(model, data, budget=rf.Budget(params=0.6), families=[rf.Interpolative()])
     assert all(bool(torch.isfinite(parameter).all()) for parameter in out.model.parameters())
@@ -363,7 +241,7 @@ def test_a_model_that_reads_its_own_width_is_no_crash() -> None:
             return y
 
     torch.manual_seed(0)
-    model, data = Fixed().eval(), _images()
+    model, data = Fixed().eval(), images()
     out = rf.compress(model, data, budget=rf.Budget(params=0.8), families=[rf.Interpolative()])
     assert "a1" not in {decision.group for decision in out.plan.channels}
     skip = next(row for row in out.report.rows if row.form == "skipped" and row.path == "a1")
@@ -371,7 +249,7 @@ def test_a_model_that_reads_its_own_width_is_no_crash() -> None:
 
 
 def test_bad_input_is_refused_by_name() -> None:
-    model, data = _made("residual"), _images()
+    model, data = made("residual"), images()
     with pytest.raises(OptionError, match=r"Interpolative\.rule"):
         rf.Interpolative(rule="best")
     with pytest.raises(OptionError, match=r"Interpolative\.multiple_of"):
@@ -419,7 +297,7 @@ def test_bad_input_is_refused_by_name() -> None:
 def test_the_plan_records_family_widths_and_ranks_that_were_chosen(
     families: list[rf.Family], ranks: dict[str, object] | None
 ) -> None:
-    model, data = _made("residual"), _images()
+    model, data = made("residual"), images()
     family, widths = rf.Interpolative(rule="magnitude", multiple_of=2, fold=False), rf.SameShare()
     sites = find_sites(model, data[0]).with_fixed()
     stats = collect(model, data, sites=sites)

@@ -106,13 +106,13 @@ def _remove(key: str) -> Callable[[dict[str, Any]], object]:
         (_set("decisions", 0, "method", to="svd"), r'a method is \{"name": …'),
         (_set("decisions", 0, "method", "damping", to=-1), r"\.method · options within their ranges · got .*damping"),
         (_set("decisions", 0, "method", "damping", to="much"), r"\.method · options within their ranges"),
-        (_set("decisions", 0, "site", to=3), r"site and why are strings · got 3"),
+        (_set("decisions", 0, "site", to=3), r"^plan\.decisions\[0\]\.site · a JSON str · got 3 · correct it"),
         (_set("decisions", 0, to="body"), r"^plan\.decisions\[0\] · a JSON object · got 'body'"),
         (
             _set("decisions", 2, "site", to="body.0"),
             r"^plan · one decision a site · got two for 'body\.0' · remove one",
         ),
-        (_set("decisions", to={}), r"^plan\.decisions · a JSON list · got \{\}"),
+        (_set("decisions", to={}), r"^plan\.decisions · a JSON array · got \{\}"),
         (_set("seed", to=1.5), r"^plan\.seed · a JSON int · got 1\.5"),
         (_set("seed", to=False), r"^plan\.seed · a JSON int · got False"),
         (_set("seed", to=-1), r"^plan\.seed · an int from 0 to 2\*\*63 - 1 · got -1 · correct it"),
@@ -130,12 +130,12 @@ def _remove(key: str) -> Callable[[dict[str, Any]], object]:
             for samples in (0, True, 2.0, "3", None)
         ),
         (_set("fingerprint", to="\ud800"), r"^plan · every string is Unicode text · got half a character, '\\ud800'"),
-        (_set("selector", to="uniform"), r"^plan\.selector · a JSON dict · got 'uniform'"),
+        (_set("selector", to="uniform"), r"^plan\.selector · a JSON object \| null · got 'uniform'"),
         (_set("removal", to={"name": "interpolative", "rule": "x"}), r"^plan\.removal · options within .*rule = 'x'"),
         (_set("removal", to={"name": "interpolative", "ruler": 1}), r"^plan\.removal · an option of .*mean 'rule'\?"),
-        (_set("removal", to=3), r"^plan\.removal · a JSON dict · got 3"),
-        (_set("repair", to=True), r"^plan\.repair · a JSON dict · got True"),
-        (_set("skips", 0, "path", to=3), r"^plan\.skips\[0\] · path and reason are strings · got 3"),
+        (_set("removal", to=3), r"^plan\.removal · a JSON object \| null · got 3"),
+        (_set("repair", to=True), r"^plan\.repair · a JSON object \| null · got True"),
+        (_set("skips", 0, "path", to=3), r"^plan\.skips\[0\]\.path · a JSON str · got 3"),
     ],
 )
 def test_a_broken_plan_is_refused_with_place_law_values_and_cure(

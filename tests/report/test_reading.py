@@ -80,11 +80,11 @@ def _damaged(**changes: Any) -> str:
     ("changes", "got"),
     [
         ({"version": 9}, "a report of version 1"),
-        ({"model": 3}, r"\$\.model"),
-        ({"before": None}, r"\$\.before"),
-        ({"rows": [{"path": "a"}]}, r"\$\.rows\[0\]"),
+        ({"model": 3}, r"^report\.model"),
+        ({"before": None}, r"^report\.before"),
+        ({"rows": [{"path": "a"}]}, r"^report\.rows\[0\]"),
         ({"rows": ...}, "rows"),
-        ({"latency": "fast"}, r"\$\.latency"),
+        ({"latency": "fast"}, r"^report\.latency"),
     ],
 )
 def test_a_damaged_report_is_refused_with_its_place(changes: dict[str, Any], got: str) -> None:

@@ -16,7 +16,7 @@ from rankfold.factors import Rank, TuckerFactors
 from rankfold.linalg.precision import power_of_two_scale, widen
 from rankfold.linalg.svd import svd
 from rankfold.linalg.tucker import hooi, metric_tucker, metric_tucker_errors
-from rankfold.registry import register
+from rankfold.registry import added, register
 
 GRID = 16  # candidate widths a mode; a plan may name any width in between
 
@@ -41,7 +41,7 @@ class Tucker2(Decomposition):
 
     whitened: bool = True
     damping: float = 1e-6
-    multiple_of: int = 1
+    multiple_of: int = added(1)
 
     def __post_init__(self) -> None:
         check_multiple(self.multiple_of, "Tucker2.multiple_of")

@@ -1,5 +1,6 @@
 """The plan: what becomes of every layer."""
 
-from rankfold.plan.plan import ChannelDecision, Decision, Plan
+from rankfold.plan.decisions import ChannelDecision, Decision
+from rankfold.plan.plan import Plan
 
 __all__ = ["ChannelDecision", "Decision", "Plan"]

@@ -1,0 +1,66 @@
+"""What becomes of a site, and of a group of channels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rankfold.decompositions import Decomposition
+from rankfold.factors import Rank
+from rankfold.plan.indices import as_ranges
+from rankfold.registry import to_json
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of a site.
+
+    Attributes:
+        site: Its path.
+        method: The decomposition; None leaves the site dense.
+        rank: The rank; None where dense.
+        why: Why: the selector's reason, in words.
+        error: The predicted error, as `measure` defines it; None where dense, and in plans written by hand.
+    """
+
+    site: str
+    method: Decomposition | None = None
+    rank: Rank | None = None
+    why: str = ""
+    error: float | None = None
+
+    @property
+    def form(self) -> str:
+        """Form of the factors, or "dense"."""
+        return "dense" if self.method is None else self.method.form
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict."""
+        rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
+        method = None if self.method is None else to_json(self.method)
+        error = {} if self.error is None else {"error": self.error}
+        return {"site": self.site, "method": method, "rank": rank, "why": self.why, **error}
+
+
+@dataclass(frozen=True)
+class ChannelDecision:
+    """Which channels of a group stay.
+
+    Attributes:
+        group: Name of the group: the first layer that makes its channels.
+        units: How many units the group has.
+        kept: The units that stay, ascending.
+        why: Why, in words.
+        fold: Whether the layers that read the channels are corrected for what goes, where no repair does it.
+    """
+
+    group: str
+    units: int
+    kept: tuple[int, ...]
+    why: str = ""
+    fold: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """As a dict."""
+        kept = as_ranges(self.kept)
+        return {"group": self.group, "units": self.units, "kept": kept, "why": self.why, "fold": self.fold}
