@@ -14,6 +14,7 @@ from torch import nn
 from rankfold.allocation import Budget, Selector
 from rankfold.allocation.measuring import check_families, default_families, needed
 from rankfold.applying import decided_sites, held_out_in, with_those_of
+from rankfold.checks import check_flag
 from rankfold.data.batches import batch_size, take
 from rankfold.data.draws import check_seed
 from rankfold.data.splits import as_batches, digest, no_batch
@@ -23,6 +24,7 @@ from rankfold.errors import DataError, OptionError, PlanError, shown
 from rankfold.forecasting.forecast import Forecast
 from rankfold.graph.spill import Memory, parse_memory
 from rankfold.install.checks import check_plan
+from rankfold.options import Options
 from rankfold.outputs.taken import Outputs, check_outputs, outputs_from_json
 from rankfold.plan import Plan
 from rankfold.plan.making import check_kinds
@@ -31,7 +33,7 @@ from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.repair import Lockstep
 from rankfold.report.compressed import Compressed
 from rankfold.report.data import Report
-from rankfold.session import Options, Session, check_budget
+from rankfold.session import Session, check_budget
 from rankfold.sites.finding import check_selection
 from rankfold.sites.models import check_module
 from rankfold.sites.site import Skip
@@ -230,8 +232,7 @@ def prepare(
         )
     if selector is not None:
         check_kinds({"selector": (selector, Selector)})
-    if not isinstance(weighting, bool):
-        raise OptionError("weighting", law="True or False", got=shown(weighting), cure="pass a bool")
+    check_flag("weighting", weighting)
     check_outputs(outputs)
     if work_dir is not None and not isinstance(work_dir, (str, os.PathLike)):
         raise OptionError("work_dir", law="the path of a directory, or None", got=shown(work_dir), cure="pass a path")
@@ -254,8 +255,7 @@ def prepare(
 def _check_call(budget: object, dry_run: object) -> None:
     """Refuse what is wrong with the arguments that are not `prepare`'s, before anything is looked at."""
     check_budget(budget)
-    if not isinstance(dry_run, bool):
-        raise OptionError("dry_run", law="True or False", got=shown(dry_run), cure="pass a bool")
+    check_flag("dry_run", dry_run)
 
 
 @together

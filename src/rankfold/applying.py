@@ -12,6 +12,7 @@ from torch import nn
 
 from rankfold.allocation.measuring import needed
 from rankfold.channels.narrowing import fold_and_cut_
+from rankfold.checks import is_whole
 from rankfold.data.batches import Batch, batch_size, take, to_device
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.data.splits import HELD_OUT, Split, as_batches, first_of
@@ -229,7 +230,7 @@ def _checked(
 def held_out_in(plan: Plan) -> int:
     """One sample in how many the plan's numbers were not fitted on; 10 in plans that do not name it."""
     every = plan.calibration.get("held_out", HELD_OUT)
-    if isinstance(every, bool) or not isinstance(every, int) or every < 2:
+    if not is_whole(every) or every < 2:
         raise PlanError(
             "plan.calibration.held_out", law="an int of at least 2", got=shown(every), cure="take it out, or make it 10"
         )

@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from rankfold.allocation import Budget, Selector
-from rankfold.allocation.measuring import needed
+from rankfold.allocation import Budget
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.clock import Clock
 from rankfold.cost.counted import count
 from rankfold.data.batches import Batch
 from rankfold.data.running import device_of
 from rankfold.data.splits import HELD_OUT, Split, as_batches, digest, first_of, held_out_of
-from rankfold.decompositions import Family
 from rankfold.distributed import together, world
 from rankfold.errors import OptionError
 from rankfold.forecasting.forecast import Forecast, forecast_of
 from rankfold.forecasting.prediction import Course
 from rankfold.graph.spill import Spill
+from rankfold.options import Options
 from rankfold.outputs.taken import LOOKED_AT, Outputs, Taken, outputs_to_json, settled
 from rankfold.progress import Progress
 from rankfold.proposals import Asked, Basis, Proposer, numbers_of, proposers_of
-from rankfold.repair import Lockstep
 from rankfold.report.compressed import Compressed
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.report.signature import Signature
@@ -36,7 +33,7 @@ from rankfold.sites.finding import find_sites
 from rankfold.sites.models import COMPILED, check_model, is_compiled
 from rankfold.sites.refusals import BY_BATCH
 from rankfold.sites.site import Sites
-from rankfold.statistics import GradientGram, Statistics
+from rankfold.statistics import Statistics
 from rankfold.statistics.collect import collect
 from rankfold.statistics.gradients import SAMPLES, collect_gradients
 from rankfold.statistics.size import bounded, machine_memory
@@ -50,43 +47,6 @@ SHUFFLED = (
     "the data gives other batches at each pass: held-out samples of one pass were fitted on in another, so candidates "
     "and the comparison are judged too well; pass a list of batches, or a loader that does not shuffle"
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a compression is asked for, but for its budget; see `compress`.
-
-    Attributes:
-        families: Methods to choose from.
-        repair: The repair, or None.
-        selector: The one that was named, or None.
-        weighting: Whether gradients are collected.
-        outputs: What the outputs are, as it was said.
-        positions: Most positions a sample, or None.
-        seed: Of everything that is drawn.
-        work_dir: A directory that keeps what is finished, or None.
-        limit: Most bytes of values and moments, or None.
-    """
-
-    families: tuple[Family, ...]
-    repair: Lockstep | None
-    selector: Selector | None = None
-    weighting: bool = True
-    outputs: Outputs = None
-    positions: int | None = None
-    seed: int = 0
-    work_dir: str | Path | None = None
-    limit: int | None = None
-
-    @property
-    def statistics(self) -> list[str]:
-        """Names of what is collected for the families."""
-        return needed(self.families)
-
-    @property
-    def collected(self) -> list[str]:
-        """Names of all that is collected."""
-        return [*self.statistics, GradientGram.name] if self.weighting else self.statistics
 
 
 @dataclass(eq=False)

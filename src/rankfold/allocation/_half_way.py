@@ -10,7 +10,7 @@ from rankfold.allocation._base import RankSelector, Table, pick, top_up
 from rankfold.allocation._lagrangian import Lagrangian
 from rankfold.allocation._uniform import Uniform
 from rankfold.allocation.curve import Option, Problem
-from rankfold.errors import OptionError
+from rankfold.checks import check_number
 from rankfold.registry import register
 
 
@@ -32,11 +32,8 @@ class HalfWay(RankSelector):
     evenness: float = 0.5
 
     def __post_init__(self) -> None:
-        number = isinstance(self.evenness, (int, float)) and not isinstance(self.evenness, bool)
-        if not number or not 0 <= self.evenness <= 1:
-            raise OptionError(
-                "HalfWay.evenness", law="a number in [0, 1]", got=repr(self.evenness), cure="leave it out, or pass 0.5"
-            )
+        law, cure = "a number in [0, 1]", "leave it out, or pass 0.5"
+        check_number("HalfWay.evenness", self.evenness, law=law, cure=cure, high=1)
 
     def select(self, problem: Problem) -> tuple[Option, ...]:
         """See `RankSelector.select`."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from rankfold.allocation._base import RankSelector
 from rankfold.allocation._lagrangian import Lagrangian
 from rankfold.allocation.curve import Option, Problem
+from rankfold.checks import check_count
 from rankfold.errors import OptionError
 from rankfold.registry import register
 
@@ -27,8 +28,7 @@ class Rounded(RankSelector):
     multiple: int = 8
 
     def __post_init__(self) -> None:
-        if isinstance(self.multiple, bool) or not isinstance(self.multiple, int) or self.multiple < 1:
-            raise OptionError("Rounded.multiple", law="an int of at least 1", got=repr(self.multiple), cure="try 8")
+        check_count("Rounded.multiple", self.multiple, cure="try 8")
         if not isinstance(self.selector, RankSelector):
             raise OptionError(
                 "Rounded.selector", law="an instance of a selector", got=repr(self.selector), cure="try Lagrangian()"

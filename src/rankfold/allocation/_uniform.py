@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from rankfold.allocation._base import RankSelector, Table, largest_fitting, pick, top_up
 from rankfold.allocation._lagrangian import cheapest
 from rankfold.allocation.curve import Option, Problem
-from rankfold.errors import OptionError
+from rankfold.checks import check_number
 from rankfold.registry import register
 
 
@@ -30,11 +31,8 @@ class Uniform(RankSelector):
     spared: float = 0.02
 
     def __post_init__(self) -> None:
-        number = isinstance(self.spared, (int, float)) and not isinstance(self.spared, bool)
-        if not number or not 0 <= self.spared < 1:
-            raise OptionError(
-                "Uniform.spared", law="a number in [0, 1)", got=repr(self.spared), cure="leave it out, or pass 0"
-            )
+        law, cure = "a number in [0, 1)", "leave it out, or pass 0"
+        check_number("Uniform.spared", self.spared, law=law, cure=cure, high=math.nextafter(1, 0))
 
     def select(self, problem: Problem) -> tuple[Option, ...]:
         """See `RankSelector.select`."""

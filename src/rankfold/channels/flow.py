@@ -8,7 +8,6 @@ what meets, and an operator that is not known freezes what it touches.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +16,17 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from rankfold.channels.coordinates import STAYS, Flow, along, broadcast, compressed, spread
+from rankfold.channels.operators import (
+    BATCH_NORMS,
+    CONSTANT,
+    ELEMENTWISE,
+    LAYOUT,
+    REDUCTIONS,
+    SOFTMAX,
+    SPATIAL,
+    flat_sources,
+    one_slope,
+)
 from rankfold.graph.nodes import (
     argument_of,
     has_tensors,
@@ -29,33 +39,6 @@ from rankfold.graph.nodes import (
 )
 from rankfold.graph.regions import tensor_names
 from rankfold.layers import Operator, layer_operators
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_ELEMENTWISE = _names(
-    "relu gelu silu sigmoid tanh hardtanh hardswish hardsigmoid leaky_relu elu mish softplus erf relu6 clone contiguous"
-    " dropout alias detach _to_copy to type_as neg exp log sqrt rsqrt pow abs clamp clamp_min clamp_max reciprocal sin"
-    " cos add sub rsub mul div maximum minimum where square lift_fresh_copy feature_dropout alpha_dropout masked_fill"
-    " selu celu log_sigmoid softshrink hardshrink tanhshrink lerp addcmul log1p expm1 sign nan_to_num"
-    " lt le gt ge eq ne logical_not logical_and logical_or bitwise_not bitwise_and bitwise_or"
-)
-_LAYOUT = _names(
-    "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand repeat slice select"
-    " narrow split split_with_sizes chunk unbind cat stack flip movedim pixel_shuffle channel_shuffle"
-    " native_channel_shuffle repeat_interleave swapaxes"  # roll moves others into a place than are left there
-)
-_SPATIAL = _names(
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d"
-    " max_pool2d max_pool3d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d upsample_nearest1d"
-    " upsample_bicubic2d max_pool2d_with_indices"
-)
-_REDUCTIONS = _names("mean sum amax amin")
-_SOFTMAX = _names("softmax _softmax log_softmax _log_softmax")
-_BATCH_NORMS = _names("batch_norm _native_batch_norm_legit_no_training")
-_CONSTANT = _names("zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full scalar_tensor")
 
 
 def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, str]) -> Flow:
@@ -101,25 +84,25 @@ class _Walk:
         elif not inputs:
             self._looked_at(node, name)
             return
-        elif name in _BATCH_NORMS:
+        elif name in BATCH_NORMS:
             numbers = self._norm(node)
             self._numbers[node] = numbers if name == "batch_norm" else [numbers, None, None]
         elif name == "getitem":
             values = self._numbers[inputs[0]]
             self._numbers[node] = values[place_of(node)] if isinstance(values, (list, tuple)) else None
-        elif name in _ELEMENTWISE or (name == "prelu" and _one_slope(node)):
+        elif name in ELEMENTWISE or (name == "prelu" and one_slope(node)):
             self._numbers[node] = self._elementwise(node)
-        elif name in _LAYOUT and not is_cast(node):
+        elif name in LAYOUT and not is_cast(node):
             self._numbers[node] = self._moved(node)
         elif name == "pad":
             self._numbers[node] = self._padded(node)
-        elif name in _SPATIAL:
+        elif name in SPATIAL:
             axes = 3 if name.partition("_with")[0].endswith("3d") else 1 if name.endswith("1d") else 2
             numbers = self._without(inputs[0], range(-axes, 0), name)
             self._numbers[node] = [numbers, None] if "_with_indices" in name else numbers
-        elif name in _REDUCTIONS:
+        elif name in REDUCTIONS:
             self._numbers[node] = self._reduced(node, inputs[0], name)
-        elif name in _SOFTMAX:
+        elif name in SOFTMAX:
             self._numbers[node] = self._mixing(inputs[0], [argument_of(node, "dim")], name)
         elif name in ("layer_norm", "rms_norm"):
             self._numbers[node] = self._mixing(inputs[0], range(-len(argument_of(node, "normalized_shape")), 0), name)
@@ -133,7 +116,7 @@ class _Walk:
 
     def _looked_at(self, node: Node, name: str) -> None:
         """An operator that reads parameters alone: what it makes of them depends on the channels that are there."""
-        if name == "getitem" or name in _CONSTANT:
+        if name == "getitem" or name in CONSTANT:
             return
         self._values |= {self._names[argument] for argument in node.all_input_nodes if argument in self._names}
 
@@ -299,7 +282,7 @@ class _Walk:
         by_mask = isinstance(mask, Node) and len(shape_of(mask)) == 4 and shape_of(mask)[1] > 1
         masked = self._numbers.get(mask) if isinstance(mask, Node) else None
         ready = isinstance(masked, Tensor) and masked.ndim == 4 and masked.numel() == masked.shape[1]
-        sources = _flat_sources(mask, -3) if by_mask and not ready else []
+        sources = flat_sources(mask, -3) if by_mask and not ready else []
         own_mask = sources is None
         followed = [each for each in read if isinstance(each, Tensor)]
         by_head = all(each.ndim == 4 and each.shape[0] == each.shape[2] == 1 for each in followed)
@@ -410,25 +393,3 @@ class _Walk:
             self.flow.unite(own[axis], numbers, f"{name} is also used where channels are not followed")
         else:
             own[axis] = numbers
-
-
-def _flat_sources(node: Any, axis: int) -> list[Node] | None:
-    """The constants behind a value that is the same all along an axis (counted from the end); None where it is not."""
-    shape = shape_of(node) if isinstance(node, Node) and is_tensor(node) else ()
-    if len(shape) < -axis or shape[axis] == 1:
-        return []
-    if operator_of(node) in _CONSTANT:
-        return [node]
-    if operator_of(node) == "expand":  # from one to all heads
-        behind = _flat_sources(node.args[0], axis)
-        return behind if behind is None else behind or [node]
-    if operator_of(node) not in _ELEMENTWISE:
-        return None
-    parts = [_flat_sources(each, axis) for each in node.all_input_nodes]
-    return None if any(each is None for each in parts) else [source for each in parts for source in each or ()]
-
-
-def _one_slope(node: Node) -> bool:
-    """Whether a PReLU has one slope for all channels."""
-    slope = argument_of(node, "weight")
-    return isinstance(slope, Node) and prod(shape_of(slope)) == 1

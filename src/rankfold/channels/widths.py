@@ -11,6 +11,7 @@ import torch
 
 from rankfold.allocation import Selector
 from rankfold.channels.ledger import Widths
+from rankfold.checks import check_number
 from rankfold.errors import OptionError
 from rankfold.registry import register
 
@@ -77,11 +78,8 @@ class RemovalGreedy(WidthSelector):
 
     def __post_init__(self) -> None:
         for name in ("relative", "evenness"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise OptionError(
-                    f"RemovalGreedy.{name}", law="a number in [0, 1]", got=repr(value), cure="try 0.5, or 0"
-                )
+            law = "a number in [0, 1]"
+            check_number(f"RemovalGreedy.{name}", getattr(self, name), law=law, cure="try 0.5, or 0", high=1)
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankfold.checks import check_number, is_number
 from rankfold.errors import DataError, OptionError, shown
 
 
@@ -106,8 +107,7 @@ class Brightness(Corruption):
     shift: float = 0.3
 
     def __post_init__(self) -> None:
-        number = isinstance(self.shift, (int, float)) and not isinstance(self.shift, bool)
-        if not number or not 0 < abs(self.shift) < math.inf:
+        if not is_number(self.shift) or not 0 < abs(self.shift) < math.inf:
             raise OptionError("Brightness.shift", law="a number other than 0", got=shown(self.shift), cure="try 0.3")
 
     @property
@@ -121,8 +121,7 @@ class Brightness(Corruption):
 
 
 def _check_positive(value: object, place: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise OptionError(place, law="a number above 0", got=shown(value), cure="leave it out for the default")
+    check_number(place, value, law="a number above 0", cure="leave it out for the default", open_low=True)
 
 
 CORRUPTIONS: tuple[Corruption, ...] = (Noise(0.1), Noise(0.3), Blur(0.6), Blur(1.0), Brightness(0.3), Brightness(-0.3))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rankfold.checks import check_number
 from rankfold.comparison.compare import check_finite, check_shapes, labels_of, run_on
 from rankfold.comparison.corruptions import CORRUPTIONS, Corruption
 from rankfold.data.batches import Batch, split_batch, to_device
@@ -169,11 +170,9 @@ def _check(corruptions: Sequence[Corruption], fgsm: float | None) -> None:
         raise OptionError(
             "corruptions", law="each corruption once", got=f"{twice!r} twice", cure="leave one of them out"
         )
-    number = isinstance(fgsm, (int, float)) and not isinstance(fgsm, bool)
-    if fgsm is not None and (not number or not 0 < fgsm < float("inf")):
-        raise OptionError(
-            "fgsm", law="a finite number above 0, or None", got=shown(fgsm), cure="try 1/255 of the input range"
-        )
+    if fgsm is not None:
+        law = "a finite number above 0, or None"
+        check_number("fgsm", fgsm, law=law, cure="try 1/255 of the input range", open_low=True)
 
 
 def _both(original: nn.Module, compressed: nn.Module, batch: Batch, number: int) -> tuple[Tensor, Tensor]:

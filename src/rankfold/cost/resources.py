@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from rankfold.checks import is_number
 from rankfold.errors import BudgetError, shown
 
 # By name what it is, for the command line; a resource has a field of its name in `Cost` and in `Budget`.
@@ -92,8 +93,7 @@ class Budget:
         for name, bound in bounds.items():
             if bound is None:
                 continue
-            number = isinstance(bound, (int, float)) and not isinstance(bound, bool)
-            if not number or not (0 < bound <= 1 if isinstance(bound, float) else bound > 0):
+            if not is_number(bound) or not (0 < bound <= 1 if isinstance(bound, float) else bound > 0):
                 raise BudgetError(
                     f"Budget.{name}",
                     law="a kept fraction in (0, 1] (float) or an absolute bound of at least 1 (int)",

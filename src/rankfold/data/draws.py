@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from rankfold.checks import is_whole
 from rankfold.errors import OptionError, shown
 
 LEAST_POSITIONS = 16384  # of all samples together
@@ -35,7 +36,7 @@ def generator(*key: int) -> torch.Generator:
 
 def is_seed(value: object) -> bool:
     """Whether a value is an int from 0 to 2⁶³ − 1."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED
+    return is_whole(value) and 0 <= value <= LARGEST_SEED
 
 
 def check_seed(seed: int) -> None:

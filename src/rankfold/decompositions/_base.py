@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rankfold.checks import check_number
 from rankfold.errors import DataError, OptionError
 from rankfold.factors import Factors, Rank
 from rankfold.linalg.precision import widen
@@ -253,19 +254,5 @@ def canonical(weight: Tensor, rank: Rank, method: Decomposition) -> Tensor:
 
 def check_damping(damping: float, method: str) -> None:
     """Refuse a relative damping outside [0, 1]."""
-    if not isinstance(damping, (int, float)) or isinstance(damping, bool) or not 0 <= damping <= 1:
-        raise OptionError(
-            f"{method}.damping", law="a fraction of the mean eigenvalue, 0 to 1", got=repr(damping), cure="try 1e-6"
-        )
-
-
-def check_flag(value: object, place: str) -> None:
-    """Refuse anything but True and False."""
-    if not isinstance(value, bool):
-        raise OptionError(place, law="True or False", got=repr(value), cure="pass a bool")
-
-
-def check_multiple(value: object, place: str) -> None:
-    """Refuse what nothing can be a multiple of."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(place, law="an int of at least 1", got=repr(value), cure="try 8")
+    law = "a fraction of the mean eigenvalue, 0 to 1"
+    check_number(f"{method}.damping", damping, law=law, cure="try 1e-6", high=1)

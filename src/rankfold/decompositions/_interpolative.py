@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from rankfold.checks import check_count, check_flag
 from rankfold.decompositions._base import Family
 from rankfold.errors import OptionError, near_matches
 from rankfold.registry import register
@@ -53,11 +54,5 @@ class Interpolative(Family):
                 cure=near_matches(str(self.rule), RULES),
             )
         for name in ("fold", "uniform"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(
-                    f"Interpolative.{name}", law="True or False", got=repr(getattr(self, name)), cure="pass a bool"
-                )
-        if isinstance(self.multiple_of, bool) or not isinstance(self.multiple_of, int) or self.multiple_of < 1:
-            raise OptionError(
-                "Interpolative.multiple_of", law="an int of at least 1", got=repr(self.multiple_of), cure="try 8"
-            )
+            check_flag(f"Interpolative.{name}", getattr(self, name))
+        check_count("Interpolative.multiple_of", self.multiple_of, cure="try 8")

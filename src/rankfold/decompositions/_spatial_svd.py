@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_damping, check_flag
+from rankfold.checks import check_flag
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_damping
 from rankfold.factors import Rank, SpatialFactors
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import split_basis, split_errors, split_refit
@@ -39,7 +40,7 @@ class SpatialSVD(Decomposition):
     damping: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_flag(self.whitened, "SpatialSVD.whitened")
+        check_flag("SpatialSVD.whitened", self.whitened)
         check_damping(self.damping, "SpatialSVD")
 
     @property

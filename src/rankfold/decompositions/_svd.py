@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_flag
+from rankfold.checks import check_flag
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical
 from rankfold.decompositions.unfolding import judged_projections, max_pair_rank, pair, refuses_mirrored, unfold
 from rankfold.factors import MatrixFactors, MirroredFactors, Rank
 from rankfold.linalg.precision import widen
@@ -36,7 +37,7 @@ class SVD(Decomposition):
     mirrored: bool = False
 
     def __post_init__(self) -> None:
-        check_flag(self.mirrored, "SVD.mirrored")
+        check_flag("SVD.mirrored", self.mirrored)
 
     @property
     def form(self) -> str:

@@ -10,7 +10,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping, check_flag, check_multiple
+from rankfold.checks import check_count, check_flag
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
 from rankfold.errors import OptionError
 from rankfold.factors import Rank, TuckerFactors
 from rankfold.linalg.precision import power_of_two_scale, widen
@@ -44,8 +45,8 @@ class Tucker2(Decomposition):
     multiple_of: int = added(1)
 
     def __post_init__(self) -> None:
-        check_multiple(self.multiple_of, "Tucker2.multiple_of")
-        check_flag(self.whitened, "Tucker2.whitened")
+        check_count("Tucker2.multiple_of", self.multiple_of, cure="try 8")
+        check_flag("Tucker2.whitened", self.whitened)
         check_damping(self.damping, "Tucker2")
 
     @property

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_damping, check_flag
+from rankfold.checks import check_flag
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_damping
 from rankfold.decompositions.unfolding import judged_projections, max_pair_rank, pair, refuses_mirrored
 from rankfold.factors import MatrixFactors, MirroredFactors, Rank
 from rankfold.linalg.precision import widen
@@ -44,7 +45,7 @@ class WhitenedSVD(Decomposition):
     needs = ("input-gram", "input-mean")
 
     def __post_init__(self) -> None:
-        check_flag(self.mirrored, "WhitenedSVD.mirrored")
+        check_flag("WhitenedSVD.mirrored", self.mirrored)
         check_damping(self.damping, "WhitenedSVD")
 
     @property

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from rankfold.checks import is_whole
 from rankfold.errors import PlanError, near_matches
 from rankfold.factors import Rank
 from rankfold.layers.geometry import Geometry
@@ -125,6 +126,6 @@ def _pair(geometry: Geometry, rank: int, first: set[int], second: set[int]) -> S
 
 
 def _single(rank: Rank) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if not is_whole(rank) or rank < 1:
         raise PlanError("rank", law="one int of at least 1", got=repr(rank), cure="give this form a single rank")
     return rank

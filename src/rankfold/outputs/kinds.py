@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rankfold.checks import is_number, is_whole
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.linalg.precision import widen
 from rankfold.registry import name_of, register
@@ -78,7 +79,7 @@ def _parts(kind: Output, first: Tensor, second: Tensor) -> Iterator[tuple[Output
 
 
 def _check_axis(axis: int | None) -> None:
-    if axis is not None and (isinstance(axis, bool) or not isinstance(axis, int) or axis == 0):
+    if axis is not None and (not is_whole(axis) or axis == 0):
         raise OptionError("axis", law="a whole number but 0 (the samples), or None", got=shown(axis), cure="try axis=1")
 
 
@@ -135,9 +136,9 @@ class Logits(Output):
         """Check the options."""
         _check_axis(self.axis)
         for name, value in (("softening", self.softening), ("judged", self.judged)):
-            if not _is_number(value) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise OptionError(name, law="a number from 0 to 1", got=shown(value), cure="try 0.5")
-        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
+        if not is_number(self.temperature) or not 0 < self.temperature < math.inf:
             raise OptionError("temperature", law="a number above 0", got=shown(self.temperature), cure="try 1.0")
 
     def rows(self, output: Tensor) -> Tensor:
@@ -271,7 +272,3 @@ def _unit(output: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Vectors of norm 1, zeros left as they are, and the norms."""
     norm = output.norm(dim=axis, keepdim=True)
     return output / norm.clamp_min(torch.finfo(output.dtype).tiny), norm
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rankfold.errors import OptionError
+from rankfold.checks import check_count, check_flag, check_number
 from rankfold.registry import register
 
 
@@ -40,14 +40,9 @@ class Lockstep:
     reestimate_batch_norms: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.ridge, bool) or not isinstance(self.ridge, (int, float)) or not 0 < self.ridge <= 1:
-            raise OptionError("Lockstep.ridge", law="a number in (0, 1]", got=repr(self.ridge), cure="try 1e-3")
+        law = "a number in (0, 1]"
+        check_number("Lockstep.ridge", self.ridge, law=law, cure="try 1e-3", high=1, open_low=True)
         for name in ("absorb_skip", "dense", "reestimate_batch_norms"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(
-                    f"Lockstep.{name}", law="True or False", got=repr(getattr(self, name)), cure="pass a bool"
-                )
+            check_flag(f"Lockstep.{name}", getattr(self, name))
         for name in ("samples_per_feature", "batch"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(f"Lockstep.{name}", law="an int of at least 1", got=repr(value), cure="leave it out")
+            check_count(f"Lockstep.{name}", getattr(self, name))

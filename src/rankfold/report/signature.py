@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankfold.checks import is_whole
 from rankfold.data.batches import Batch, batch_size, split_batch
 from rankfold.errors import DataError
 
@@ -60,7 +61,7 @@ class Signature:
         Raises:
             DataError: `samples` is no whole number above 0.
         """
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        if not is_whole(samples) or samples < 1:
             raise DataError("samples", law="a whole number of at least 1", got=repr(samples), cure="pass 1")
 
         def zeros(spec: TensorSpec) -> Tensor:

@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rankfold.checks import check_count
 from rankfold.data.batches import Batch, batch_size, micro_batches, to_device
 from rankfold.data.draws import check_seed, enough_positions, generator
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.data.splits import as_batches, digest, no_batch, numbered, sample_count
 from rankfold.distributed import ALONE, World
-from rankfold.errors import DataError, MemoryLimitError, NumericsError, OptionError, TraceError, allocating, shown
+from rankfold.errors import DataError, MemoryLimitError, NumericsError, TraceError, allocating
 from rankfold.layers import Adapter, adapter_for, input_of
 from rankfold.layers.calls import rows_of
 from rankfold.linalg.precision import work_dtype
@@ -72,8 +73,7 @@ def collect(
         NumericsError: Activations at a site that are not finite; the site and batch are named.
     """
     check_positions(positions)
-    if enough is not None and (isinstance(enough, bool) or not isinstance(enough, int) or enough < 1):
-        raise OptionError("enough", law="an int of at least 1, or None", got=repr(enough), cure="try 24")
+    check_count("enough", enough, none=True, cure="try 24")
     check_seed(seed)
     progress = as_progress(progress)
     model = check_sites(model, sites)
@@ -143,8 +143,7 @@ def check_positions(positions: int | None) -> None:
     Raises:
         OptionError: It is no int of at least 1, and not None.
     """
-    if positions is not None and (isinstance(positions, bool) or not isinstance(positions, int) or positions < 1):
-        raise OptionError("positions", law="an int of at least 1, or None", got=shown(positions), cure="try 64")
+    check_count("positions", positions, none=True, cure="try 64")
 
 
 def sum_up(statistics: Sequence[Statistic], device: torch.device, world: World) -> None:

@@ -1,0 +1,68 @@
+"""Checks of options: what is no flag, no whole number or no number of a range is refused by its place."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeGuard
+
+from rankfold.errors import OptionError, shown
+
+
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether something is a whole number; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether something is a number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def check_flag(place: str, value: object, cure: str = "pass a bool") -> None:
+    """Refuse anything but True and False.
+
+    Raises:
+        OptionError: As said.
+    """
+    if not isinstance(value, bool):
+        raise OptionError(place, law="True or False", got=shown(value), cure=cure)
+
+
+def check_count(place: str, value: Any, *, none: bool = False, cure: str = "leave it out") -> None:
+    """Refuse what is no whole number of at least 1.
+
+    Args:
+        place: The option.
+        value: Its value.
+        none: Whether None will do.
+        cure: What to do.
+
+    Raises:
+        OptionError: As said.
+    """
+    if none and value is None:
+        return
+    if not is_whole(value) or value < 1:
+        law = f"an int of at least 1{', or None' if none else ''}"
+        raise OptionError(place, law=law, got=shown(value), cure=cure)
+
+
+def check_number(
+    place: str, value: Any, *, law: str, cure: str, low: float = 0.0, high: float = math.inf, open_low: bool = False
+) -> None:
+    """Refuse what is no number of a range.
+
+    Args:
+        place: The option.
+        value: Its value.
+        law: The range in words.
+        cure: What to do.
+        low: The least.
+        high: The most; no number is infinite.
+        open_low: Whether the least itself is refused.
+
+    Raises:
+        OptionError: As said.
+    """
+    if not is_number(value) or not low <= value <= high or value == math.inf or (open_low and value == low):
+        raise OptionError(place, law=law, got=shown(value), cure=cure)
