@@ -35,13 +35,13 @@ class ScaledSVD(rf.Decomposition):
         """`k×k → r`, then `1×1 → out`."""
         return "matrix"
 
-    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """Every rank up to the smaller side; the last one is exact."""
         return list(range(1, min(shape[0], prod(shape[1:])) + 1))
 
     def decompose(self, weight: Tensor, rank: Rank, moments: rf.Moments) -> rf.MatrixFactors:
         """The best map of that rank in the scaled metric."""
-        ranks = self.candidates(weight.shape)
+        ranks = self.ranks(weight.shape)
         if not isinstance(rank, int) or isinstance(rank, bool) or rank not in ranks:
             raise OptionError(
                 str(self), law=f"a rank from 1 to {ranks[-1]}", got=repr(rank), cure="choose one of these"

@@ -12,7 +12,7 @@ for decision in out.plan.channels:
     print(f"{decision.group}: {len(decision.kept)} of {decision.units} stay")
 assert [type(module) for module in out.model.modules()] == [type(module) for module in model.modules()]
 
-seen = rf.decisions(model, out.model, held_out())
+seen = rf.agreement(model, out.model, held_out())
 print(f"same decision on {seen.agreement:.1%} of {seen.examples} new scans; on corrupted ones: {seen.corrupted}")
 for change in seen.changes:
     print(change)

@@ -272,8 +272,8 @@ def test_ranks_on_a_grid_are_offered_at_multiples() -> None:
     assert ranks
     assert all(isinstance(rank, tuple) and all(part % 8 == 0 for part in rank) for rank in ranks)
     assert {str(decision.method) for decision in out.plan.changes} == {"tucker2(multiple_of=8)"}
-    few = [rank for rank in rf.Tucker2().candidates((40, 40, 3, 3)) if _fits(rank)]
-    many = [rank for rank in rf.Tucker2(multiple_of=8).candidates((40, 40, 3, 3)) if _fits(rank)]
+    few = [rank for rank in rf.Tucker2().ranks((40, 40, 3, 3)) if _fits(rank)]
+    many = [rank for rank in rf.Tucker2(multiple_of=8).ranks((40, 40, 3, 3)) if _fits(rank)]
     assert len(few) < len(many) == 25
 
 

@@ -20,13 +20,13 @@ from .channels.widths import InterpolativeGreedy as InterpolativeGreedy
 from .channels.widths import RemovalGreedy as RemovalGreedy
 from .channels.widths import SameShare as SameShare
 from .channels.widths import WidthSelector as WidthSelector
+from .comparison.agreement import Agreement as Agreement
+from .comparison.agreement import agreement as agreement
 from .comparison.compare import compare as compare
 from .comparison.corruptions import Blur as Blur
 from .comparison.corruptions import Brightness as Brightness
 from .comparison.corruptions import Corruption as Corruption
 from .comparison.corruptions import Noise as Noise
-from .comparison.decisions import Decisions as Decisions
-from .comparison.decisions import decisions as decisions
 from .comparison.tally import Comparison as Comparison
 from .cost.resources import Budget as Budget
 from .decompositions import SVD as SVD
@@ -54,9 +54,9 @@ from .outputs.kinds import Values as Values
 from .plan import ChannelDecision as ChannelDecision
 from .plan import Decision as Decision
 from .plan import Plan as Plan
-from .plan.lockstep import Lockstep as Lockstep
 from .plan.making import make_plan as make_plan
 from .plan.making import plan_cost as plan_cost
+from .plan.repair import Lockstep as Lockstep
 from .progress import progress_bar as progress_bar
 from .registry import register as register
 from .repair.batch_norm import reestimate_batch_norms as reestimate_batch_norms

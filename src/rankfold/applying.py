@@ -28,7 +28,7 @@ from rankfold.progress import Progress, silent
 from rankfold.registry import from_json
 from rankfold.repair import Lockstep
 from rankfold.repair.batch_norm import reestimate_batch_norms
-from rankfold.repair.lockstep import Repaired, install, lockstep, self_check
+from rankfold.repair.lockstep import Repaired, install, lockstep_pass, self_check
 from rankfold.repair.site import Recall, always_solve
 from rankfold.sites.copies import check_copy, copied
 from rankfold.sites.finding import find_sites
@@ -129,7 +129,7 @@ def carry_out(
             repair solves a site, or finds it solved.
         progress: Told about every site.
         world: The processes that share the calibration inputs and the sites.
-        drawn_for: See `lockstep`.
+        drawn_for: See `lockstep_pass`.
 
     Returns:
         The changed model, and what there is to say of it.
@@ -151,7 +151,7 @@ def carry_out(
     if plan.repair is None:
         return Carried(install_shells(target, shells, shared_out(filler(stats), world)))
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
-    repaired = lockstep(
+    repaired = lockstep_pass(
         model,
         sites,
         plan,

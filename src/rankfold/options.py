@@ -9,7 +9,7 @@ from rankfold.allocation import Selector
 from rankfold.allocation.measuring import needed
 from rankfold.decompositions import Family
 from rankfold.outputs.taken import Outputs
-from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.repair import Lockstep
 from rankfold.statistics import GradientGram
 
 

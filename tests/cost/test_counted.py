@@ -32,7 +32,7 @@ def _everywhere(sites: Any, method: Decomposition, position: float) -> rf.Plan:
         if method.refuses(shape) is not None:
             decisions.append(rf.Decision(site.path))
             continue
-        ranks = method.candidates(shape)
+        ranks = method.ranks(shape)
         decisions.append(rf.Decision(site.path, method, ranks[int(position * (len(ranks) - 1))]))
     return rf.Plan(tuple(decisions), sites.skips, sites.fingerprint)
 

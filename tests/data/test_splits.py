@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankfold.data.splits import HELD_OUT, Part, Split, as_batches, digest, joined, numbered
+from rankfold.data.splits import HELD_OUT, Part, Split, as_batches, digest, merged, numbered
 from rankfold.errors import DataError
 
 BATCHES = st.lists(st.integers(1, 7), min_size=1, max_size=6)
@@ -55,7 +55,7 @@ def test_a_part_is_from_everywhere_and_holds_out_what_the_whole_does(sizes: list
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 20))
 def test_joined_batches_are_the_same_samples_in_order(sizes: list[int], largest: int) -> None:
     data = batches_of(sizes)
-    together = joined(data, largest)
+    together = merged(data, largest)
     assert torch.equal(torch.cat(together), torch.cat(data))
     assert all(len(batch) <= max(largest, *sizes) for batch in together)
     assert all(len(a) + len(b) > largest for a, b in itertools.pairwise(together))
@@ -63,15 +63,15 @@ def test_joined_batches_are_the_same_samples_in_order(sizes: list[int], largest:
 
 def test_only_batches_of_one_kind_are_joined() -> None:
     short, long = torch.zeros(2, 3), torch.zeros(2, 4)
-    assert [batch.shape for batch in joined([short, short, long, (long, torch.zeros(2))], 99)] == [(4, 3), (4, 4)]
+    assert [batch.shape for batch in merged([short, short, long, (long, torch.zeros(2))], 99)] == [(4, 3), (4, 4)]
     words = {"ids": torch.zeros(2, 3), "mask": torch.ones(2, 3), "causal": True}
-    (one,) = joined([words, words], 99)
+    (one,) = merged([words, words], 99)
     assert (one["ids"].shape, one["mask"].shape, one["causal"]) == ((4, 3), (4, 3), True)
-    assert len(joined([words, words | {"causal": False}], 99)) == 2
-    assert len(joined([words, {"ids": torch.zeros(2, 3)}], 99)) == 2
+    assert len(merged([words, words | {"causal": False}], 99)) == 2
+    assert len(merged([words, {"ids": torch.zeros(2, 3)}], 99)) == 2
     table = words | {"table": torch.zeros(5, 5)}
-    assert len(joined([table, table], 99)) == 2
-    assert len(joined([{"ids": short.long()}, {"ids": short}], 99)) == 2
+    assert len(merged([table, table], 99)) == 2
+    assert len(merged([{"ids": short.long()}, {"ids": short}], 99)) == 2
 
 
 def test_a_split_can_be_walked_again() -> None:

@@ -27,7 +27,7 @@ class FirstInputs(Decomposition):
     def form(self) -> str:
         return "matrix"
 
-    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
         return list(range(1, shape[1] + 1))
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> MatrixFactors:

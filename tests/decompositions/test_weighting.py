@@ -45,7 +45,7 @@ def test_a_curve_is_the_error_in_the_metric_of_the_inputs(method: Decomposition,
     own, judge = moments(12, outputs), moments(12, outputs, seed=7)
     for given in (None, judge):
         errors, energy = output_errors(method, weight, own, given)
-        for rank, error in zip(method.candidates(weight.shape), errors.tolist(), strict=True):
+        for rank, error in zip(method.ranks(weight.shape), errors.tolist(), strict=True):
             expected = true_error(method, weight, int(rank), own, own if given is None else given)  # type: ignore[arg-type]
             assert error * energy == pytest.approx(expected, rel=1e-4, abs=1e-9 * energy)
 
@@ -63,7 +63,7 @@ def test_between_anchors_a_judged_curve_is_near_the_truth(method: Decomposition)
     own, judge = moments(45, None), moments(45, None, seed=3)
     found = method.judged_errors(weight, own, judge)
     total = float((weight.flatten(1) @ judge.metric(method)).mul(weight.flatten(1)).sum())
-    for rank, error in zip(method.candidates(weight.shape), found.tolist(), strict=True):
+    for rank, error in zip(method.ranks(weight.shape), found.tolist(), strict=True):
         change = (weight - method.decompose(weight, rank, own).reconstruct()).flatten(1)
         expected = float((change @ judge.metric(method)).mul(change).sum()) / total
         assert error == pytest.approx(expected, rel=0.35, abs=0.02)

@@ -28,7 +28,7 @@ def test_it_is_the_best_map_of_its_rank(out: int, n: int, seed: int, bias: bool)
     seen = inputs - inputs.mean(0) if bias else inputs  # a bias absorbs the mean
     method = WhitenedSVD(damping=0.0)
     errors = method.errors(weight, moments)
-    for rank in method.candidates(weight.shape):
+    for rank in method.ranks(weight.shape):
         found = method.decompose(weight, rank, moments).reconstruct().numpy()
         best = best_map(weight.numpy(), seen.numpy(), rank)
         lost = relative_error(weight.numpy(), best, seen.numpy())

@@ -84,7 +84,7 @@ def method() -> Iterator[Decomposition]:
         def refuses(self, shape: Sequence[int]) -> str | None:
             return None if len(shape) > 2 else "a kernel"
 
-        def candidates(self, shape: Sequence[int]) -> list[Rank]:
+        def ranks(self, shape: Sequence[int]) -> list[Rank]:
             return list(range(1, min(shape[:2]) + 1))
 
         def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> Factors:

@@ -15,7 +15,7 @@ import rankfold as rf
 from rankfold.cost.counted import count
 from rankfold.errors import OptionError, PlanError, SelfCheckError
 from rankfold.repair.gather import Share
-from rankfold.repair.lockstep import install, lockstep, self_check
+from rankfold.repair.lockstep import install, lockstep_pass, self_check
 from rankfold.repair.moments import FIRST, HELD, SECOND
 from rankfold.sites.finding import find_sites
 from rankfold.statistics.collect import collect
@@ -171,7 +171,7 @@ def test_a_module_that_computes_something_else_fails_the_self_check() -> None:
     sites = find_sites(model, data[0])
     stats = collect(model, data, sites=sites)
     plan = rf.make_plan(rf.measure(model, stats, sites=sites), budget=rf.Budget(params=0.6))
-    repaired = lockstep(model, sites, plan, data, options=rf.Lockstep(), stats=stats, every=10)
+    repaired = lockstep_pass(model, sites, plan, data, options=rf.Lockstep(), stats=stats, every=10)
     result = install(copy.deepcopy(model), repaired)
     assert self_check(result, repaired) <= 1e-4
     with torch.no_grad():
@@ -196,7 +196,7 @@ def test_a_layer_is_never_worse_on_held_out_samples_than_without_its_repair() ->
         (rf.Decision("0", rf.SVD(), 4), rf.Decision("1")), sites.skips, sites.fingerprint, repair={"name": "lockstep"}
     )
     stats = collect(model, [x], sites=sites)
-    repaired = lockstep(model, sites, plan, [x], options=rf.Lockstep(), stats=stats, every=10)
+    repaired = lockstep_pass(model, sites, plan, [x], options=rf.Lockstep(), stats=stats, every=10)
     assert torch.equal(torch.cat([each.cpu() for each in repaired.held]), held)
 
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_every_step_takes_a_compiled_model_by_its_plain_paths(compiling: Callabl
     assert len(rf.find_channels(model, sites)) == 1
     smaller = rf.apply(model, plan, stats=stats)
     assert rf.compare(model, smaller, data).samples == 60
-    assert rf.decisions(model, smaller, data, corruptions=()) is not None
+    assert rf.agreement(model, smaller, data, corruptions=()) is not None
     assert rf.compare(model, _wrapped(smaller), data).samples == 60
     assert compiles == []
 

@@ -29,8 +29,8 @@ class Broken(Decomposition):
     def form(self) -> str:
         return "matrix"
 
-    def candidates(self, shape: Sequence[int]) -> list[Rank]:
-        return SVD().candidates(shape)
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
+        return SVD().ranks(shape)
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
         return SVD().decompose(weight, rank, moments)
@@ -122,7 +122,7 @@ def test_an_error_that_grows_is_caught() -> None:
         suite(flipped).test_error_never_grows_with_rank("cpu")
 
     def from_the_wrong_end(self: Broken, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
-        whole = SVD().decompose(weight, len(SVD().candidates(weight.shape)), moments)
+        whole = SVD().decompose(weight, len(SVD().ranks(weight.shape)), moments)
         assert isinstance(whole, MatrixFactors)
         other = -1 if rank == 2 else 1  # rank 2 subtracts what rank 1 had right
         return MatrixFactors(other * whole.left[:, :rank].clone(), whole.right[:rank].clone())
@@ -234,10 +234,10 @@ def test_an_unknown_form_is_caught() -> None:
         suite(breaking(form="unheard-of")).test_its_form_is_known_to_the_shells()
 
 
-def test_candidates_out_of_order_are_caught() -> None:
-    method = breaking(candidates=lambda self, shape: SVD().candidates(shape)[::-1])
+def test_ranks_out_of_order_are_caught() -> None:
+    method = breaking(ranks=lambda self, shape: SVD().ranks(shape)[::-1])
     with pytest.raises(AssertionError):
-        suite(method).test_candidates_ascend_without_repetition()
+        suite(method).test_ranks_ascend_without_repetition()
 
 
 def test_a_method_that_is_not_frozen_is_caught() -> None:
@@ -245,7 +245,7 @@ def test_a_method_that_is_not_frozen_is_caught() -> None:
     class Thawed(Decomposition):
         option: float = 0.25
         form = "matrix"
-        candidates = Broken.candidates
+        ranks = Broken.ranks
         decompose = Broken.decompose
 
     with pytest.raises(pytest.fail.Exception):

@@ -29,8 +29,8 @@ class ScaledSVD(rankfold.Decomposition):
     scale: float = 1.0
     form = "matrix"
 
-    def candidates(self, shape):
-        return rankfold.SVD().candidates(shape)
+    def ranks(self, shape):
+        return rankfold.SVD().ranks(shape)
 
     def decompose(self, weight, rank, moments):
         factors = rankfold.SVD().decompose(weight, rank, moments)

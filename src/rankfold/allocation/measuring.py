@@ -140,7 +140,7 @@ def spectra_of(
 
 def _saves(site: Site, method: Decomposition) -> bool:
     """Whether the least rank costs less than the layer in any resource; a depthwise 3×3 in matrix form does not."""
-    least = site_cost(site, method.form, method.candidates(site.geometry.canonical_shape)[0]).amounts()
+    least = site_cost(site, method.form, method.ranks(site.geometry.canonical_shape)[0]).amounts()
     return any(least[name] < cost for name, cost in dense_cost(site).amounts().items())
 
 
@@ -233,7 +233,7 @@ def _curve(
     if adapter is None:
         raise TypeError(f"{site.path} has no adapter")
     weight = widen(adapter.canonical(module))
-    ranks = method.candidates(site.geometry.canonical_shape)
+    ranks = method.ranks(site.geometry.canonical_shape)
     summed, total = weight.new_zeros(len(ranks)), 0.0
     for group, own in enumerate(fits):
         for moments, judge in own:

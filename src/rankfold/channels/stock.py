@@ -73,10 +73,10 @@ def entries_of(model: Any, wanted: Shapes, kept: Kept) -> dict[str, tuple[int, .
     """
     chosen: dict[str, tuple[int, ...]] = {}
     off = _off(model, wanted, chosen) or {}
-    candidates = list(_candidates(model.config, kept))
+    choices = list(_choices(model.config, kept))
     while off:
         best = None
-        for entry, values in candidates:
+        for entry, values in choices:
             if entry in chosen:
                 continue
             left = _off(model, wanted, {**chosen, entry: values})
@@ -88,7 +88,7 @@ def entries_of(model: Any, wanted: Shapes, kept: Kept) -> dict[str, tuple[int, .
     return chosen
 
 
-def _candidates(config: Any, kept: Kept) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _choices(config: Any, kept: Kept) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Entries that may say the sizes of groups: whole multiples of their units, shrunk as the groups were."""
     layers = getattr(config, "num_hidden_layers", 1)
     stacks: dict[tuple[str, int], dict[int, int]] = {}

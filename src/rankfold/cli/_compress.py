@@ -18,7 +18,7 @@ from rankfold.cli._names import parse_budget, parse_limit, parse_method, parse_o
 from rankfold.cli._out import check_out
 from rankfold.cli._output import emit, emit_json, stdout_kept_clean, width
 from rankfold.cli._progress import expected, totalled
-from rankfold.cli._together import joined
+from rankfold.cli._together import process_group
 from rankfold.errors import SiteError
 from rankfold.progress import Progress, progress_bar
 
@@ -213,7 +213,7 @@ def compress(
         spec = ModelSpec.parse(model, weights=weights, factory=factory)
         source = DataSpec.parse(data, data_options)
         target = check_out(out, overwrite=overwrite)
-        with joined(device) as first, progress_bar(wanted=first) as progress, stdout_kept_clean():
+        with process_group(device) as first, progress_bar(wanted=first) as progress, stdout_kept_clean():
             choice = Choice(family, selector, repair, weighting, only, exclude, outputs)
             request = _parse(bounds, choice, plan, positions, seed, work_dir, memory)
             done = _run(spec, source, data_options, request, device=device, progress=progress)

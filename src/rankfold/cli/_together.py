@@ -9,7 +9,7 @@ from rankfold.cli._options import parse_device
 
 
 @contextmanager
-def joined(device: str) -> Iterator[bool]:
+def process_group(device: str) -> Iterator[bool]:
     """Join the other processes where `torchrun` started several.
 
     Args:

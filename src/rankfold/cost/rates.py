@@ -109,7 +109,7 @@ class Rates:
 
         def work(small: tuple[int, ...]) -> Callable[[], object]:
             weight, moments = self._problem(small)
-            ranks = method.candidates(small)
+            ranks = method.ranks(small)
             return lambda: factorise(method, weight, ranks[len(ranks) // 2], moments)
 
         return self._scaled(("decompose", method), shape, work)

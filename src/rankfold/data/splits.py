@@ -98,7 +98,7 @@ class Part:
                 yield take(batch, index[chosen])
 
 
-def joined(batches: Iterable[Batch], largest: int) -> list[Batch]:
+def merged(batches: Iterable[Batch], largest: int) -> list[Batch]:
     """Neighbouring batches put together, where they are of one kind, up to a number of samples."""
     result: list[Batch] = []
     for batch in batches:

@@ -18,7 +18,7 @@ from rankfold.linalg.precision import widen
 from rankfold.linalg.spectrum import weighted_energy
 from rankfold.registry import name_of
 
-ANCHORS = 4  # candidates at which a curve is judged by decomposing
+ANCHORS = 4  # ranks at which a curve is judged by decomposing
 NOTHING = 1e-14  # relative errors below it are rounding
 CONSTANT = 1e-6  # share of the second moment below which a covariance is nothing but rounding
 
@@ -116,13 +116,13 @@ class Decomposition(Family, ABC):
         return None
 
     @abstractmethod
-    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """Ranks worth looking at for a canonical weight `out × in × kernel…`, ascending, the last one exact."""
 
     def admits(self, shape: Sequence[int], rank: Rank) -> bool:
         """Whether a weight of this shape can be decomposed at a rank; a method on a grid admits more than it lists."""
         parts = rank if isinstance(rank, tuple) else (rank,)
-        return all(type(part) is int for part in parts) and rank in self.candidates(shape)
+        return all(type(part) is int for part in parts) and rank in self.ranks(shape)
 
     @abstractmethod
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
@@ -130,7 +130,7 @@ class Decomposition(Family, ABC):
 
         Args:
             weight: Canonical weight of one group, shape (out, in, kernel…), in the work dtype.
-            rank: One of `candidates`.
+            rank: One of `ranks`.
             moments: Of the same group.
 
         Returns:
@@ -138,16 +138,16 @@ class Decomposition(Family, ABC):
         """
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Relative squared output error at each of `candidates`, by decomposing at each of them.
+        """Relative squared output error at each of `ranks`, by decomposing at each of them.
 
         `e_r = tr(D A Dᵀ) / tr(W A Wᵀ)`, `D = W − reconstruct`; `A = I` for a method that does not read "input-gram".
         A method that knows its errors in closed form overrides this; one that damps its moments may measure in the
         damped metric.
 
         Returns:
-            Shape (len(candidates),), in the order of `candidates`, never growing.
+            Shape (len(ranks),), in the order of `ranks`, never growing.
         """
-        ranks = self.candidates(weight.shape)
+        ranks = self.ranks(weight.shape)
         weight = widen(weight)
         flat = weight.flatten(1)
         reads = "input-gram" in self.needs
@@ -161,14 +161,14 @@ class Decomposition(Family, ABC):
         return torch.cummin(errors.clamp(0, 1), 0).values
 
     def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
-        """Relative squared output error at each of `candidates` of what is fitted on some moments, in others.
+        """Relative squared output error at each of `ranks` of what is fitted on some moments, in others.
 
         `e_r = tr(G D B Dᵀ) / tr(G W B Wᵀ)`, `D = W − reconstruct` of the factors made with `moments`, `B` the metric of
         `judge` (`I` without an input Gram) and `G` its gradient Gram (`I` without one). With moments of two halves of
         the samples that is what a rank loses on samples it was not fitted on; and methods that look at other moments,
         or at none, are measured in one metric.
 
-        By decomposing at a few candidates: between them the ratio to `errors` is interpolated, in logarithms, over the
+        By decomposing at a few ranks: between them the ratio to `errors` is interpolated, in logarithms, over the
         logarithm of `errors`. A method that knows it in closed form overrides this.
 
         Args:
@@ -177,9 +177,9 @@ class Decomposition(Family, ABC):
             judge: What the error is measured in.
 
         Returns:
-            Shape (len(candidates),), in the order of `candidates`; it may be above 1.
+            Shape (len(ranks),), in the order of `ranks`; it may be above 1.
         """
-        ranks = self.candidates(weight.shape)
+        ranks = self.ranks(weight.shape)
         weight = widen(weight)
         flat = weight.flatten(1)
         own = self.errors(weight, moments)
@@ -210,7 +210,7 @@ class Decomposition(Family, ABC):
         return ()
 
     def at_multiples(self, multiple: int) -> Decomposition:
-        """This method with ranks that are multiples among its `candidates`.
+        """This method with ranks that are multiples among its `ranks`.
 
         Itself where it lists every rank, of which a selector can leave out what is no multiple; a method on a grid puts
         its grid there.
@@ -242,7 +242,7 @@ def canonical(weight: Tensor, rank: Rank, method: Decomposition) -> Tensor:
         OptionError: It does not.
     """
     if not method.admits(weight.shape, rank):
-        ranks = method.candidates(weight.shape)
+        ranks = method.ranks(weight.shape)
         raise OptionError(
             str(method),
             law=f"a rank between {ranks[0]} and {ranks[-1]} for a weight {tuple(weight.shape)}",

@@ -59,7 +59,7 @@ class SpatialSVD(Decomposition):
             return None
         return "the spatial form needs a 2-d kernel with both sides above 1"
 
-    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """The ranks that save weights, `r (in·kh + out·kw) < out·in·kh·kw`, and min(out·kw, in·kh), which is exact."""
         saving, exact = _saving(shape), _exact(shape)
         return [*range(1, min(saving, exact - 1) + 1), exact]
@@ -92,7 +92,7 @@ class SpatialSVD(Decomposition):
         """Closed form (plain), or one Cholesky factor in the damped metric (whitened); 0 at the exact rank."""
         out, inputs, height, width = weight.shape
         split = widen(weight).reshape(out, inputs * height, width)
-        below = len(self.candidates(weight.shape)) - 1
+        below = len(self.ranks(weight.shape)) - 1
         if below == 0:
             return split.new_zeros(1)
         if not self.whitened:

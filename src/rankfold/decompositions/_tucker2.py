@@ -33,7 +33,7 @@ class Tucker2(Decomposition):
     Attributes:
         whitened: Use the input moments.
         damping: Added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
-        multiple_of: Widths of the grid of candidates are multiples of this, but for the exact ones.
+        multiple_of: Widths of the grid of ranks are multiples of this, but for the exact ones.
 
     References:
         Tucker, Psychometrika 31, 1966; Kim et al., arXiv 1511.06530, for convolutions. We differ in the metric of the
@@ -65,7 +65,7 @@ class Tucker2(Decomposition):
             return None
         return "the Tucker form needs a kernel larger than 1 and more than one channel on each side"
 
-    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """A grid of pairs `(a, b)` that `admits`, ascending; the last is exact."""
         inner, outer = _largest(shape)
         widths = [_widths(size, self.multiple_of) for size in (inner, outer)]
@@ -115,7 +115,7 @@ class Tucker2(Decomposition):
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """One projection for all pairs (whitened); one HOOI a pair (plain)."""
         work = widen(weight).flatten(2)
-        pairs = [rank for rank in self.candidates(weight.shape) if isinstance(rank, tuple)]
+        pairs = [rank for rank in self.ranks(weight.shape) if isinstance(rank, tuple)]
         if self.whitened:
             inner = sorted({a for a, _ in pairs})
             grid = metric_tucker_errors(work, self._patches(moments, work), inner, damping=self.damping)

@@ -57,7 +57,7 @@ class WhitenedSVD(Decomposition):
         """Mirrored needs a kernel."""
         return refuses_mirrored(shape) if self.mirrored else None
 
-    def candidates(self, shape: Sequence[int]) -> list[Rank]:
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """1 to the smaller side of the unfolding."""
         return list(range(1, max_pair_rank(shape, mirrored=self.mirrored) + 1))
 

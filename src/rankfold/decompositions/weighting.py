@@ -39,7 +39,7 @@ def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moment
 def output_errors(
     method: Decomposition, weight: Tensor, moments: Moments, judge: Moments | None = None
 ) -> tuple[Tensor, float]:
-    """Relative errors of a method at its candidates, and the energy they are relative to.
+    """Relative errors of a method at its ranks, and the energy they are relative to.
 
     Args:
         method: The method.
@@ -48,7 +48,7 @@ def output_errors(
         judge: What the errors are measured in; None is `moments`, of which `G` is also taken where it has none.
 
     Returns:
-        Shape (candidates,), and `tr(G W A Wᵀ)`, `A` the metric of the judge; without a gradient Gram `G = I`, without
+        Shape (ranks,), and `tr(G W A Wᵀ)`, `A` the metric of the judge; without a gradient Gram `G = I`, without
         an input Gram `A = I`. Whatever moments a method reads, all are measured in that one metric.
     """
     weight = widen(weight)

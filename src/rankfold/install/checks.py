@@ -65,7 +65,7 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
         shape = narrowed_geometry(adapter.geometry(module), kept).canonical_shape
         why = decision.method.refuses(shape)
         if why is None and (decision.rank is None or not decision.method.admits(shape, decision.rank)):
-            ranks = decision.method.candidates(shape)
+            ranks = decision.method.ranks(shape)
             why = f"a rank between {ranks[0]} and {ranks[-1]}"
         if why is not None:
             raise PlanError(

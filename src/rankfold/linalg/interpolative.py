@@ -72,8 +72,8 @@ def pivoted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     pivots: list[int] = []
     lengths = work.new_zeros(count)
     for step in range(count):
-        candidates = torch.where(left, rest, -1.0)
-        best = int(candidates.argmax())
+        eligible = torch.where(left, rest, -1.0)
+        best = int(eligible.argmax())
         if float(rest[best]) <= floor:
             pivots += torch.nonzero(left).flatten().tolist()
             break

@@ -12,7 +12,7 @@ from rankfold.cost.resources import Cost
 from rankfold.data.draws import check_seed
 from rankfold.errors import OptionError, PlanError, shown
 from rankfold.plan import Decision, Plan
-from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.repair import Lockstep
 from rankfold.registry import name_of, to_json
 from rankfold.sites.site import Site, Sites
 

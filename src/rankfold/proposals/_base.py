@@ -18,7 +18,7 @@ from rankfold.data.batches import Batch
 from rankfold.decompositions import Family
 from rankfold.errors import BudgetError, RegistryError
 from rankfold.plan import Plan
-from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.repair import Lockstep
 from rankfold.progress import Progress
 from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics

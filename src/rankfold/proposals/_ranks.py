@@ -112,7 +112,7 @@ def _least(site: Site, forms: Sequence[Decomposition]) -> Cost:
     costs, shape = [dense_cost(site)], site.geometry.canonical_shape
     for form in forms if not site.fixed else ():
         if form.refuses(shape) is None:
-            costs.append(site_cost(site, form.form, form.candidates(shape)[0]))
+            costs.append(site_cost(site, form.form, form.ranks(shape)[0]))
     return Cost(*(min(cost.amounts()[name] for cost in costs) for name in RESOURCES))
 
 

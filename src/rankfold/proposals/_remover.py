@@ -24,8 +24,8 @@ from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.distributed import ALONE, World
 from rankfold.errors import SiteError
 from rankfold.plan import ChannelDecision, Decision, Plan
-from rankfold.plan.lockstep import Lockstep
 from rankfold.plan.making import make_plan
+from rankfold.plan.repair import Lockstep
 from rankfold.registry import name_of, to_json
 from rankfold.sites.copies import copied
 from rankfold.sites.finding import fingerprint

@@ -1,5 +1,5 @@
 """The closed-form re-solve at apply time."""
 
-from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.repair import Lockstep
 
 __all__ = ["Lockstep"]

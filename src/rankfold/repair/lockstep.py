@@ -22,7 +22,7 @@ from rankfold.graph.trace import followed_output
 from rankfold.graph.walk import Arrival, Returned, Walk
 from rankfold.install.swap import swap, train_as_
 from rankfold.plan import Plan
-from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.repair import Lockstep
 from rankfold.progress import Progress, silent
 from rankfold.repair.gather import Share
 from rankfold.repair.site import Recall, SiteSolver, always_solve
@@ -54,7 +54,7 @@ class Repaired:
     outputs: Returned | None = None
 
 
-def lockstep(
+def lockstep_pass(
     model: nn.Module,
     sites: Sites,
     plan: Plan,

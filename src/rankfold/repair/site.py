@@ -23,7 +23,7 @@ from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tenso
 from rankfold.layers.calls import input_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
-from rankfold.plan.lockstep import Lockstep
+from rankfold.plan.repair import Lockstep
 from rankfold.repair.gather import Gather, Share
 from rankfold.repair.moments import PairMoments, SplitMoments
 from rankfold.repair.solve import as_moments, best_bias, ridge
@@ -73,7 +73,7 @@ def always_solve(path: str, solve: Callable[[], Solved]) -> Solved:
 
 
 @dataclass(eq=False)
-class _Candidate:
+class _Map:
     """A map for every group of a site: its factors, or its dense weight, and a bias over all groups or None."""
 
     weights: list[Tensor]
@@ -187,7 +187,7 @@ class SiteSolver:
 
     def _repaired(
         self, decision: Decision, layer: nn.Module, adapter: Adapter, seen: SplitMoments, *, absorbs: bool
-    ) -> _Candidate:
+    ) -> _Map:
         bias = adapter.geometry(layer).bias or absorbs
         weights, factors, shifts = [], [], []
         for group, original in enumerate(widen(adapter.canonical(layer))):
@@ -198,15 +198,15 @@ class SiteSolver:
                 target = factors[-1].reconstruct().flatten(1)
             weights.append(target)
             shifts.append(best_bias(seen.fit, group, target))
-        return _Candidate(weights, factors, torch.cat(shifts) if bias else None)
+        return _Map(weights, factors, torch.cat(shifts) if bias else None)
 
-    def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Candidate:
+    def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Map:
         """What `apply` without repair would put here."""
         factors, bias = unrepaired(decision, layer, self._stats)
         weights = [each.reconstruct().flatten(1) for each in factors]
         if not factors:
             weights = [group.flatten(1) for group in widen(adapter.canonical(layer))]
-        return _Candidate(weights, factors, bias)
+        return _Map(weights, factors, bias)
 
     def _gradient_gram(self, path: str, group: int) -> Tensor | None:
         """The output weighting of a site, where gradients were collected."""
@@ -283,7 +283,7 @@ class SiteSolver:
         size = factor.abs()
         return torch.where(size > SMALL_SCALE * size.median(), 1 / factor, 0.0).to(output.dtype)
 
-    def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: _Candidate) -> nn.Module:
+    def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: _Map) -> nn.Module:
         weight, has_bias = adapter.canonical(layer), adapter.geometry(layer).bias
         bias = chosen.bias if has_bias else None
         if decision.method is None or decision.rank is None:

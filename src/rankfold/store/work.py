@@ -22,8 +22,8 @@ from rankfold.decompositions import Decomposition, Family
 from rankfold.errors import CheckpointError, WorkDirError
 from rankfold.plan import Plan
 from rankfold.registry import to_json
-from rankfold.repair.kept import KeptSites
 from rankfold.repair.site import Recall, always_solve
+from rankfold.repair.solved import SolvedSites
 from rankfold.serialization import canonical_json, read_json, write_file
 from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
@@ -175,7 +175,7 @@ class Work:
         text = plan.to_json()
         folder = self._folder / PLANS / hashlib.sha256(text.encode()).hexdigest()[:32]
         write_file(folder / "plan.json", text.encode())
-        return KeptSites(folder, dict(model.named_modules(remove_duplicate=False)), plan)
+        return SolvedSites(folder, dict(model.named_modules(remove_duplicate=False)), plan)
 
     def result(self, plan: Plan, part: str, kind: type[T], work: Callable[[], T]) -> T:
         """What became of a plan on some of the samples: what is there, or worked out now; see `kept_result`.

@@ -86,10 +86,10 @@ class WeightLaws:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(self.method, name, None)
 
-    def test_candidates_ascend_without_repetition(self) -> None:
+    def test_ranks_ascend_without_repetition(self) -> None:
         """Ranks are distinct, positive, and in order."""
         for shape in self.cases():
-            ranks = self.method.candidates(shape)
+            ranks = self.method.ranks(shape)
             assert ranks, shape
             assert all(a < b for a, b in pairwise(ranks)), shape  # type: ignore[operator]
             assert all(part >= 1 for rank in ranks for part in (rank if isinstance(rank, tuple) else (rank,))), shape
@@ -98,7 +98,7 @@ class WeightLaws:
         """The last candidate gives the weight back."""
         for shape in self.cases():
             weight = toy_weight(shape, device=device)
-            factors = self.method.decompose(weight, self.method.candidates(shape)[-1], moments_of_weight(weight))
+            factors = self.method.decompose(weight, self.method.ranks(shape)[-1], moments_of_weight(weight))
             lost = float((factors.reconstruct() - weight).abs().max())
             assert lost <= self.tolerance * float(weight.abs().max()), shape
 
@@ -108,7 +108,7 @@ class WeightLaws:
         for shape in self.cases():
             weight = toy_weight(shape, device=device)
             moments = moments_of_weight(weight, moments_kind, bias=bias)
-            ranks = self.method.candidates(shape)
+            ranks = self.method.ranks(shape)
             errors = self.method.errors(weight, moments)
             assert errors.shape == (len(ranks),), shape
             for index in spread(len(ranks)):
@@ -123,7 +123,7 @@ class WeightLaws:
         for shape in self.cases():
             weight = toy_weight(shape, device=device)
             moments = moments_of_weight(weight)
-            ranks = self.method.candidates(shape)
+            ranks = self.method.ranks(shape)
             announced = dict(zip(ranks, self.method.errors(weight, moments).tolist(), strict=True))
             looked_at = [ranks[index] for index in spread(len(ranks), most=12)]
             measured = {rank: self.measured(weight, rank, moments) for rank in looked_at}
@@ -140,7 +140,7 @@ class WeightLaws:
             out, inputs, *kernel = shape
             ones = (1,) * len(kernel)
             dense = Geometry(inputs, out, tuple(kernel), ones, (0,) * len(kernel), ones)
-            for rank in self.method.candidates(shape):
+            for rank in self.method.ranks(shape):
                 factors = self.method.decompose(weight, rank, moments)
                 parts = stages(dense, self.method.form, rank)
                 assert factors.form == self.method.form
@@ -153,7 +153,7 @@ class WeightLaws:
         for shape in self.cases():
             for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                 weight = toy_weight(shape, device=device).to(dtype)
-                factors = self.method.decompose(weight, self.method.candidates(shape)[0], moments_of_weight(weight))
+                factors = self.method.decompose(weight, self.method.ranks(shape)[0], moments_of_weight(weight))
                 assert {(stage.dtype, stage.device) for stage in factors.stages()} == {(dtype, weight.device)}
 
     def test_no_storage_is_shared(self, device: str) -> None:
@@ -163,7 +163,7 @@ class WeightLaws:
             moments = moments_of_weight(weight)
             kept = [weight, *(m for m in (moments.gram, moments.mean, moments.output_gram) if m is not None)]
             copies = [tensor.clone() for tensor in kept]
-            parts = self.method.decompose(weight, self.method.candidates(shape)[-1], moments).stages()
+            parts = self.method.decompose(weight, self.method.ranks(shape)[-1], moments).stages()
             owners = [tensor.untyped_storage().data_ptr() for tensor in (*kept, *parts)]
             assert len(set(owners)) == len(owners), shape
             assert all(part.untyped_storage().nbytes() == part.nbytes for part in parts), shape
@@ -175,7 +175,7 @@ class WeightLaws:
         for shape in self.cases():
             weight = toy_weight(shape, device=device)
             moments = moments_of_weight(weight)
-            rank = self.method.candidates(shape)[0]
+            rank = self.method.ranks(shape)[0]
             before = generator_states()
             first, second = (self.method.decompose(weight, rank, moments).stages() for _ in range(2))
             errors = [self.method.errors(weight, moments) for _ in range(2)]
@@ -189,7 +189,7 @@ class WeightLaws:
             weight = hard_weight(weight_kind, shape, device=device)
             if self.method.refuses(weight.shape) is not None:
                 continue
-            ranks = self.method.candidates(weight.shape)
+            ranks = self.method.ranks(weight.shape)
             for kind in MOMENTS if self.method.needs else MOMENTS[:1]:
                 moments = moments_of_weight(weight, kind, bias=kind != "zero")
                 errors = self.method.errors(weight, moments)
@@ -212,7 +212,7 @@ class WeightLaws:
         """A method that reads moments says so where there are none; one that does not works without."""
         shape = self.cases()[0]
         weight = toy_weight(shape, device=device)
-        rank = self.method.candidates(shape)[0]
+        rank = self.method.ranks(shape)[0]
         if self.method.needs:
             with pytest.raises(DataError):
                 self.method.decompose(weight, rank, Moments())
@@ -220,10 +220,10 @@ class WeightLaws:
                 self.method.errors(weight, Moments())
         else:
             assert self.method.decompose(weight, rank, Moments()).ranks == rank
-            assert len(self.method.errors(weight, Moments())) == len(self.method.candidates(shape))
+            assert len(self.method.errors(weight, Moments())) == len(self.method.ranks(shape))
 
     def test_every_option_changes_something(self, option: str) -> None:
-        """Another value of the option gives another form, other needs, other candidates or other factors."""
+        """Another value of the option gives another form, other needs, other ranks or other factors."""
         value = getattr(self.method, option)
         if option in self.variations:
             other = self.variations[option]
@@ -244,11 +244,11 @@ def _differ(first: Decomposition, second: Decomposition, shape: tuple[int, ...])
         return True
     if first.refuses(shape) is not None:
         return False
-    if (first.form, first.needs, first.candidates(shape)) != (second.form, second.needs, second.candidates(shape)):
+    if (first.form, first.needs, first.ranks(shape)) != (second.form, second.needs, second.ranks(shape)):
         return True
     weight = toy_weight(shape)
     moments = moments_of_weight(weight)
-    rank = first.candidates(shape)[0]
+    rank = first.ranks(shape)[0]
     stages_of_both = (method.decompose(weight, rank, moments).stages() for method in (first, second))
     return any(not torch.equal(a, b) for a, b in zip(*stages_of_both, strict=True))
 

@@ -49,7 +49,7 @@ def random_options(
     for method in families:
         if method.refuses(site.geometry.canonical_shape) is not None:
             continue
-        ranks = method.candidates(site.geometry.canonical_shape)
+        ranks = method.ranks(site.geometry.canonical_shape)
         energies = [draw.random() ** 4 for _ in ranks]
         tails = [weight * sum(energies[index + 1 :]) / sum(energies) for index in range(len(ranks))]
         for rank, error in zip(ranks, tails, strict=True):

@@ -20,6 +20,7 @@ from rankfold.decompositions import Decomposition
 from rankfold.errors import BudgetError
 from rankfold.factors import Factors, Rank
 from rankfold.install.fill import filler, install_shells
+from rankfold.install.merging import merge
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
@@ -59,7 +60,7 @@ class ShellLaws:
 
     def ranks(self, layer: nn.Module) -> list[Rank]:
         """First, middle and last candidate."""
-        ranks = self.method.candidates(_adapter(layer).geometry(layer).canonical_shape)
+        ranks = self.method.ranks(_adapter(layer).geometry(layer).canonical_shape)
         return [ranks[index] for index in sorted({0, len(ranks) // 2, len(ranks) - 1})]
 
     def test_it_has_a_case_among_the_layers(self) -> None:
@@ -81,6 +82,15 @@ class ShellLaws:
                 with torch.no_grad():
                     adapter.canonical(dense).copy_(torch.stack([factors.reconstruct() for factors in groups]))
                     _assert_close(shell(inputs), dense(inputs), 1e-9, name)
+
+    def test_merging_gives_the_outputs_of_the_shell(self, device: str) -> None:
+        """Multiplied out to one dense layer again, in double precision."""
+        for name, layer, inputs in self.served(device=device):
+            for rank in self.ranks(layer):
+                plan = Plan((Decision("", self.method, rank),), (), fingerprint(layer))
+                shell = install_shells(copied(layer), plan, filler(_statistics(self.method, layer, inputs)))
+                with torch.no_grad():
+                    _assert_close(merge(shell, plan)(inputs), shell(inputs), 1e-8, name)
 
     def test_full_rank_gives_the_layer_back(self, device: str) -> None:
         """In double precision the compressed layer at its last candidate is the layer."""

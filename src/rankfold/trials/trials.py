@@ -14,7 +14,7 @@ from rankfold.clock import Clock
 from rankfold.comparison.compare import compare
 from rankfold.cost.counted import count
 from rankfold.data.batches import Batch, batch_size, micro_batches
-from rankfold.data.splits import HELD_OUT, Part, first_of, joined
+from rankfold.data.splits import HELD_OUT, Part, first_of, merged
 from rankfold.distributed import world
 from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError
 from rankfold.graph.spill import Spill
@@ -239,7 +239,7 @@ def part_of(batches: Iterable[Batch], samples: int, *, held_out: int, processes:
     every = min(SPARSEST, samples // FEWEST)
     if every < 2:
         return None
-    part = joined(Part(batches, every, held_out), LARGEST_BATCH)
+    part = merged(Part(batches, every, held_out), LARGEST_BATCH)
     if len(part) < processes:
         size = max(1, sum(batch_size(batch) for batch in part) // processes)
         part = [piece for piece, _ in micro_batches(iter(part), size)]

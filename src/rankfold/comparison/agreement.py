@@ -63,7 +63,7 @@ class ClassChange:
 
 
 @dataclass(frozen=True)
-class Decisions:
+class Agreement:
     """Whether decisions are kept, example by example.
 
     Attributes:
@@ -96,7 +96,7 @@ class Decisions:
         return asdict(self)
 
 
-def decisions(
+def agreement(
     original: nn.Module,
     compressed: nn.Module,
     data: Any,
@@ -104,7 +104,7 @@ def decisions(
     corruptions: Sequence[Corruption] = CORRUPTIONS,
     fgsm: float | None = None,
     seed: int = 0,
-) -> Decisions:
+) -> Agreement:
     """Compare two classifiers example by example, also on corrupted inputs and under attack.
 
     Args:
@@ -116,7 +116,7 @@ def decisions(
         seed: Of the corruptions that draw; each is the same in every run.
 
     Returns:
-        The decisions.
+        The agreement.
 
     Raises:
         ModelError: One of the two is no module.
@@ -261,8 +261,8 @@ class _Tally:
         fits = labels is not None and labels.shape == first.shape[:1]
         self.labels.append(labels.cpu() if labels is not None and fits else None)
 
-    def result(self, same: dict[str, int], attacks: tuple[list[int], list[int]] | None) -> Decisions:
-        """The decisions over all that was added."""
+    def result(self, same: dict[str, int], attacks: tuple[list[int], list[int]] | None) -> Agreement:
+        """The agreement over all that was added."""
         if not self.first:
             raise DataError("data", law="at least one batch", got="none", cure="check the folder or loader behind it")
         first, second = torch.cat(self.first), torch.cat(self.second)
@@ -283,7 +283,7 @@ class _Tally:
         )
         count = len(first)
         pair = None if attacks is None else tuple((each[0] / count, each[1] / count) for each in attacks)
-        return Decisions(
+        return Agreement(
             count,
             1 - len(changes) / count,
             changes,

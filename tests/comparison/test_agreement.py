@@ -32,7 +32,7 @@ LABELS = torch.tensor([0, 1, 1, 2])
 
 
 def test_changes_classes_and_margins_are_those_of_the_tables() -> None:
-    seen = rf.decisions(FIRST, SECOND, [(INPUTS[:3], LABELS[:3]), (INPUTS[3:], LABELS[3:])], corruptions=[])
+    seen = rf.agreement(FIRST, SECOND, [(INPUTS[:3], LABELS[:3]), (INPUTS[3:], LABELS[3:])], corruptions=[])
     assert seen.examples == 4
     assert seen.agreement == 0.75
     (change,) = seen.changes
@@ -50,7 +50,7 @@ def test_changes_classes_and_margins_are_those_of_the_tables() -> None:
 
 
 def test_without_labels_there_is_no_top1() -> None:
-    seen = rf.decisions(FIRST, FIRST, [INPUTS], corruptions=[])
+    seen = rf.agreement(FIRST, FIRST, [INPUTS], corruptions=[])
     assert seen.agreement == 1
     assert seen.changes == ()
     assert seen.changed_margin is None
@@ -69,8 +69,8 @@ def test_corruptions_and_attacks_are_the_same_in_every_run_and_leave_the_models(
     model, other, images = _pair()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     kept = images.clone()
-    seen = rf.decisions(model, other, images.split(20), fgsm=0.1)
-    assert seen == rf.decisions(model, other, images.split(20), fgsm=0.1)
+    seen = rf.agreement(model, other, images.split(20), fgsm=0.1)
+    assert seen == rf.agreement(model, other, images.split(20), fgsm=0.1)
     assert list(seen.corrupted) == [corruption.name for corruption in CORRUPTIONS]
     assert torch.equal(images, kept)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -79,12 +79,12 @@ def test_corruptions_and_attacks_are_the_same_in_every_run_and_leave_the_models(
 
 def test_an_attack_fools_and_a_model_agrees_with_itself_under_it() -> None:
     model, _, images = _pair()
-    seen = rf.decisions(model, model, [images], fgsm=0.3)
+    seen = rf.agreement(model, model, [images], fgsm=0.3)
     assert seen.adversarial == (1.0, 1.0)
     assert all(agreement == 1 for agreement in seen.corrupted.values())
     assert seen.fooled is not None
     assert seen.fooled[0] == seen.fooled[1] > 0.3
-    weaker = rf.decisions(model, model, [images], fgsm=0.01)
+    weaker = rf.agreement(model, model, [images], fgsm=0.01)
     assert weaker.fooled is not None
     assert weaker.fooled[0] < seen.fooled[0]
 
@@ -111,18 +111,18 @@ def test_bad_input_is_refused_by_name() -> None:
     with pytest.raises(OptionError, match=r"Brightness\.shift"):
         Brightness(0)
     with pytest.raises(OptionError, match="corruptions"):
-        rf.decisions(model, other, [images], corruptions=["noise"])  # type: ignore[list-item]
+        rf.agreement(model, other, [images], corruptions=["noise"])  # type: ignore[list-item]
     with pytest.raises(OptionError, match="fgsm"):
-        rf.decisions(model, other, [images], fgsm=0)
+        rf.agreement(model, other, [images], fgsm=0)
     with pytest.raises(DataError, match="a blur works on images"):
-        rf.decisions(FIRST, SECOND, [INPUTS])
+        rf.agreement(FIRST, SECOND, [INPUTS])
     with pytest.raises(DataError, match="samples × classes"):
-        rf.decisions(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), [images])
+        rf.agreement(nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3), [images])
     words = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(8, 3))
     with pytest.raises(DataError, match="inputs of whole numbers"):
-        rf.decisions(words, words, [torch.zeros(4, 2, dtype=torch.int64)])
+        rf.agreement(words, words, [torch.zeros(4, 2, dtype=torch.int64)])
     with pytest.raises(DataError, match="at least one batch"):
-        rf.decisions(model, other, [])
+        rf.agreement(model, other, [])
 
 
 class Anything(nn.Module):
@@ -142,7 +142,7 @@ def test_a_forward_that_writes_into_its_input_is_attacked_like_another() -> None
     writes = Anything(lambda x: x.mul_(2))
     writes.load_state_dict(plain.state_dict())
     x = torch.randn(40, 6)
-    seen = [rf.decisions(each, each, [x.clone()], corruptions=[], fgsm=0.3) for each in (plain, writes)]
+    seen = [rf.agreement(each, each, [x.clone()], corruptions=[], fgsm=0.3) for each in (plain, writes)]
     assert seen[0] == seen[1]
     assert seen[0].fooled is not None
     assert seen[0].fooled[0] > 0
@@ -154,10 +154,10 @@ def test_what_cannot_be_judged_is_refused() -> None:
     cut, breaks = Anything(lambda x: x.detach()), Anything(lambda x: x.reshape(3, 3))
     for first, second, whose in ((plain, lost, "compressed"), (lost, plain, "original")):
         with pytest.raises(NumericsError, match=f"output of the {whose} model · every output is finite"):
-            rf.decisions(first, second, [x], corruptions=[])
+            rf.agreement(first, second, [x], corruptions=[])
     with pytest.raises(DataError, match="differentiates the outputs by the first floating input"):
-        rf.decisions(cut, cut, [x], corruptions=[], fgsm=0.1)
+        rf.agreement(cut, cut, [x], corruptions=[], fgsm=0.1)
     with pytest.raises(TraceError, match="from the compressed model"):
-        rf.decisions(plain, breaks, [x], corruptions=[])
+        rf.agreement(plain, breaks, [x], corruptions=[])
     with pytest.raises(OptionError, match=r"each corruption once · got 'noise 0\.1' twice"):
-        rf.decisions(plain, plain, [x], corruptions=[Noise(0.1), Noise(0.1)])
+        rf.agreement(plain, plain, [x], corruptions=[Noise(0.1), Noise(0.1)])

@@ -21,7 +21,7 @@ from rankfold.serialization import write_file
 LAYER, BUFFER = "layer.", "buffer."
 
 
-class KeptSites:
+class SolvedSites:
     """Takes a site's solution from its file, or solves the site and writes the file.
 
     A file holds the tensors of the new layer and the changed buffers, and in its metadata a SHA-256 over all of it. A
