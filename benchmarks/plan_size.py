@@ -22,7 +22,8 @@ CUT = {"mlp.gate_proj": 0, "mlp.up_proj": 0, "mlp.down_proj": 1}
 def large(layers: int, kept: float) -> Plan:
     """The plan."""
     draw = torch.Generator().manual_seed(0)
-    decisions, channels, cuts = [], [], {}
+    decisions, channels = [], []
+    cuts: dict[str, dict[int, tuple[int, ...]]] = {}
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         chosen = torch.randperm(NEURONS, generator=draw)[: int(NEURONS * kept)].sort().values

@@ -57,7 +57,7 @@ def main() -> None:
                     for curve in curves
                     for rank, e in zip(curve.ranks, curve.errors, strict=True)
                 }
-                cost = scale * sum(chosen[each.site, each.rank] for each in plan.changes)
+                cost = scale * sum(chosen[each.site, each.rank] for each in plan.changes)  # type: ignore[misc]
                 small = rf.apply(network.model, plan, stats=stats)
                 loss = float((outputs(small) - expected).square().sum(1).mean())
                 predicted.append(cost)

@@ -82,9 +82,8 @@ def augmented(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor
 @torch.inference_mode()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Share of images whose class the network gets right."""
-    hits = sum(
-        int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(batch), labels.split(batch), strict=True)
-    )
+    pairs = zip(images.split(batch), labels.split(batch), strict=True)
+    hits = int(sum((model(x).argmax(1) == y).sum() for x, y in pairs))
     return hits / len(images)
 
 

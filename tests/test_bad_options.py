@@ -238,7 +238,7 @@ def test_a_model_in_training_mode_is_traced_in_eval_and_left_in_its_modes(
         result = compress(model)
     assert [module.training for module in result.children()] == [module.training for module in model.children()]
     assert result.training
-    assert all(module.training for index, child in enumerate(result) if index != 5 for module in child.modules())
+    assert all(module.training for index, child in enumerate(result) if index != 5 for module in child.modules())  # type: ignore[var-annotated]
     twin = compress(copy.deepcopy(model).eval())
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(result.parameters(), twin.parameters(), strict=True))
 

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 WRITTEN = {**PAGES, "README.md": README, "CONTRIBUTING.md": (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")}
 
 
-def ours(base):
+def ours(base: type) -> Any:
     """Registered names of the classes that the package brings."""
     return [name for name in registry.names(base) if registry.lookup(name, base).__module__.startswith("rankfold.")]
 
 
-def run(*arguments, cwd):
+def run(*arguments: str, cwd: Path) -> Any:
     """Run the interpreter in a process of its own, as a user does, with warnings as errors."""
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
@@ -55,29 +56,29 @@ class TestTheExampleMethodKeepsTheLaws(DecompositionConformance):
     layers = ("linear", "conv2d")
 
     @pytest.fixture(autouse=True)
-    def registered(self, monkeypatch):
+    def registered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(registry._BY_NAME, "scaled-svd", ScaledSVD)
 
-    def metric(self, moments, features):
+    def metric(self, moments: Any, features: Any) -> Any:
         """Its errors are measured in its own metric."""
         return torch.diag(self.method.scale(moments).square())
 
 
-def body(example):
+def body(example: Path) -> Any:
     """An example without its docstring."""
     return (ROOT / "examples" / example).read_text(encoding="utf-8").split('"""\n\n', 1)[1].strip()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_every_example_runs(example, tmp_path):
+def test_every_example_runs(example: Path, tmp_path: Path) -> None:
     done = run(str(example), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "same decision on" in done.stdout
 
 
 @pytest.mark.slow
-def test_the_edited_plan_is_what_was_carried_out(tmp_path):
+def test_the_edited_plan_is_what_was_carried_out(tmp_path: Path) -> None:
     done = run(str(ROOT / "examples" / "edit_a_plan.py"), cwd=tmp_path)
     plan = json.loads((tmp_path / "plan.json").read_text())
     reasons = {decision["site"]: decision["why"] for decision in plan["decisions"]}
@@ -87,7 +88,7 @@ def test_the_edited_plan_is_what_was_carried_out(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_and_their_checkpoint_loads(tmp_path):
+def test_the_commands_of_the_readme_run_and_their_checkpoint_loads(tmp_path: Path) -> None:
     commands = re.findall(r"^rankfold (\w+ rankfold\.digits:.*)$", README, re.M)
     assert [command.split()[0] for command in commands] == ["inspect", "compress", "compare"]
     for command in commands:
@@ -97,7 +98,7 @@ def test_the_commands_of_the_readme_run_and_their_checkpoint_loads(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readme_shows_what_the_demo_prints(tmp_path):
+def test_the_readme_shows_what_the_demo_prints(tmp_path: Path) -> None:
     done = run("-m", "rankfold", "demo", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     percent = re.compile(r"^  (?:read rightly|same decision) .*$", re.M)
@@ -110,32 +111,32 @@ def test_the_readme_shows_what_the_demo_prints(tmp_path):
     assert costs.findall(README) == costs.findall(done.stdout)
 
 
-def test_the_readme_shows_the_first_program_as_it_is():
+def test_the_readme_shows_the_first_program_as_it_is() -> None:
     assert f"```python\n{body('first_program.py')}\n```" in README
 
 
-def test_every_example_is_included_in_the_docs():
+def test_every_example_is_included_in_the_docs() -> None:
     page = PAGES["docs/examples.md"]
     assert set(re.findall(r'--8<-- "(.*?)"', page)) == {path.relative_to(ROOT).as_posix() for path in EXAMPLES}
 
 
 @pytest.mark.parametrize("name", ours(rf.Decomposition))
-def test_every_decomposition_of_ours_has_a_page(name):
+def test_every_decomposition_of_ours_has_a_page(name: str) -> None:
     assert f"`{name}`" in PAGES[f"docs/methods/{name}.md"]
 
 
 @pytest.mark.parametrize("name", ours(rf.RankSelector))
-def test_every_selector_of_ours_is_on_the_page_of_selectors(name):
+def test_every_selector_of_ours_is_on_the_page_of_selectors(name: str) -> None:
     assert f"`{name}`" in PAGES["docs/methods/rank-selectors.md"]
 
 
-def test_every_public_name_is_in_the_reference():
+def test_every_public_name_is_in_the_reference() -> None:
     shown = {name for page in PAGES.values() for name in re.findall(r"^::: rankfold\.(\w+)$", page, re.M)}
     assert set(rf.__all__) - {"__version__", "RankfoldError"} <= shown
     assert "::: rankfold.errors" in PAGES["docs/api.md"]  # RankfoldError and all that derive from it
 
 
-def test_the_file_format_names_every_key_of_a_plan():
+def test_the_file_format_names_every_key_of_a_plan() -> None:
     decision = rf.Decision("layer", rf.WhitenedSVD(), 3, "because")
     plan = rf.Plan((decision,), (rf.Skip("other", "tied"),), "fingerprint")
     page = PAGES["docs/file-format.md"]
@@ -144,7 +145,7 @@ def test_the_file_format_names_every_key_of_a_plan():
         assert f"`{key}`" in page or f'"{key}"' in page, key
 
 
-def test_the_plan_shown_in_the_file_format_can_be_read():
+def test_the_plan_shown_in_the_file_format_can_be_read() -> None:
     (shown,) = re.findall(r"```json\n(.*?)```", PAGES["docs/file-format.md"], re.S)
     plan = rf.Plan.from_json(shown)
     assert plan.at("blocks.0.conv1").method == rf.WhitenedSVD()
@@ -152,7 +153,7 @@ def test_the_plan_shown_in_the_file_format_can_be_read():
 
 
 @pytest.mark.parametrize("page", sorted(WRITTEN))
-def test_every_command_that_is_written_about_exists(page):
+def test_every_command_that_is_written_about_exists(page: Any) -> None:
     known = {command.callback.__name__ for command in app.registered_commands if command.callback}
     text = "\n".join(
         re.findall(r"`rankfold ([a-z]+)", WRITTEN[page]) + re.findall(r"^rankfold ([a-z]+)", WRITTEN[page], re.M)
@@ -161,6 +162,6 @@ def test_every_command_that_is_written_about_exists(page):
 
 
 @pytest.mark.parametrize("page", sorted(WRITTEN))
-def test_every_link_to_a_file_leads_somewhere(page):
+def test_every_link_to_a_file_leads_somewhere(page: Any) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", WRITTEN[page]):
         assert ((ROOT / page).parent / target).exists(), target

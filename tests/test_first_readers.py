@@ -138,7 +138,7 @@ def test_a_shift_of_all_logits_is_no_part_of_the_error_that_is_printed() -> None
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
     with torch.no_grad():
-        model[2].bias += 1000.0  # type: ignore[operator]
+        model[2].bias += 1000.0  # type: ignore[assignment]
     out = rf.compress(model, [drawn(200, 16)], budget=rf.Budget(params=0.3), outputs=rf.Logits())
     comparison = out.report.comparison
     assert comparison is not None

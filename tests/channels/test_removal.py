@@ -273,12 +273,12 @@ def test_bad_input_is_refused_by_name() -> None:
     group = out.plan.channels[0].group
     one[f"{group}.weight"] = {**one[f"{group}.weight"], 0: one[f"{group}.weight"][0][1:]}
     norms = {name: axes for name, axes in out.plan.cuts.items() if not name.endswith("running_var")}
-    for wrong in (one, norms):
+    for broken in (one, norms):
         with pytest.raises(
             PlanError,
-            match="keep the same output channels" if wrong is norms else "the model runs as the cuts leave it",
+            match="keep the same output channels" if broken is norms else "the model runs as the cuts leave it",
         ):
-            rf.apply(model, replace(out.plan, cuts=wrong), data)
+            rf.apply(model, replace(out.plan, cuts=broken), data)
     with pytest.raises(PlanError, match="cuts say what stays"):
         rf.apply(model, replace(out.plan, cuts={}), data)
     with pytest.raises(PlanError, match="a group is named by a layer"):

@@ -91,8 +91,8 @@ def test_the_seeds_rule_cuts_the_group_of_least_score() -> None:
         scores.append(float(lengths[left] / lengths[0]) / macs)
     rf.InterpolativeGreedy(kappa=0.9).select(widths)
     cut = min(range(3), key=lambda stack: scores[stack])
-    units = [20, 20, 12]
-    assert widths.left == [int(0.9 * n) if i == cut else n for i, n in enumerate(units)]
+    whole_sizes = [20, 20, 12]
+    assert widths.left == [int(0.9 * n) if i == cut else n for i, n in enumerate(whole_sizes)]
 
 
 def test_multiples_hold_and_small_groups_stay_whole() -> None:

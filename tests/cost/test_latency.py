@@ -87,6 +87,6 @@ def test_the_two_take_turns_in_going_first(clock: Clock) -> None:
             return super().forward(x)
 
     first, second = Told(clock, [1.0]), Told(clock, [1.0])
-    first.name, second.name = "a", "b"
+    first.name, second.name = "a", "b"  # type: ignore[assignment]
     latency_ratio(first, second, X, seconds=0.0)
     assert order == ["a", "b", "b", "a", "a", "b", "b", "a"]

@@ -114,8 +114,8 @@ def test_macs_are_shared_out_among_the_modules_that_do_them() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 4)))
     assert counted(model, torch.randn(3, 8)).by_module == {"0": 32, "1.1": 16}
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    model = Applied(lambda self, x: self.mix(x, x, x)[0], mix=attention)
-    found = counted(model, torch.randn(3, 5, 8))
+    mixing = Applied(lambda self, x: self.mix(x, x, x)[0], mix=attention)
+    found = counted(mixing, torch.randn(3, 5, 8))
     assert found.by_module == {"mix": found.macs} != {}
 
 

@@ -89,6 +89,6 @@ def test_a_schedule_holds_every_node_once_and_after_what_it_reads() -> None:
 def test_micro_batches_cover_every_sample_once_in_order() -> None:
     x = torch.arange(23.0)[:, None]
     parts = list(micro_batches(iter([x[:10], x[10:]]), 4))
-    assert torch.equal(torch.cat([part for part, _ in parts]), x)  # type: ignore[arg-type]
+    assert torch.equal(torch.cat([part for part, _ in parts]), x)  # type: ignore[misc]
     assert [row for _, rows in parts for row in rows] == list(range(23))
     assert max(len(rows) for _, rows in parts) <= 4

@@ -183,7 +183,7 @@ def test_a_repair_asks_for_data() -> None:
 
 def test_a_model_that_cannot_be_copied_is_refused_with_the_cure() -> None:
     model = nn.Sequential(nn.Linear(6, 6))
-    model.handle = (value for value in ())
+    model.handle = (value for value in ())  # type: ignore[assignment,var-annotated]
     with pytest.raises(ModelError, match=r"^Sequential · the model can be copied.* · use rankfold\.apply_, which"):
         rf.apply(model, plan_for(model, rf.Decision("0", rf.SVD(), 2)))
     assert isinstance(rf.apply_(model, plan_for(model, rf.Decision("0", rf.SVD(), 2)))[0], nn.Sequential)

@@ -201,7 +201,7 @@ def test_a_layer_is_never_worse_on_held_out_samples_than_without_its_repair() ->
 
     with torch.no_grad():
         seen, target = repaired.layers["0"](x).double(), model(x).double()
-        returned = repaired.layers.get("1", model[1])(seen.float()).double()
+        returned = repaired.layers.get("1", model[1])(seen.float()).double()  # type: ignore[misc]
         unrepaired = model[1](seen.float()).double()
     columns = torch.cat([seen, torch.ones(400, 1, dtype=torch.float64)], 1)
     fitted = columns @ torch.linalg.lstsq(columns[~held], target[~held], driver="gelsd").solution

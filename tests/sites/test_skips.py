@@ -227,7 +227,7 @@ def test_uncalled_layers_are_skipped() -> None:
 
 def test_a_layer_reached_through_a_list_is_skipped_since_a_replacement_would_not_be() -> None:
     model = _model(lambda self, x: self.held[0](x), body=nn.Linear(8, 8))
-    model.held = [model.body]
+    model.held = [model.body]  # type: ignore[assignment]
     assert _reasons(model) == {"body": "not called: the forward on the example does not reach it"}
 
 

@@ -87,7 +87,7 @@ def test_chunks_do_not_matter_and_keep_to_their_size(
     largest = []
     update = module.Statistic.update
 
-    def watched(self: module.Statistic, part: Tensor, out: Tensor | None = None, *, first: bool = False) -> None:
+    def watched(self: module.Statistic, part: Tensor, out: Tensor | None = None, *, first: bool = False) -> None:  # type: ignore[name-defined]
         largest.append(part.nbytes if part.shape[1] > 1 else 0)  # a single position cannot be cut
         update(self, part, out, first=first)
 

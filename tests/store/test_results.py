@@ -125,7 +125,8 @@ def test_a_finished_run_repeats_no_trial(carried: list[tuple[str, int]], whole: 
 def test_a_candidate_that_dropped_out_is_not_tried_again(
     monkeypatch: pytest.MonkeyPatch, carried: list[tuple[str, int]], tmp_path: Path
 ) -> None:
-    original, failed = trials.carry_out, []
+    original = trials.carry_out
+    failed: list[Any] = []
 
     def fails_once(model: Any, target: Any, plan: rf.Plan, **options: Any) -> Any:
         if not failed:

@@ -52,7 +52,7 @@ def suite(method: Decomposition, **attributes: Any) -> DecompositionConformance:
 
 def breaking(**members: Any) -> Decomposition:
     """An instance of a subclass of `Broken` with some of its members replaced."""
-    kind = dataclass(frozen=True)(type("Changed", (Broken,), {"__str__": Broken.__str__, **members}))
+    kind: Any = dataclass(frozen=True)(type("Changed", (Broken,), {"__str__": Broken.__str__, **members}))
     return kind()
 
 

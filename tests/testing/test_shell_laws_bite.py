@@ -103,7 +103,7 @@ def test_a_shell_of_another_geometry_is_caught(monkeypatch: pytest.MonkeyPatch) 
         for layer in shell:
             if isinstance(layer, nn.Conv2d):
                 layer.stride = (2, 2)
-        return shell
+        return shell  # type: ignore[return-value]
 
     monkeypatch.setattr(shells, "build_shell", unpadded)
     with pytest.raises(AssertionError):

@@ -140,7 +140,8 @@ def test_the_smallest_value_named_is_that_of_all_ways(budget: rf.Budget) -> None
 
 
 def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    rightly, failed = Trials.attempt, []
+    rightly = Trials.attempt
+    failed: list[Any] = []
 
     def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
         if (plan.selector or {}).get("name") == "uniform":
@@ -159,7 +160,8 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
 
 def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     first = [candidate.selector for candidate in many().report.candidates if candidate.samples is None]
-    rightly, failed = Trials.attempt, []
+    rightly = Trials.attempt
+    failed: list[Any] = []
 
     def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
         if part is None and len(failed) < len(first):
