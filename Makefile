@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test test-shown test-slow check bench docs clean
+.PHONY: venv demo test test-shown test-sample test-slow check bench docs clean
 
 venv: $(STAMP)
 
@@ -23,6 +23,9 @@ test: check
 
 test-shown: venv # what users see first: the examples, the commands of the README, the demo with its figures
 	$(BIN)/python -m pytest -m slow tests/test_examples.py tests/digits/test_demo.py tests/cli/test_demo.py
+
+test-sample: venv # one in ten of the random networks with random budgets
+	$(BIN)/python -m pytest -m slow tests/allocation/test_random_networks.py -k "0]"
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
