@@ -43,7 +43,7 @@ class CanonicalFactors(Factors):
     a: Tensor
     b: Tensor
     c: Tensor
-    form = "canonical"
+    form = "three-stage"
 
     @property
     def ranks(self) -> int:
@@ -64,7 +64,7 @@ class CanonicalFactors(Factors):
 def method() -> Iterator[Decomposition]:
     """Registered for the time of a test."""
 
-    @form("canonical", smallest=lambda geometry: 1 if geometry.kernel else None, assemble=Chain)
+    @form("three-stage", smallest=lambda geometry: 1 if geometry.kernel else None, assemble=Chain)
     def staged(geometry: Geometry, rank: Rank) -> tuple[Geometry, ...]:
         assert isinstance(rank, int)
         width, axes = rank * geometry.groups, set(range(len(geometry.kernel)))
@@ -79,7 +79,7 @@ def method() -> Iterator[Decomposition]:
     class RandomCanonical(Decomposition):
         """Factors that are drawn: only their shapes matter here."""
 
-        form = "canonical"
+        form = "three-stage"
 
         def refuses(self, shape: Sequence[int]) -> str | None:
             return None if len(shape) > 2 else "a kernel"
@@ -95,7 +95,7 @@ def method() -> Iterator[Decomposition]:
             return CanonicalFactors(*(torch.randn(s, generator=draw, dtype=weight.dtype) for s in shapes))
 
     yield RandomCanonical()
-    del _FORMS["canonical"], _BY_NAME["random-canonical"], _NAMES[RandomCanonical]
+    del _FORMS["three-stage"], _BY_NAME["random-canonical"], _NAMES[RandomCanonical]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -108,7 +108,7 @@ def test_it_is_built_counted_and_merged_as_any_other(method: Decomposition, grou
     plan = Plan((Decision("0", method, rank),), (), fingerprint(model))
     small = install_shells(copied(model), plan, filler(None))
     assert isinstance(small[0], Chain)  # type: ignore[index]
-    assert count(small, x) - count(model, x) == site_cost(site, "canonical", rank) - dense_cost(site)
+    assert count(small, x) - count(model, x) == site_cost(site, "three-stage", rank) - dense_cost(site)
     with torch.no_grad():
         torch.testing.assert_close(merge(small, plan)(x), small(x), rtol=1e-4, atol=1e-4)
     assert has_room(site)

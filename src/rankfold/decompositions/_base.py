@@ -151,7 +151,9 @@ class Decomposition(Family, ABC):
         weight = widen(weight)
         flat = weight.flatten(1)
         reads = "input-gram" in self.needs
-        metric = moments.metric(self).to(flat) if reads else torch.eye(flat.shape[1]).to(flat)
+        eye = torch.eye(flat.shape[1]).to(flat)
+        metric = moments.metric(self).to(flat) if reads else eye
+        metric = eye if float(weighted_energy(flat, metric)) <= 0 else metric  # inputs without any energy tell nothing
         total = weighted_energy(flat, metric)
         rest = [
             weighted_energy(flat - self.decompose(weight, rank, moments).reconstruct().flatten(1), metric)

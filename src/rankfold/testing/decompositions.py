@@ -145,7 +145,8 @@ class WeightLaws:
                 parts = stages(dense, self.method.form, rank)
                 assert factors.form == self.method.form
                 assert factors.ranks == rank
-                assert [tuple(stage.shape) for stage in factors.stages()] == [part.canonical_shape for part in parts]
+                shapes = [(part.outputs, *part.canonical_shape[1:]) for part in parts]  # a stage may have groups
+                assert [tuple(stage.shape) for stage in factors.stages()] == shapes
                 assert factors.n_params == sum(part.n_params for part in parts)
 
     def test_dtype_and_device_are_kept(self, device: str) -> None:
