@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rankfold as rf
 from rankfold.cost.counted import count, count_bytes, count_macs, count_params, run_one
 from rankfold.cost.formula import dense_cost, site_cost
-from rankfold.cost.resources import Cost
+from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition
 from rankfold.errors import PlanError
 from rankfold.plan.making import decision_cost, plan_cost
@@ -73,7 +73,8 @@ def test_cost_grows_with_rank() -> None:
     for site in rf.find_sites(model, x):
         costs = [site_cost(site, "matrix", rank) for rank in (1, 2, 3)]
         for less, more in itertools.pairwise(costs):
-            assert all(less.amounts()[name] < more.amounts()[name] for name in less.amounts())
+            assert all(less.amounts()[name] < more.amounts()[name] for name in ("params", "macs", "bytes"))
+            assert all(less.amounts()[name] <= more.amounts()[name] for name in RESOURCES)
 
 
 def test_half_precision_halves_the_bytes() -> None:
@@ -96,7 +97,8 @@ def test_costs_add_and_subtract_by_resource() -> None:
     a, b = Cost(3, 20, 100), Cost(1, 5, 60)
     assert a + b == Cost(4, 25, 160)
     assert a - b == Cost(2, 15, 40)
-    assert a.amounts() == {"params": 3, "macs": 20, "bytes": 100}
+    assert {name: amount for name, amount in a.amounts().items() if amount} == {"params": 3, "macs": 20, "bytes": 100}
+    assert list(a.amounts()) == list(RESOURCES)
 
 
 def test_shared_parameters_count_once() -> None:
