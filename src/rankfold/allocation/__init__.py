@@ -1,4 +1,4 @@
-"""From curves and a budget to one decision a site."""
+"""Choice of ranks: from curves and a budget to one option per site."""
 
 import importlib
 import pkgutil

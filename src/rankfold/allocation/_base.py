@@ -1,4 +1,4 @@
-"""The axis on which selectors plug in, and the arithmetic they share."""
+"""Base classes of selectors, and the arithmetic they share."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from rankfold.allocation.curve import Option, Problem
 
 
 class Selector:
-    """How sizes under a budget are chosen: ranks of factors, or numbers of channels that stay.
+    """Rule that chooses sizes under a budget: ranks of factors, or numbers of channels that stay.
 
     Attributes:
-        chooses: "ranks" or "widths": sizes of which families, see `Family.sized_by`.
+        chooses: Kind of the sizes, "ranks" or "widths"; it is used for families with this `Family.sized_by`.
     """
 
     chooses: ClassVar[str] = "ranks"
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What it needs of its problem beside costs and errors, which is there only where it is asked for."""
+        """Names of the data that it needs beside costs and errors; a problem has them only on request."""
         return ()
 
 
 class RankSelector(Selector, ABC):
-    """Curves + budget → one option a site. A subclass is a frozen, registered dataclass in a file of its own.
+    """Curves + budget → one option per site. A subclass is a frozen, registered dataclass in a file of its own.
 
-    One that `reads` "spectra" finds the singular values of every site in `problem.spectra`; one that reads "evaluate"
-    can have any choice carried out and judged by `problem.evaluate`.
+    A selector that `reads` "spectra" finds the singular values of every site in `problem.spectra`; one that reads
+    "evaluate" can have any choice carried out and judged by `problem.evaluate`.
     """
 
     @property
     def multiple(self) -> int:
-        """What every rank it chooses is a multiple of: methods on a grid then offer such ranks."""
+        """Divisor of every rank it chooses: methods with a grid of ranks then offer multiples of it."""
         return 1
 
     @abstractmethod
     def select(self, problem: Problem) -> tuple[Option, ...]:
-        """Choose one option a site so that every bound holds.
+        """Choose one option per site so that every bound holds.
 
         Args:
             problem: Options and bounds; known to have a solution for each bound alone.
@@ -60,10 +60,10 @@ class Table:
     """A problem as arrays.
 
     Attributes:
-        errors: One array a site, shape (options,).
-        costs: One array a site, shape (options, resources), in whole numbers.
-        bounds: Shape (resources,); the sum of the costs of a choice must not exceed it.
-        loads: The costs as shares of the bounds, for scores that weigh resources against each other.
+        errors: Arrays of errors, one per site, shape (options,).
+        costs: Arrays of costs, one per site, shape (options, resources), in whole numbers.
+        bounds: Upper bounds on the summed costs of a choice, shape (resources,).
+        loads: Costs as shares of the bounds, for scores that weigh resources against each other.
     """
 
     errors: list[NDArray[np.float64]]
@@ -73,7 +73,7 @@ class Table:
 
     @classmethod
     def of(cls, problem: Problem) -> Table:
-        """Read a problem."""
+        """The arrays of a problem."""
         names = list(problem.bounds)
         bounds = np.array([min(problem.bounds[name], 2**62) for name in names], dtype=np.int64)  # fits in 64 bits
         errors = [np.array([option.error for option in each], dtype=np.float64) for each in problem.options]
@@ -84,7 +84,7 @@ class Table:
         return cls(errors, costs, bounds, [each / np.maximum(bounds, 1) for each in costs])
 
     def choose(self, score: Callable[[int], NDArray[np.float64]]) -> list[int]:
-        """For every site the option of least score (the first on ties)."""
+        """The option of least score at every site (the first on ties)."""
         return [int(np.argmin(score(i))) for i in range(len(self.errors))]
 
     def load(self, chosen: Sequence[int]) -> NDArray[np.float64]:
@@ -103,7 +103,7 @@ class Table:
 
 
 def top_up(table: Table, chosen: Sequence[int]) -> list[int]:
-    """Spend what is left of the budget: repeat the step with most error removed per share of the budget that fits.
+    """Spend the rest of the budget: repeat the step that fits and removes most error per share of the budget.
 
     Args:
         table: The problem as arrays.
@@ -141,8 +141,8 @@ def largest_fitting(problem: Problem, choose: Callable[[float], list[int]], *, s
 
     Args:
         problem: The problem.
-        choose: A choice that costs more as t grows.
-        steps: Halvings.
+        choose: Function from t to a choice, which costs more as t grows.
+        steps: Number of halvings.
 
     Returns:
         The choice, or None where not even t = 0 fits.

@@ -15,7 +15,7 @@ from rankfold.registry import register
 @register("energy")
 @dataclass(frozen=True)
 class Energy(RankSelector):
-    """No site makes an error above ε: at each the cheapest option with error ≤ ε, ε as small as fits.
+    """No site makes an error above ε: each gets the cheapest option with error ≤ ε, ε as small as the budget allows.
 
     The threshold rule of most SVD pruners, with the threshold found from the budget instead of guessed. For errors
     relative to each site's output it means that every site keeps the same share of its output energy.

@@ -20,13 +20,13 @@ class HalfWay(RankSelector):
     """Every site may cost the mean of what `Lagrangian` and `Uniform` give it: `(1 − ε) c_L + ε c_U`.
 
     Curves of few samples are estimates, and the global choice cuts deepest where an estimate happens to be too low; an
-    even choice asks nothing of them. Of the options that cost at most the mean in every bounded resource the one of
+    even choice does not depend on them. Of the options that cost at most the mean in every bounded resource the one of
     least error is taken, so the bounds hold because they hold for both. Where a site has none (several bounds, two
-    families), it gets what the global choice gives it, and the global choice is returned if that breaks a bound. What
-    is left of the budget is spent step by step where it removes most error.
+    families), it gets the option of the global choice, and the global choice is returned if the result breaks a bound.
+    The rest of the budget is spent step by step where it removes most error.
 
     Attributes:
-        evenness: ε, in [0, 1]: 0 is `Lagrangian`, 1 `Uniform`.
+        evenness: Weight ε of `Uniform`, in [0, 1]: 0 is `Lagrangian`, 1 `Uniform`.
     """
 
     evenness: float = 0.5

@@ -12,7 +12,7 @@ from rankfold.allocation.curve import Option, Problem
 from rankfold.errors import BudgetError
 from rankfold.registry import register
 
-ROUNDS = 24  # of the search for the balance between several bounds
+ROUNDS = 24  # rounds of the search for the balance between several bounds
 
 
 @register("lagrangian")
@@ -22,7 +22,7 @@ class Lagrangian(RankSelector):
 
     For a multiplier λ every site takes `argmin e + λ Σ_b w_b c_b/B_b` on its own; λ is the smallest that fits, found by
     bisection. With several bounds the weights w are moved towards the bound that is broken most (multiplicative
-    weights), and the best choice that fits all is kept. What is left of the budget is spent greedily.
+    weights), and the best choice that fits all is kept. The rest of the budget is spent greedily.
 
     References:
         Everett, Operations Research 11, 1963 (generalised Lagrange multipliers). The same rule is used by BALF; we
@@ -58,7 +58,7 @@ def _at(table: Table, weights: NDArray[np.float64], t: float) -> list[int]:
 
 
 def cheapest(problem: Problem, table: Table) -> list[int]:
-    """A choice within the bounds that costs as little as can be, balancing several bounds.
+    """The cheapest choice within the bounds, which balances several bounds.
 
     Raises:
         BudgetError: Bounds that can be met one by one, but not together.

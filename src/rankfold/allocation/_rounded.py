@@ -1,4 +1,4 @@
-"""Ranks that hardware likes."""
+"""Ranks that are multiples of a number, which suits the hardware."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Rounded(RankSelector):
 
     Attributes:
         selector: The selector that chooses.
-        multiple: What every rank (every part of a tuple) is a multiple of; at least 1.
+        multiple: Divisor of every rank (of every part of a tuple); at least 1.
     """
 
     selector: RankSelector = field(default_factory=Lagrangian)
@@ -36,7 +36,7 @@ class Rounded(RankSelector):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What the selector inside reads."""
+        """Names of the data that the inner selector reads."""
         return self.selector.reads
 
     def select(self, problem: Problem) -> tuple[Option, ...]:

@@ -17,12 +17,12 @@ from rankfold.registry import register
 @register("uniform")
 @dataclass(frozen=True)
 class Uniform(RankSelector):
-    """Every site keeps the same fraction ρ of its cost, ρ as large as the budget lets it be.
+    """Every site keeps the same fraction ρ of its cost, ρ as large as the budget allows.
 
-    The smallest sites stay dense, as many as hold a share of the cost together: cutting a depthwise convolution saves
-    next to nothing and costs as much accuracy as any. At the others the option of least error is taken, of any family,
-    whose cost in every bounded resource is at most ρ times the dense one. Where that cannot meet the budget, no site is
-    spared. What whole ranks leave over is spent step by step where it removes most error.
+    The smallest sites, which together hold at most the share `spared` of the cost, stay dense: cutting a depthwise
+    convolution saves next to nothing and costs as much accuracy as any. At the others the option of least error is
+    taken, of any family, whose cost in every bounded resource is at most ρ times the dense one. Where that cannot meet
+    the budget, no site is spared. The rest that whole ranks leave is spent step by step where it removes most error.
 
     Attributes:
         spared: Share of the sites' cost, in [0, 1), that the smallest of them may hold together and stay dense.

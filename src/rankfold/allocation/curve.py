@@ -18,17 +18,17 @@ Spectra: TypeAlias = Mapping[tuple[str, Decomposition], tuple[tuple[Spectrum, ..
 
 @dataclass(frozen=True)
 class RankCurve:
-    """What a method offers at a site.
+    """Candidate ranks of a method at a site, with the cost and error of each.
 
     Attributes:
         site: The site.
         method: The method.
-        ranks: Candidates, cheapest first.
-        costs: Of the site at each rank.
-        errors: Error at each rank, comparable across sites; see `measure` for its meaning.
-        energy: What the errors are measured against: the energy of the site's output.
-        independent: The errors if those at the positions of a sample were independent; None where they are not told
-            apart from `errors`.
+        ranks: Candidate ranks, cheapest first.
+        costs: Costs of the site, one per rank.
+        errors: Errors, one per rank, comparable across sites; see `measure` for their meaning.
+        energy: Energy of the site's output, against which the errors are measured.
+        independent: Errors as they would be if those at the positions of a sample were independent; None where their
+            coherence was not measured.
     """
 
     site: Site
@@ -42,7 +42,7 @@ class RankCurve:
 
 @dataclass(frozen=True)
 class Option:
-    """One way to have a site: dense (`method` None) or a method at a rank."""
+    """One possible decision about a site: dense (`method` None), or a method at a rank."""
 
     method: Decomposition | None
     rank: Rank | None
@@ -52,13 +52,13 @@ class Option:
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """The curves of all sites and families, with what a selector needs of the model.
+    """The curves of all sites and families, with the data of the model that a selector needs.
 
     Attributes:
-        sites: The sites measured.
-        curves: One a site and family that has a case there, in the order of the sites, then of the families.
-        spectra: By site and family the singular values that its ranks truncate, one tuple a group; empty unless they
-            were asked for.
+        sites: The measured sites.
+        curves: Curves, one per site and family that applies there, in the order of the sites, then of the families.
+        spectra: Singular values that the ranks of a family truncate at a site, by site and family, one tuple per group;
+            empty unless they were requested.
     """
 
     sites: Sites
@@ -96,18 +96,18 @@ class Curves:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """For each site its options, and the bounds that hold for the sum of their costs.
+    """The options of each site, and the bounds on the sum of their costs.
 
     Attributes:
         sites: The sites.
-        options: One list a site; each begins with the dense option, the rest cost less in a bounded resource.
+        options: Options of each site: the dense one first, then those that cost less in a bounded resource.
         bounds: Absolute bounds on the sites' summed cost, by resource: the model's bound less the fixed cost.
         fixed: Cost of all that no decision changes.
         original: Cost of the whole original model.
-        found: The sites with the model around them, to name what blocks a budget; None for a problem without a model.
-        spectra: As of the curves, for selectors that read "spectra".
-        evaluate: Carries a choice out on a part of the samples and gives the divergence of its outputs on held-out
-            ones, less being better; None unless a selector that reads "evaluate" is asked.
+        found: Sites with the data of the whole model, to name what blocks a budget; None for a problem without a model.
+        spectra: Singular values as in `Curves`, for selectors that read "spectra".
+        evaluate: Function that carries a choice out on a part of the samples and returns the divergence of its outputs
+            on held-out ones, less being better; None unless a selector that reads "evaluate" is used.
     """
 
     sites: tuple[Site, ...]
@@ -121,7 +121,7 @@ class Problem:
 
     @classmethod
     def of(cls, curves: Curves, budget: Budget) -> Problem:
-        """Build it and check that the budget can be met.
+        """Build the problem and check that the budget can be met.
 
         Raises:
             BudgetError: The cheapest options together are over a bound; the smallest reachable values are named.
@@ -147,7 +147,7 @@ class Problem:
         """This problem, if the cheapest options together are within every bound.
 
         Raises:
-            BudgetError: They are not; the smallest reachable value of each resource is named.
+            BudgetError: They exceed a bound; the smallest reachable value of each resource is named.
         """
         fixed = self.fixed.amounts()
         smallest = {
@@ -162,10 +162,10 @@ class Problem:
         return self
 
     def restricted(self, keep: Callable[[Option], bool]) -> Problem:
-        """This problem with only the options that `keep` lets through; the dense one always stays.
+        """This problem with only the options that `keep` accepts; the dense one always stays.
 
         Raises:
-            BudgetError: What is left cannot meet a bound.
+            BudgetError: The remaining options cannot meet a bound.
         """
         options = tuple((each[0], *(option for option in each[1:] if keep(option))) for each in self.options)
         return replace(self, options=options).checked()

@@ -52,7 +52,7 @@ def measure(
     progress: Progress | Told = silent,
     world: World = ALONE,
 ) -> Curves:
-    """For every site and family that can make it smaller: what each rank costs and what error it makes.
+    """Measure the cost and the error of every rank, for every site and every family that can make it smaller.
 
     Where the statistics hold the gradient Gram `G` of every site, the error is the Gauss–Newton estimate of the
     squared change of the network's output, `tr(G D A Dᵀ)`, times the coherence of such errors where it was collected
@@ -62,11 +62,11 @@ def measure(
 
     Args:
         model: The model the statistics are of.
-        stats: From `collect`; may be None if no family needs any.
-        sites: From `find_sites`.
+        stats: Statistics from `collect`; may be None if no family needs any.
+        sites: Sites from `find_sites`.
         families: Methods to measure.
-        progress: Told about every site.
-        world: The processes that share the sites out among them; all get all curves.
+        progress: Callback for every site.
+        world: Processes that divide the sites among themselves; each of them gets all curves.
 
     Returns:
         The curves.
@@ -110,16 +110,17 @@ def measure(
 def spectra_of(
     model: nn.Module, stats: Statistics | None, *, sites: Sites, families: Sequence[Decomposition]
 ) -> Spectra:
-    """The singular values that the ranks of each family truncate at each site, for selectors that read them.
+    """Singular values that the ranks of each family truncate at each site, for selectors that read them.
 
     Args:
         model: The model the statistics are of.
-        stats: From `collect`; may be None if no family needs any.
-        sites: From `find_sites`.
+        stats: Statistics from `collect`; may be None if no family needs any.
+        sites: Sites from `find_sites`.
         families: Methods.
 
     Returns:
-        By path and method, one tuple a group; a method without any, or without a case at a site, is left out.
+        Spectra by path and method, one tuple per group; a method without any, or that does not apply at a site, is
+        left out.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {}
@@ -145,10 +146,10 @@ def _saves(site: Site, method: Decomposition) -> bool:
 
 
 def check_families(families: Sequence[Family]) -> None:
-    """Refuse what is no list, an empty one, and anything in it that is no instance of a method.
+    """Check that the families are a list of at least one method.
 
     Raises:
-        OptionError: As said.
+        OptionError: They are no list, an empty one, or one with anything that is no instance of a method.
     """
     alone = isinstance(families, Family)
     if alone or not isinstance(families, Sequence) or isinstance(families, str):
@@ -168,7 +169,7 @@ def check_families(families: Sequence[Family]) -> None:
 
 
 def needed(families: Sequence[Family], *, channels: bool = False) -> list[str]:
-    """Names of the statistics that any of the families reads, and those of the removal of channels where it is."""
+    """Names of the statistics that any of the families reads, and with `channels` those that channel removal reads."""
     own = set(Interpolative.needs) if channels else set()
     return sorted(own.union(*(method.needs for method in families)))
 
@@ -177,7 +178,7 @@ def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics 
     """The moments a method reads at one group of a site.
 
     Raises:
-        DataError: They were not collected.
+        DataError: The statistics of the moments were not collected.
     """
     _check_collected(site, method, stats)
     return Moments(bias=site.geometry.bias) if stats is None else stats.moments(site, group)
@@ -187,7 +188,7 @@ def _check_collected(site: Site, method: Decomposition, stats: Statistics | None
     """Refuse statistics that lack what a method reads.
 
     Raises:
-        DataError: As said.
+        DataError: A statistic that the method reads is missing.
     """
     if stats is None and method.needs:
         raise DataError(
@@ -206,11 +207,12 @@ def _check_collected(site: Site, method: Decomposition, stats: Statistics | None
         )
 
 
-_Fits: TypeAlias = list[tuple[Moments, Moments | None]]  # what factors are made with, and judged on; None is the same
+# Moments that factors are made with, and moments that they are judged on; None means the same moments.
+_Fits: TypeAlias = list[tuple[Moments, Moments | None]]
 
 
 def _fits(site: Site, group: int, stats: Statistics | None) -> _Fits:
-    """What factors of a group are made with and judged on: each half of the samples on the other, if they are known."""
+    """Moments that factors of a group are made with and judged on: those of the two halves of the samples, if known."""
     if stats is None:
         return [(Moments(bias=site.geometry.bias), None)]
     if not stats.has_halves(site.path):
@@ -228,7 +230,7 @@ def _curve(
     weighted: bool,
     coherence: CoherenceCurve | None,
 ) -> RankCurve:
-    """The curve of one method at a site, from the fits of its groups; of zeros where another process has these."""
+    """The curve of one method at a site, from the fits of its groups; all zeros where another process has the fits."""
     adapter = adapter_for(module)
     if adapter is None:
         raise TypeError(f"{site.path} has no adapter")
@@ -238,7 +240,7 @@ def _curve(
     for group, own in enumerate(fits):
         for moments, judge in own:
             relative, energy = output_errors(method, weight[group], moments, judge)
-            summed += relative.to(summed) * energy / len(own)  # of two halves the mean
+            summed += relative.to(summed) * energy / len(own)  # the mean of two halves
             total += energy / len(own)
     errors = summed if weighted or total <= 0 else summed / total
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
@@ -250,14 +252,14 @@ def _curve(
 
 
 def _falling(errors: Tensor, ranks: Sequence[Rank]) -> tuple[float, ...]:
-    """Errors that never grow with the rank, though by chance a rank more may lose more on other samples."""
+    """Errors that never grow with a whole rank; on other samples a larger rank may by chance have a larger error."""
     if all(isinstance(rank, int) for rank in ranks):
         errors = torch.cummin(errors, 0).values
     return tuple(errors.tolist())
 
 
 def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:
-    """Every process's curves, given that those it does not know are zero: the sum is exact."""
+    """Sum of the curves of all processes, which is exact: a curve is zero in all but the process that measured it."""
     if world.size == 1:
         return curves
     rows = [torch.tensor([*curve.errors, curve.energy, *(curve.independent or ())]).double() for curve in curves]

@@ -1,1 +1,1 @@
-"""What a compression will take and can reach, before it is run."""
+"""Forecast of the time, memory and sizes of a compression, before it is run."""

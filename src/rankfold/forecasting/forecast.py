@@ -1,4 +1,4 @@
-"""What a compression will take, and what it can reach, before it is run."""
+"""Forecast of the time and memory that a compression takes and the sizes it can reach, before it is run."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `compress` will take, and what it can reach; from `compress(..., dry_run=True)`.
+    """Predicted time and memory of `compress`, and the sizes it can reach; from `compress(..., dry_run=True)`.
 
     Seconds are modelled from one timed forward pass, and from products, factorisations and methods timed on this
     machine. At 0.7 of the parameters on one of two busy cores (`python -m benchmarks.forecast`) the total was 0.72 of
-    the true on a ResNet-20 (512 images), 0.66 on MobileNetV1 (100 photographs) and 1.23 on MiniLM-L6 (128 sentences),
-    and memory 0.67, 0.83 and 0.78 of it; stages that take long were off by up to two. Plans that turn out equal are
-    tried once, so the number of trials is an upper one.
+    the true time on a ResNet-20 (512 images), 0.66 on MobileNetV1 (100 photographs) and 1.23 on MiniLM-L6 (128
+    sentences), and memory 0.67, 0.83 and 0.78 of the true one; stages that take long were off by a factor of up to two.
+    Plans that turn out equal are tried once, so the number of trials is an upper bound.
 
     Attributes:
         model: Class of the model.
         samples: Calibration samples, held-out ones included.
         seconds: Predicted wall-clock seconds, by the stages of `Report.seconds`.
         memory: Predicted bytes above model and data, by stage; the peak is the largest.
-        trials: Plans tried on a part of the samples, and carried out on all of them.
+        trials: Number of plans tried on a part of the samples, and number of plans carried out on all of them.
         sites: The layers that take most time, and those that take most memory.
         original: Cost of the model.
         bounds: The budget, as whole-model values by resource.
-        smallest: By resource the smallest whole-model value that can be reached.
-        cuttable: By resource the share of the model in layers that can be cut, 0 to 1.
+        smallest: Smallest whole-model value that can be reached, by resource.
+        cuttable: Share of the model in layers that can be cut, 0 to 1, by resource.
         blockers: Modules that are made no smaller and hold most of the parameters, the largest first.
-        notes: What the reader should know.
+        notes: Remarks for the reader.
     """
 
     model: str
@@ -64,12 +64,12 @@ class Forecast:
 
     @property
     def total_seconds(self) -> float:
-        """Of all stages."""
+        """Predicted seconds of all stages together."""
         return sum(self.seconds.values())
 
     @property
     def peak_memory(self) -> int:
-        """Most bytes of any stage."""
+        """Largest predicted bytes of any stage."""
         return max(self.memory.values(), default=0)
 
     @property
@@ -85,7 +85,7 @@ class Forecast:
         return canonical_json(value)
 
     def text(self) -> str:
-        """As plain text."""
+        """The forecast as plain text."""
         whole = self.original.amounts()
         tried, carried = self.trials
         lines = [f"{self.model}, {self.samples} samples: about {_time(self.total_seconds)}, "]
@@ -110,7 +110,7 @@ class Forecast:
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
-        """As `text`."""
+        """Same as `text`."""
         return self.text()
 
 
@@ -127,9 +127,9 @@ def forecast_of(
 
     Args:
         model: The model; left as it was.
-        batches: The calibration data; counted, one batch is run.
-        sites: Its sites, bounded.
-        course: What will be done.
+        batches: The calibration data; samples are counted, and one batch is run.
+        sites: Sites of the model, those whose moments fit into memory.
+        course: Options of the compression that determine its cost.
         traced: Seconds that finding the sites took.
         bounds: The budget, as whole-model values.
     """

@@ -1,4 +1,4 @@
-"""The model of what a compression takes in time and memory."""
+"""Model of the time and memory that a compression takes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from rankfold.statistics.gradients import BATCH
 from rankfold.statistics.size import CHUNK_BYTES, CHUNKS, ELEMENT, sizes_of
 from rankfold.trials.trials import DENSER, FEWEST, FINALISTS, SPARSEST
 
-TRIANGLE = 0.75  # of a Gram's products are computed
+TRIANGLE = 0.75  # share of a Gram's products that is computed
 DIAL = 1 + 2 * 3  # solves of a site: for three levels of the ridge each half, and once all samples
-HEAVIEST = 5  # sites that are named
-TIMED_SAMPLES, TIMED_SECONDS = 32, 1.0  # of the measured latency
+HEAVIEST = 5  # number of sites that are named
+TIMED_SAMPLES, TIMED_SECONDS = 32, 1.0  # most samples, and seconds, of the measurement of latency
 
 
 @dataclass(frozen=True)
 class SiteForecast:
-    """What one layer adds.
+    """Predicted time and memory of one layer.
 
     Attributes:
-        path: Of the layer.
-        seconds: Over all stages, for statistics, curves and repairs.
-        bytes: Of its moments while it is solved, with what is kept of it.
+        path: Path of the layer.
+        seconds: Seconds over all stages, for statistics, curves and repairs.
+        bytes: Bytes of its moments while it is solved, including the statistics that are kept of it.
     """
 
     path: str
@@ -46,18 +46,18 @@ class SiteForecast:
 
 @dataclass(frozen=True)
 class Course:
-    """What a compression is asked to do, as far as it costs anything.
+    """Options of a compression that determine its cost.
 
     Attributes:
         families: Methods to choose from.
-        statistics: Names of what is collected.
+        statistics: Names of the statistics that are collected.
         repair: The repair, or None.
-        plans: How many plans of ranks and of channels are made where many are tried.
-        always: How many where few are.
-        weighting: Whether gradients are collected.
-        positions: Most positions a sample.
-        enough: Positions for each feature.
-        limit: Most bytes of values carried, or None.
+        plans: Number of plans of ranks and of channels that are made where many are tried.
+        always: Number of plans that are made where few are tried.
+        weighting: True if gradients are collected.
+        positions: Largest number of positions per sample; None is all.
+        enough: Number of positions per feature, over all samples, that suffices.
+        limit: Largest number of bytes of the values that a repair carries; None is no limit.
     """
 
     families: Sequence[Family]
@@ -106,11 +106,11 @@ class Predicted:
         self.sizes = sizes_of(sites, course.statistics, repaired=course.repair is not None)
 
     def seconds(self, traced: float, foretold: Sequence[Foretold]) -> dict[str, float]:
-        """By stage.
+        """Predicted seconds by stage.
 
         Args:
-            traced: Those of finding the sites.
-            foretold: By the families.
+            traced: Seconds that finding the sites took.
+            foretold: Forecasts of the families, one per kind.
         """
         course, forward = self.course, self.forward
         result = {"trace": traced}
@@ -134,7 +134,7 @@ class Predicted:
         return result
 
     def memory(self) -> dict[str, int]:
-        """By stage: moments, patches, and activations."""
+        """Predicted bytes by stage, of moments, patches and activations."""
         piece, moments = min(self.batch, PIECE), self.sizes
         kept = moments.statistics
         working = max((site.working for site in moments.sites), default=0)
@@ -161,7 +161,7 @@ class Predicted:
         return tuple(SiteForecast(path, self.by_site[path], needs[path]) for path in [*paths][:HEAVIEST])
 
     def _patches(self, site: Site) -> int:
-        """Bytes of a sample's patches, at the positions that a repair looks at."""
+        """Bytes of a sample's patches, at the positions that a repair uses."""
         geometry = site.geometry
         wanted = enough_positions(geometry.features, 48, max(self.fit, 1))
         return 4 * geometry.groups * geometry.features * min(_positions(site), wanted)
@@ -193,7 +193,7 @@ class Predicted:
         return total
 
     def _moments(self, site: Site, rows: float, pieces: float, *, outputs: int) -> float:
-        """Products of patches, and the patches themselves."""
+        """Seconds of the products of patches, and of copying the patches themselves."""
         groups, features = site.geometry.groups, site.geometry.features
         products = self.rates.product(groups * rows * (TRIANGLE * features**2 + outputs * features))
         copied = groups * (2 * rows * (features + outputs) + 2 * pieces * features**2)
@@ -204,14 +204,14 @@ class Predicted:
         return [method for method in self.course.forms if not site.fixed and method.refuses(shape) is None]
 
     def _solved(self, site: Site) -> float:
-        """The decomposition that a site gets, as the mean over the methods."""
+        """Seconds of the decomposition of a site, as the mean over the methods."""
         methods = self._methods(site)
         shape = site.geometry.canonical_shape
         each = sum(self.rates.decompose(method, shape) for method in methods) / max(len(methods), 1)
         return site.geometry.groups * each
 
     def _walk(self, samples: int, drawn_for: int, times: int) -> float:
-        """One pass of lockstep repair over some samples, with the check of the module."""
+        """Seconds of one pass of lockstep repair over some samples, with the check of the module."""
         if self.course.repair is None:
             raise TypeError("there is no repair")
         options, total = self.course.repair, self.forward * samples * (2 + self.held / max(self.samples, 1))
@@ -233,7 +233,7 @@ def _positions(site: Site) -> int:
 
 
 def _activations(model: nn.Module, batch: Batch) -> tuple[int, int]:
-    """Bytes a sample of the largest output of a layer, and of all of them together."""
+    """Bytes per sample of the largest output of a layer, and of the outputs of all layers together."""
     sizes: list[int] = []
 
     def note(layer: nn.Module, args: Any, output: Any) -> None:

@@ -1,4 +1,4 @@
-"""How small a model can get at all, and what stands in the way, known without statistics."""
+"""Smallest size that a model can reach, and the modules that stand in the way, known without statistics."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from rankfold.proposals import Foretold
 from rankfold.sites.reach import NOTHING_SMALLER, Blocker, blockers
 from rankfold.sites.site import Sites
 
-SHOWN = 5  # layers that are named at most
+SHOWN = 5  # largest number of layers that are named
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How small a model can get.
+    """Smallest size that a model can reach.
 
     Attributes:
-        smallest: By resource the smallest whole-model value that plans of ranks, or of channels, reach.
-        cuttable: By resource the share of the model that lies in layers that can be cut, 0 to 1.
+        smallest: Smallest whole-model value that plans of ranks, or of channels, reach, by resource.
+        cuttable: Share of the model that lies in layers that can be cut, 0 to 1, by resource.
         blockers: Modules that these families make no smaller and that hold most of the parameters, the largest first.
     """
 
@@ -32,12 +32,12 @@ class Reach:
 
 
 def reach_of(model: nn.Module, sites: Sites, foretold: Sequence[Foretold]) -> Reach:
-    """What some families can reach on a model.
+    """Smallest size that some families can reach on a model.
 
     Args:
         model: The model.
-        sites: Its sites, with the fixed ones where channels are removed.
-        foretold: By the families that may be used.
+        sites: Sites of the model, with the fixed ones where channels are removed.
+        foretold: Forecasts of the families that may be used, one per kind.
     """
     total = sites.cost.amounts()
     ways = [sites.cost, *(each.smallest for each in foretold)]
@@ -57,6 +57,6 @@ def reach_of(model: nn.Module, sites: Sites, foretold: Sequence[Foretold]) -> Re
 
 
 def _held(model: nn.Module, path: str) -> Cost:
-    """Parameters of a module's own, and their bytes."""
+    """Cost of a module's own parameters: their number, and their bytes."""
     own = list(model.get_submodule(path).parameters(recurse=False))
     return Cost(params=sum(p.numel() for p in own), bytes=sum(p.numel() * p.element_size() for p in own))

@@ -1,1 +1,1 @@
-"""What is in a model: the traced program and the sites found in it."""
+"""Contents of a model: the traced program and the sites found in it."""

@@ -1,4 +1,4 @@
-"""What a node of an exported graph does, and the shapes and numbers it held for the example that was traced."""
+"""Operator and arguments of a node of an exported graph, and its shapes and numbers for the traced example."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def argument_of(node: Node, name: str) -> Any:
 
 
 def place_of(node: Node) -> int:
-    """Which item of a tuple a `getitem` takes."""
+    """Index of the tuple item that a `getitem` takes."""
     place = node.args[1]
     if not isinstance(place, int):
         raise TypeError(f"{node} takes no place of a tuple")
@@ -55,7 +55,7 @@ def shape_of(node: Any) -> tuple[int, ...]:
 
 
 def number_of(argument: Any) -> Any:
-    """A number, given as itself or as a node."""
+    """The value of a number, which is given as itself or as a node."""
     return _hint(argument.meta.get("val") if isinstance(argument, Node) else argument)
 
 

@@ -1,4 +1,4 @@
-"""Where a site's layer stands in the graph, and what becomes of its output before it meets a residual `add`."""
+"""Place of a site's layer in the graph, and the steps that its output takes before it meets a residual `add`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rankfold.graph.nodes import operator_of
 from rankfold.layers import Operator, layer_operators
 
 aten = torch.ops.aten
-_FUSED_NORM = aten._native_batch_norm_legit_no_training.default  # what batch_norm is after a decomposition
+_FUSED_NORM = aten._native_batch_norm_legit_no_training.default  # batch_norm after a decomposition
 _SAME_VALUE = (aten.clone.default, aten.dropout.default, aten.contiguous.default, aten.alias.default)
 _ADDS = (aten.add.Tensor, python_operator.add)
 
@@ -34,7 +34,7 @@ class Call:
         inside: Nodes of the layer's own code, `exit` included.
         norm: Name of the running mean of a batch norm that alone reads the output and can absorb a bias; None if none.
         skip: The other operand of the residual `add` that the output reaches through per-channel affine steps alone.
-        scale_nodes: Those steps, in order.
+        scale_nodes: Nodes of those steps, in order.
     """
 
     path: str
@@ -51,7 +51,7 @@ def find_calls(program: ExportedProgram, known: Mapping[str, str]) -> list[Call]
 
     Args:
         program: The functional program.
-        known: Path of the site by each of its names; calls of other layers are left out.
+        known: Paths of the sites by each of their names; calls of other layers are left out.
     """
     signature = program.graph_signature
     parameters = {**signature.inputs_to_parameters}
@@ -61,7 +61,7 @@ def find_calls(program: ExportedProgram, known: Mapping[str, str]) -> list[Call]
         operator = _layer_operator(node)
         if operator is None:
             continue
-        # Which layer it is says the weight: a module that is called under another name can have a wrong path.
+        # The weight identifies the layer: a module that is called under another name can have a wrong path.
         owner = parameters.get(_name(node.args[operator.weight]), "").rpartition(".")[0]
         if owner in known:
             calls.append(_call(node, known[owner], _module_path(node), operator, buffers))
@@ -69,7 +69,7 @@ def find_calls(program: ExportedProgram, known: Mapping[str, str]) -> list[Call]
 
 
 def _layer_operator(node: Node) -> Operator | None:
-    """The operator of a layer kind that a node is; None for any other."""
+    """The operator of a layer kind, if a node is one; None otherwise."""
     return layer_operators().get(operator_of(node)) if node.op == "call_function" else None
 
 
@@ -113,7 +113,7 @@ def _call(node: Node, site: str, path: str, operator: Operator, buffers: dict[st
 
 
 def _channels_are_axis_1(exit_node: Node, layer: Node, operator: Operator) -> bool:
-    """Whether axis 1 of a layer's output, which batch norms read, is the axis that it makes."""
+    """Whether axis 1 of a layer's output, the channel axis of batch norms, is the axis of its output channels."""
     value = exit_node.meta.get("val")
     axes = 2 if operator.axis == -1 else layer.args[operator.weight].meta["val"].ndim  # type: ignore[union-attr]
     return isinstance(value, Tensor) and value.ndim == axes
@@ -154,9 +154,9 @@ def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
     """The factor `a` by which the steps between a layer and its residual `add` scale each channel.
 
     Args:
-        call: With `scale_nodes`.
-        shape: Of the layer's output.
-        value_of: Gives the tensor of a parameter or buffer node.
+        call: Call with its `scale_nodes`.
+        shape: Shape of the layer's output.
+        value_of: Function that returns the tensor of a parameter or buffer node.
 
     Returns:
         A tensor that broadcasts against the output, or None for a factor of 1.

@@ -1,4 +1,4 @@
-"""Values of a node, one entry a micro-batch, in memory up to a limit and in nameless files beyond it."""
+"""Values of a node, one entry per micro-batch, in memory up to a limit and in nameless files beyond it."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def parse_memory(memory: Memory) -> int | None:
 
 
 class Spill:
-    """Where values go: into memory while all of them together are below a limit, into files after that.
+    """Store of values: in memory while all of them together are below a limit, in files after that.
 
-    The files have no name, so the system takes them back when they are closed, however the process ends. They are
-    read and written, not mapped: a mapped file counts to the resident memory.
+    The files have no name, so the system frees them when they are closed, however the process ends. They are
+    read and written, not mapped: a mapped file counts as resident memory.
 
     Args:
-        limit: Most bytes of all entries in memory; None is no limit.
-        folder: Where the files lie; None is the system's folder for temporary files.
+        limit: Largest number of bytes of all entries in memory; None is no limit.
+        folder: Folder of the files; None is the system's folder for temporary files.
     """
 
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
@@ -67,13 +67,13 @@ class Spill:
         return values
 
     def has_room(self, size: int) -> bool:
-        """Whether so many bytes more may be in memory."""
+        """Whether `size` more bytes may be in memory."""
         return self._limit is None or self.held + size <= self._limit
 
     def tidy(self) -> None:
         """Give memory that was freed back to the system; glibc keeps it otherwise, and twice the peak can pile up.
 
-        The system hands it out again page by page, which costs time: without a limit small values are left alone.
+        The system allocates it anew page by page, which costs time: without a limit small values are left alone.
         """
         worth, self.highest = self._limit is not None or self.highest > LARGE, self.held
         if worth and sys.platform == "linux":
@@ -91,7 +91,7 @@ class Spill:
 
 @dataclass(frozen=True, eq=False)
 class _Stored:
-    """Where in the file a tensor lies, and how it is laid out."""
+    """Offset of a tensor in the file, and its layout."""
 
     offset: int
     shape: torch.Size
@@ -101,9 +101,9 @@ class _Stored:
 
 
 class Values(Sequence[Any]):
-    """One entry a micro-batch: a tensor, or any nest of tensors. An entry that was spilled is read anew at each use.
+    """One entry per micro-batch: a tensor, or any nest of tensors. An entry that was spilled is read anew at each use.
 
-    What comes back has the bits, the layout and the device of what was put in.
+    An entry is returned with the bits, the layout and the device that it had when it was added.
 
     Args:
         spill: The limit that these values share with others.
@@ -128,12 +128,12 @@ class Values(Sequence[Any]):
         self._count(len(self._entries) - 1, size)
 
     def release(self, index: int) -> None:
-        """Forget an entry that nobody reads any more; the others keep their places."""
+        """Forget an entry that is not read any more; the others keep their places."""
         self._entries[index] = None
         self._count(index, 0)
 
     def __len__(self) -> int:
-        """Entries, released ones too."""
+        """Number of entries, released ones included."""
         return len(self._entries)
 
     @overload

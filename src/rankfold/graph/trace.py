@@ -23,8 +23,8 @@ from rankfold.data.batches import Batch, batch_size, cloned, split_batch, take, 
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.errors import is_out_of_memory
 
-TRACED = 2  # samples a model is traced on
-ROOM = 2**28  # bytes of the largest value of what runs at once
+TRACED = 2  # number of samples that a model is traced on
+ROOM = 2**28  # largest number of bytes of a value of the samples that run at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class Graph:
 
     Attributes:
         program: The functional program with dotted parameter names, or None.
-        reason: Why the model does not export; None where it does.
-        static_batch: The batch size the program is bound to, or None where any batch goes through.
+        reason: Reason why the model cannot be exported; None where it can.
+        static_batch: The batch size the program is bound to, or None where it takes any batch size.
     """
 
     program: ExportedProgram | None
@@ -43,16 +43,16 @@ class Graph:
 
     @functools.cached_property
     def largest(self) -> int:
-        """Bytes of a sample's largest value, from the shapes of the trace; 0 where there is none with a free batch."""
+        """Bytes of a sample's largest value, from the shapes of the trace; 0 without a program of free batch size."""
         nodes = () if self.program is None or self.static_batch is not None else self.program.graph.nodes
         return max((_bytes_a_sample(node) for node in nodes if node.op == "call_function"), default=0)
 
     def at_once(self, most: int, room: int = ROOM) -> int:
-        """How many samples run at once, so that no value of them takes more than some memory.
+        """Number of samples that run at once, so that no value of them takes more than `room` bytes.
 
         Args:
-            most: At most so many.
-            room: Bytes; a single sample may take more.
+            most: Largest number of samples.
+            room: Largest number of bytes; a single sample may take more.
         """
         return max(1, min(most, room // self.largest)) if self.largest else most
 
@@ -67,9 +67,9 @@ def _bytes_a_sample(node: torch.fx.Node) -> int:
 
 
 def trace(model: nn.Module, example: Batch) -> Graph:
-    """Export the forward in eval mode, with the batch axis free where the model lets it.
+    """Export the forward in eval mode, with the batch axis free where the model allows it.
 
-    The program is functional: no operator writes into a value that is still needed. One that is not by itself (a model
+    The program is functional: no operator writes into a value that is still needed. A program that is not (of a model
     with `ReLU(inplace=True)`) is made so by `run_decompositions({})`, which traces a second time and takes longer than
     the export. The model is left as it was, its training modes too.
 
@@ -98,7 +98,7 @@ def trace(model: nn.Module, example: Batch) -> Graph:
             if drawn := _random(program):
                 return Graph(None, reason=f"the forward draws random numbers in eval mode ({drawn})")
             return Graph(program, static_batch=None if free else batch_size(batch))
-        except Exception as cause:  # whatever the exporter throws, the hook road still serves
+        except Exception as cause:  # whatever the exporter raises, hooks still work
             if is_out_of_memory(cause):
                 raise
             lines = str(cause).strip().splitlines()
@@ -118,7 +118,7 @@ def _only_reads(node: torch.fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return getattr(node.target, "__module__", None) in ("_operator", "math")  # arithmetic on sizes, getitem
     if node.target is torch.ops.aten.batch_norm.default:
-        return not node.args[5]  # in training mode it writes its running moments, and its schema does not say so
+        return not node.args[5]  # in training mode it writes its running moments, which its schema does not declare
     return not node.target._schema.is_mutable
 
 
@@ -142,7 +142,7 @@ def _draws(node: torch.fx.Node) -> bool:
 
 
 def _runs(model: nn.Module, batch: Batch) -> bool:
-    """Whether the model takes a batch."""
+    """Whether the model runs on a batch."""
     try:
         with evaluating(model):
             run(model, batch)
@@ -157,7 +157,7 @@ def _runs(model: nn.Module, batch: Batch) -> bool:
 def _tensor_outputs(model: nn.Module) -> Iterator[None]:
     """Inside, the model returns only what the exporter can follow: caches and other objects in its output become None.
 
-    The forward of the instance is covered for that long, so parameters keep their names.
+    The forward is replaced on the instance meanwhile, so parameters keep their names.
     """
     forward, own = model.forward, "forward" in vars(model)
 
@@ -181,7 +181,7 @@ def _tensor_outputs(model: nn.Module) -> Iterator[None]:
 def followed_output(output: Any) -> Any:
     """The output with unknown objects opened where they are mappings or dataclasses, and None in their place otherwise.
 
-    What torch's pytrees know (tuples, dicts, the output classes of transformers) keeps its type.
+    Types that torch's pytrees know (tuples, dicts, the output classes of transformers) are kept.
     """
 
     def leaf(value: Any) -> Any:

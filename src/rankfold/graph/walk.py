@@ -20,11 +20,11 @@ from rankfold.graph.spill import Spill, Values
 
 @dataclass(eq=False)
 class Pair:
-    """A node's value in both networks, one entry a micro-batch.
+    """A node's value in both networks, one entry per micro-batch.
 
     Attributes:
-        original: In the original.
-        compressed: In the compressed network; the same object while nothing before it was changed.
+        original: Values in the original.
+        compressed: Values in the compressed network; the same object while nothing before the node was changed.
     """
 
     original: Values
@@ -38,7 +38,7 @@ class Pair:
 
 @dataclass(eq=False)
 class Arrival:
-    """What the walk knows when it stands before a site's layer.
+    """State of the walk before a site's layer.
 
     Attributes:
         call: The call.
@@ -46,7 +46,7 @@ class Arrival:
         outputs: The original's outputs.
         skip: The skip branch in both networks where the output goes into a residual `add` and the branch is known
             already; None otherwise.
-        tensor: Gives the original's parameter or buffer behind a node.
+        tensor: Function that returns the original's parameter or buffer behind a node.
     """
 
     call: Call
@@ -60,7 +60,7 @@ OnSite: TypeAlias = Callable[[Arrival], nn.Module]
 
 
 class Walk:
-    """The interpreter. It keeps what is live at a site, of both networks, and frees each value after its last use.
+    """The interpreter. It keeps the values of both networks that are live at a site, and frees each after its last use.
 
     From one site to the next every micro-batch is walked on its own, so that values used only in between exist for
     one micro-batch at a time.
@@ -70,10 +70,10 @@ class Walk:
         model: The original; parameters are fetched from it by name when their node is reached.
         calls: Calls of the sites to solve, from `find_calls`.
         batches: The calibration set in micro-batches.
-        on_site: Called once at every site; returns the layer that takes its place in the compressed network.
+        on_site: Function called once at every site; returns the layer for the compressed network.
         overrides: Tensors of the compressed network by name, where they differ from the original's; `on_site` may add
             to it.
-        spill: Where values are kept.
+        spill: Store of the values; None keeps all of them in memory.
     """
 
     def __init__(
@@ -104,14 +104,14 @@ class Walk:
 
     @property
     def parts(self) -> int:
-        """Micro-batches."""
+        """Number of micro-batches."""
         return len(self._batches)
 
     def run(self) -> Returned:
-        """Walk the whole graph up to the last site; what comes after it is walked where it is asked for.
+        """Walk the whole graph up to the last site; the part after it is walked when its outputs are read.
 
         Returns:
-            What both networks return.
+            The outputs of both networks.
         """
         last = self._last_uses()
         output = next((node for node in self._order if node.op == "output"), None)
@@ -131,11 +131,11 @@ class Walk:
                     del self._live[dead]
                 self._spill.tidy()
         for name in self._overrides.keys() & self._tensors.keys():
-            self._tensors[name] = self._tensors[name].clone()  # who installs the override may write into the original's
+            self._tensors[name] = self._tensors[name].clone()  # installing the override may change the original's
         return Returned(self, self._piece(start, self._order.index(output) + 1, site, last), output)
 
     def _solve(self, call: Call) -> None:
-        """Have a site solved at its first call."""
+        """Solve a site at its first call."""
         if call.path in self._layers:
             return
         skip = self._live.get(call.skip) if call.skip is not None else None
@@ -203,7 +203,7 @@ class Walk:
         return node.op in ("output", "call_function", "get_attr") and node not in self._live
 
     def _changed(self, nodes: Sequence[Node], site: Node | None) -> set[Node]:
-        """Those nodes, and the site before them, whose value in the compressed network is another."""
+        """The nodes, among these and the site before them, whose value differs in the compressed network."""
         changed = set() if site is None else {site}
         for node in nodes:
             if node in self._inside:
@@ -221,7 +221,7 @@ class Walk:
         return self._live[site].original[index], self._layers[call.path](self._entry(call).compressed[index])
 
     def _both(self, node: Node, index: int, here: dict[Node, tuple[Any, Any]], *, both: bool) -> tuple[Any, Any]:
-        """A node's value in both networks; the same object where it is not another."""
+        """A node's value in both networks; the same object where the two do not differ."""
         for argument in node.all_input_nodes:
             pair = self._live.get(argument)
             if pair is not None and argument not in here:
@@ -248,7 +248,7 @@ class Walk:
         return args, kwargs
 
     def _returned(self, args: Any, kwargs: Any) -> Any:
-        """What the model returns: the output node also holds new values of buffers and inputs it writes into."""
+        """The model's outputs: the output node also holds new values of buffers and inputs it writes into."""
         specs = self._program.graph_signature.output_specs
         return tuple(value for value, spec in zip(args[0], specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT)
 
@@ -266,12 +266,12 @@ class Walk:
         result = {}
         for position, name in enumerate(names):
             if isinstance(name, str) and name in nodes:
-                values = Spill().values(leaf[position] for leaf in leaves)  # the caller's own: no limit is for them
+                values = Spill().values(leaf[position] for leaf in leaves)  # the caller's own: no limit applies
                 result[nodes[name]] = Pair(values, values)
         return result
 
     def _last_uses(self) -> dict[Node, int]:
-        """For every node the step of its last use; a site's input is used by its new layer, one step after it."""
+        """The step of the last use of every node; a site's input is used by its new layer, one step after it."""
         at: dict[Node, int] = {}
         for step, node in enumerate(self._order):
             at[node] = max(at.get(node, step), step)
@@ -287,15 +287,15 @@ class Walk:
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """What lies between two sites.
+    """Steps of the walk between two sites.
 
     Attributes:
-        steps: Of the walk's order.
+        steps: Indices of the steps in the walk's order.
         site: The site before; None at the start.
         computed: Nodes that get a value here.
-        changed: Those whose value in the compressed network is another.
-        kept: Those whose value is asked for afterwards.
-        dying: Nodes of before that nobody reads afterwards.
+        changed: Nodes whose value differs in the compressed network.
+        kept: Nodes whose value is used afterwards.
+        dying: Nodes of earlier pieces whose value is not used afterwards.
         last: Step of the last use of every node.
     """
 
@@ -309,17 +309,17 @@ class _Piece:
 
 
 class Returned(Sequence[tuple[Any, Any]]):
-    """What the original and the compressed network return, flat as the program does, one entry a micro-batch.
+    """Outputs of the original and the compressed network, flat as the program's, one entry per micro-batch.
 
-    An entry is walked from the last site on when it is asked for, so that outputs, which may be larger than all else,
-    are never there for more than one micro-batch.
+    An entry is computed from the last site on when it is read, so that outputs, which may be larger than all other
+    values, are in memory for one micro-batch at a time.
     """
 
     def __init__(self, walk: Walk, piece: _Piece, output: Node) -> None:
         self._walk, self._piece, self._output = walk, piece, output
 
     def __len__(self) -> int:
-        """Micro-batches."""
+        """Number of micro-batches."""
         return self._walk.parts
 
     @overload

@@ -77,10 +77,10 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
 
 
 def check_channels(model: nn.Module, plan: Plan) -> None:
-    """Refuse a plan that says channels go, and does not say which.
+    """Refuse a plan that removes channels of a group that the model does not have, or removes channels without cuts.
 
     Raises:
-        PlanError: Naming the group.
+        PlanError: It does; the group, or the missing cuts, are named.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for decision in plan.channels:
@@ -104,7 +104,7 @@ def check_cuts(model: nn.Module, cuts: Cuts) -> None:
     """Refuse cuts that do not fit a model.
 
     Raises:
-        PlanError: Naming the tensor.
+        PlanError: They do not fit; the tensor is named.
     """
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
@@ -129,7 +129,7 @@ def check_cuts(model: nn.Module, cuts: Cuts) -> None:
 
 def _check_layers(model: nn.Module, cuts: Cuts) -> None:
     """Refuse cuts by which the tensors of one layer or norm keep different output channels."""
-    names: dict[int, list[str]] = {}  # of a module that stands in several places
+    names: dict[int, list[str]] = {}  # prefixes of a module that stands in several places
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(f"{path}." if path else "")
     for path, module in model.named_modules():
@@ -148,10 +148,10 @@ def _check_layers(model: nn.Module, cuts: Cuts) -> None:
 
 
 def check_attributes(model: nn.Module, attributes: Attributes) -> None:
-    """Refuse numbers that no module keeps.
+    """Refuse new values of attributes that no module of the model has as whole numbers.
 
     Raises:
-        PlanError: Naming the attribute.
+        PlanError: There is no such attribute; it is named.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, own in attributes.items():

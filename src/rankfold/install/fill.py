@@ -26,9 +26,10 @@ def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn
     """Cut the channels that go, and replace every decided layer by its shell, under all paths of the module.
 
     Args:
-        model: Changed in place.
-        plan: Checked against the model with `check_plan` before.
-        fill: Called with (decision, old layer, shell) before the shell goes in; None leaves it uninitialised.
+        model: Model, changed in place.
+        plan: Plan, checked against the model with `check_plan` before.
+        fill: Function called with (decision, old layer, shell) before the shell is installed; None leaves it
+            uninitialised.
 
     Returns:
         The root, which is a new module where the model itself is the layer.
@@ -69,12 +70,12 @@ def unrepaired(decision: Decision, layer: nn.Module, stats: Statistics | None) -
     With `D = W − LR` and mean input `x̄`, the bias becomes `b + D x̄`, so the mean output is the original's.
 
     Args:
-        decision: What becomes of the layer.
+        decision: Decision about the layer.
         layer: The original, or narrowed, layer.
-        stats: Of the model; None where the method reads none.
+        stats: Statistics of the model; None where the method reads none.
 
     Returns:
-        One `Factors` a group, none for a layer that stays dense; and the bias in the work dtype, None without one.
+        One `Factors` per group, none for a layer that stays dense; and the bias in the work dtype, None without one.
     """
     adapter = adapter_for(layer)
     if adapter is None:

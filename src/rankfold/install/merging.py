@@ -19,8 +19,8 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 
     Args:
         model: A compressed model.
-        plan: The plan it was made by.
-        inplace: Change the model itself.
+        plan: The plan that it was compressed by.
+        inplace: True to change the model itself.
 
     Returns:
         A model of the original's structure (transformers' `Conv1D` comes back as `nn.Linear`); layers that lost
@@ -28,7 +28,7 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ModelError: The model is no module, or is to be changed in place and is compiled.
-        PlanError: The model is not what the plan makes.
+        PlanError: The model does not have the shells that the plan makes.
     """
     if inplace:
         check_in_place(model, instead="rankfold.merge with inplace=False")
@@ -55,7 +55,7 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 
 
 def _is_shell(module: nn.Module | None, decision: Decision) -> bool:
-    """Whether a module is built as the decision's form and rank say."""
+    """Whether a module has the structure that follows from the decision's form and rank."""
     if module is None or decision.method is None or decision.rank is None:
         return False
     layers = list(module.children())
@@ -91,7 +91,7 @@ def _dense(layers: list[nn.Module], geometries: list[Geometry]) -> nn.Module:
 
 
 def _dense_stage(weight: Tensor, part: Geometry, groups: int) -> Tensor:
-    """A stage's weight by group of the layer, groups × out × in × kernel…; more groups of its own lie on a diagonal."""
+    """A stage's weight by group of the layer, groups × out × in × kernel…; its further groups lie on a diagonal."""
     own = part.groups // groups
     split = torch.unflatten(widen(weight), 0, (groups, own, -1))
     if own == 1:

@@ -1,4 +1,4 @@
-"""Modules in the place of others, and models as they were where that fails."""
+"""Replacement of modules by others, which leaves a model as it was where it fails."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def swap(model: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
 
 
 def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
-    """Make a model what a changed copy of it is, in place.
+    """Turn a model into a changed copy of it, in place.
 
     Args:
         model: The original. Parameters that the plan neither cuts nor replaces are the same objects afterwards.
@@ -65,9 +65,9 @@ def _take_tensors(module: nn.Module, new: nn.Module, before: list[tuple[Tensor, 
     """A module's own tensors become those of another: by value where the shape is the same, else the tensor itself.
 
     Args:
-        module: What is changed.
-        new: Holds the tensors.
-        before: Gets each tensor that is written into, with a copy of what it held.
+        module: Module that is changed.
+        new: Module that holds the new tensors.
+        before: List to which each tensor that is written into is added, with a copy of its old value.
     """
     registers: list[tuple[dict[str, Any], dict[str, Any]]] = [
         (module._parameters, new._parameters),
@@ -85,11 +85,11 @@ def _take_tensors(module: nn.Module, new: nn.Module, before: list[tuple[Tensor, 
 
 @contextmanager
 def undone_on_failure(model: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Leave a model as it was if what is done to it in here fails or is stopped by Ctrl-C.
+    """Context that leaves a model as it was if a change of it fails or is stopped by Ctrl-C.
 
     Yields:
-        A list for what is written into: each tensor, with a copy of what it held. Modules, their registers and
-        attributes are remembered here.
+        A list for the tensors that are written into, each with a copy of its old value. Modules, their registers and
+        attributes are remembered by the context itself.
     """
     own = ("_parameters", "_buffers", "_modules")
     before = [(m, dict(vars(m)), [(getattr(m, name), dict(getattr(m, name))) for name in own]) for m in model.modules()]

@@ -1,1 +1,1 @@
-"""Other libraries' ways to load and save."""
+"""Loading and saving in the formats of other libraries."""

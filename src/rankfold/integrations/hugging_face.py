@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 def save_pretrained(out: Compressed, path: str | Path, *, overwrite: bool = False) -> None:
     """Write a transformers model that lost channels as its own library writes models.
 
-    Which entries of the configuration say the new sizes (`intermediate_size`, numbers of heads) is found by trying: an
-    entry changes where more tensors of a model built from the new configuration then have the compressed model's
-    shapes, and nothing is written unless all of them agree and both models compute the same. `Interpolative(uniform=
-    True)` removes what a configuration can say. Where layers differ in width, the entries are written layer by layer
-    (`per_layer_config`), if the model's class in the installed transformers reads them so.
+    The entries of the configuration that set the new sizes (`intermediate_size`, numbers of heads) are found by trying:
+    an entry changes where more tensors of a model built from the new configuration then have the compressed model's
+    shapes, and nothing is written unless all of them agree and both models compute the same. The sizes that
+    `Interpolative(uniform=True)` leaves can be set in a configuration. Where layers differ in width, the entries are
+    written layer by layer (`per_layer_config`), if the model's class in the installed transformers reads them so.
 
     Args:
-        out: From `compress`, with a model of transformers.
+        out: Result of `compress` for a model of transformers.
         path: A new or empty directory.
-        overwrite: Replace what such a call wrote before; a directory that holds any other file stays.
+        overwrite: True to replace what such a call wrote before; a directory that holds any other file stays.
 
     Raises:
         OptionError: `out` is not what `compress` returned, or `path` is no path.
-        ModelError: The model is none of transformers.
-        PlanError: The plan factorises layers, or no configuration of the model's class says its sizes.
+        ModelError: The model is not one of transformers.
+        PlanError: The plan factorises layers, or no configuration of the model's class sets its sizes.
         WriteError: The directory is taken or cannot be written; nothing half-written is left.
     """
     check_compressed(out)
@@ -93,10 +93,10 @@ def _existing(path: Path) -> Path:
 
 
 def _stock(model: Any, plan: Plan) -> Any:
-    """A model of the same class, built from a configuration that says the sizes, with the compressed weights.
+    """A model of the same class, built from a configuration with its sizes, with the compressed weights.
 
     Raises:
-        PlanError: There is none, or it computes something else.
+        PlanError: There is no such configuration, or its model computes something else.
     """
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     kept = {decision.group: (decision.units, len(decision.kept)) for decision in plan.channels}
@@ -110,7 +110,7 @@ def _stock(model: Any, plan: Plan) -> Any:
             cure="compress with families=[rankfold.Interpolative(uniform=True)], or use rankfold.save",
         )
     built = type(model)(configured(model.config, entries)).to(model.dtype).eval()
-    built.load_state_dict(model.state_dict(), strict=False)  # of the right shapes, as was just found
+    built.load_state_dict(model.state_dict(), strict=False)  # the shapes agree, as was just found
     built.tie_weights()
     if getattr(model, "generation_config", None) is not None:
         built.generation_config = copy.deepcopy(model.generation_config)
@@ -132,7 +132,7 @@ def _stock(model: Any, plan: Plan) -> Any:
 
 
 def _example(model: Any) -> dict[str, torch.Tensor]:
-    """Arguments to compare two models on: words for a language model, an image for one that reads pixels."""
+    """Arguments to compare two models on: token ids for a language model, an image for one that reads pixels."""
     config, name = model.config, getattr(model, "main_input_name", "")
     if name == "input_ids" and not getattr(config, "is_encoder_decoder", False):
         return {name: torch.arange(1, 9)[None] % max(2, getattr(config, "vocab_size", 2))}

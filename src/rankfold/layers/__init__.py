@@ -1,4 +1,4 @@
-"""The only place that knows torch layer kinds."""
+"""The only package that depends on torch layer kinds."""
 
 import importlib
 import pkgutil

@@ -1,4 +1,4 @@
-"""Kinds of layers: what all have, and the registry by type."""
+"""Kinds of layers: the interface of their adapters, and the registry by type."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from rankfold.layers.geometry import Geometry
 
 A = TypeVar("A", bound="type[Adapter]")
-CODE = {"forward": "forward", "_conv_forward": "convolution"}  # what messages call the methods that adapters rely on
+CODE = {"forward": "forward", "_conv_forward": "convolution"}  # names in messages of the methods that adapters rely on
 
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator by which a layer kind stands in an exported graph.
+    """An operator that stands for a layer kind in an exported graph.
 
     Attributes:
-        name: Of the operator, without namespace and overload.
+        name: Name of the operator, without namespace and overload.
         data: Place of the input among its arguments.
         weight: Place of the weight.
         bias: Place of the bias.
         axis: Axis of the channels of input and output, from the front or the end.
-        grouped: Whether it has an argument `groups`.
+        grouped: True if it has an argument `groups`.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Operator:
 
 
 class Adapter(ABC):
-    """One layer kind: its canonical weight, geometry and input positions. It knows nothing of methods.
+    """One layer kind: its canonical weight, geometry and input positions. It does not depend on methods.
 
     Stateless: every method takes the layer. A subclass in a file of its own, registered by `adapts`, is all that a new
     kind needs.
@@ -65,11 +65,11 @@ class Adapter(ABC):
 
     @abstractmethod
     def patches(self, layer: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What the canonical weight is multiplied with.
+        """The patches of the input that the canonical weight is multiplied with.
 
         Args:
             layer: The layer.
-            inputs: Its input.
+            inputs: Input of the layer.
             positions: Indices into the flattened positions of one sample (spatial) to keep, or None for all.
 
         Returns:
@@ -90,7 +90,7 @@ class Adapter(ABC):
         """Make the attributes that name sizes agree with tensors that were cut."""
 
 
-_ADAPTERS: dict[str, Adapter] = {}  # by the full name of the layer's type
+_ADAPTERS: dict[str, Adapter] = {}  # adapters by the full name of the layer's type
 
 
 def adapts(*kinds: type[nn.Module] | str) -> Callable[[A], A]:
@@ -114,7 +114,7 @@ def adapter_for(layer: nn.Module) -> Adapter | None:
 
 
 def why_no_adapter(layer: nn.Module) -> str | None:
-    """Why a layer that holds a weight cannot be compressed; None where an adapter serves it."""
+    """Reason why a layer that holds a weight cannot be compressed; None where an adapter supports it."""
     kind = type(layer)
     base, adapter = _found(kind)
     if base is None or adapter is None:

@@ -19,7 +19,7 @@ class ConvAdapter(Adapter):
     methods = ("forward", "_conv_forward")
 
     def geometry(self, layer: nn.Module) -> Geometry:
-        """Straight from the layer's attributes."""
+        """The geometry that the layer's attributes give."""
         conv = _conv(layer)
         kernel = tuple(conv.weight.shape[2:])
 
@@ -49,7 +49,7 @@ class ConvAdapter(Adapter):
         return tuple(inputs.shape[-axes:]), (inputs.shape[0] if inputs.ndim == axes + 2 else 1)
 
     def patches(self, layer: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Patches by strided views, or of chosen positions alone by their places in the padded input."""
+        """Patches as strided views, or gathered by their places in the padded input where positions are chosen."""
         geometry = self.geometry(layer)
         axes = len(geometry.kernel)
         if inputs.ndim == axes + 1:
@@ -86,7 +86,7 @@ class ConvAdapter(Adapter):
         return flat.permute(1, 0, 3, 2).flatten(1, 2)
 
     def resize(self, layer: nn.Module) -> None:
-        """`in_channels`, `out_channels`, and `groups` of a depthwise convolution."""
+        """Update `in_channels`, `out_channels`, and `groups` of a depthwise convolution."""
         conv = _conv(layer)
         out, inner = conv.weight.shape[:2]
         if conv.groups > 1:
@@ -95,7 +95,7 @@ class ConvAdapter(Adapter):
 
 
 def _places(geometry: Geometry, size: torch.Size, positions: Tensor) -> Tensor:
-    """Where the patches of some output positions lie in a flattened padded input: positions × taps."""
+    """Places of the patches of some output positions in a flattened padded input: positions × taps."""
     places = positions.new_zeros(len(positions), 1)
     reaches = [dilation * (kernel - 1) + 1 for dilation, kernel in zip(geometry.dilation, geometry.kernel, strict=True)]
     out = tuple((n - reach) // step + 1 for n, reach, step in zip(size, reaches, geometry.stride, strict=True))

@@ -16,7 +16,7 @@ class LinearAdapter(Adapter):
     operators = (Operator("linear"), Operator("addmm", data=1, weight=2, bias=0))
 
     def geometry(self, layer: nn.Module) -> Geometry:
-        """No kernel, one group."""
+        """A geometry without kernel, of one group."""
         _, out, inputs = self.canonical(layer).shape
         return Geometry(inputs, out, bias=self.bias(layer) is not None)
 
@@ -30,7 +30,7 @@ class LinearAdapter(Adapter):
 
     def patches(self, layer: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """Rows of the input."""
-        if inputs.ndim < 3:  # one row, or one row a sample
+        if inputs.ndim < 3:  # one row, or one row per sample
             inputs = inputs.reshape(-1, 1, inputs.shape[-1])
         return _select(inputs.flatten(1, -2), positions).flatten(0, 1)[None]
 
@@ -39,7 +39,7 @@ class LinearAdapter(Adapter):
         return self.patches(layer, outputs, positions)
 
     def resize(self, layer: nn.Module) -> None:
-        """`in_features`, `out_features`."""
+        """Update `in_features` and `out_features`."""
         _, layer.out_features, layer.in_features = self.canonical(layer).shape  # type: ignore[assignment]
 
 
@@ -54,7 +54,7 @@ class TransposedLinearAdapter(LinearAdapter):
         return tensor(layer, "weight").mT.unsqueeze(0)
 
     def resize(self, layer: nn.Module) -> None:
-        """`nx`, `nf`."""
+        """Update `nx` and `nf`."""
         _, layer.nf, layer.nx = self.canonical(layer).shape  # type: ignore[assignment]
 
 

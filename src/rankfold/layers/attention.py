@@ -12,16 +12,16 @@ from rankfold.layers.geometry import Geometry, tensor
 
 
 class SplitAttention(nn.Module):
-    """What an `nn.MultiheadAttention` in eval mode computes, by linear layers for queries, keys, values and outputs.
+    """An `nn.MultiheadAttention` in eval mode, as linear layers for queries, keys, values and outputs.
 
-    `softmax(QKᵀ/√d + mask) V` head by head, by the fused operator. Takes the arguments of the module it replaces and
-    returns a pair whose second item, the weights of attention, is always None.
+    It computes `softmax(QKᵀ/√d + mask) V` head by head, by the fused operator. It takes the arguments of the module it
+    replaces and returns a pair whose second item, the weights of attention, is always None.
 
     Args:
-        original: The module.
+        original: The module to replace.
 
     Raises:
-        ModelError: It appends keys or values of its own (`add_bias_kv`, `add_zero_attn`).
+        ModelError: The module appends keys or values of its own (`add_bias_kv`, `add_zero_attn`).
     """
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
@@ -59,7 +59,7 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """As `nn.MultiheadAttention.forward`; the second of the pair is always None."""
+        """Same as `nn.MultiheadAttention.forward`; the second of the pair is always None."""
         batched = query.ndim == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -76,7 +76,7 @@ class SplitAttention(nn.Module):
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor) -> Tensor | None:
-    """Both masks as what is added to the products; True in a mask of bools means "not allowed"."""
+    """Both masks as one term to add to the products; True in a mask of bools means "not allowed"."""
     parts = []
     if attn_mask is not None:
         by_head = attn_mask.ndim == 3
@@ -96,7 +96,7 @@ def _added(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _linear(weight: Tensor, bias: Tensor | None, rows: slice | None = None, entries: slice | None = None) -> nn.Module:
-    """A linear layer of some rows of a weight and some entries of a bias, each trained as what it comes from is."""
+    """A linear layer of some rows of a weight and some entries of a bias, each trained if its source is."""
     part = weight.detach()[rows or slice(None)]
     geometry = Geometry(part.shape[1], part.shape[0], bias=bias is not None)
     layer = geometry.build(device=weight.device, dtype=weight.dtype)
@@ -110,17 +110,17 @@ def _linear(weight: Tensor, bias: Tensor | None, rows: slice | None = None, entr
 def split_attention(model: nn.Module) -> nn.Module:
     """A copy of a model in which every `nn.MultiheadAttention` is a `SplitAttention` of the same weights.
 
-    `nn.MultiheadAttention` holds its projections as bare parameters, and its size of a head follows from the size of
-    its inputs: none of its layers can be compressed, and no head can go. The copy computes the same, and is what to
-    compress; a checkpoint of it is loaded with `factory=lambda: rankfold.split_attention(build())`. Modules that look
-    into their attention's parameters (`nn.TransformerEncoderLayer` does) cannot use the copy's and are left as they
-    are, with their attention.
+    `nn.MultiheadAttention` holds its projections as bare parameters, and the size of its heads follows from the size
+    of its inputs: none of its layers can be compressed, and no head can be removed. The copy computes the same and can
+    be compressed; a checkpoint of it is loaded with `factory=lambda: rankfold.split_attention(build())`. Modules that
+    look into their attention's parameters (`nn.TransformerEncoderLayer` does) cannot use the copy's and are left as
+    they are, with their attention.
 
     Args:
-        model: Left untouched.
+        model: Model, left untouched.
 
     Raises:
-        ModelError: It is no module, or an attention appends keys or values of its own.
+        ModelError: `model` is no module, or an attention appends keys or values of its own.
     """
     if not isinstance(model, nn.Module):
         raise ModelError("model", law="an nn.Module", got=type(model).__name__, cure="pass the module itself")

@@ -1,4 +1,4 @@
-"""What a layer is called with."""
+"""Arguments of the calls of a layer."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def rows_of(adapter: Adapter, layer: nn.Module, inputs: Tensor) -> int:
-    """Entries along the axis of samples of a layer's input; 1 for an input that has no such axis."""
+    """Number of entries along the axis of samples of a layer's input; 1 for an input that has no such axis."""
     axes = len(adapter.geometry(layer).kernel)
     return inputs.shape[0] if inputs.ndim >= (axes + 2 if axes else 2) else 1

@@ -1,4 +1,4 @@
-"""Modules that are no sites and carry channels of those that are: norms and embeddings."""
+"""Modules that are no sites and carry channels of sites: norms and embeddings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rankfold.layers._base import adapter_for
 
 @dataclass(frozen=True)
 class Carrier:
-    """A kind of such modules.
+    """A kind of modules that carry channels.
 
     Attributes:
-        kinds: Its types.
+        kinds: Types of the modules.
         tensors: Names of the tensors whose first axis is the channels; all of them keep the same.
-        resize: Makes the attributes that name sizes agree with tensors that were cut.
+        resize: Function that makes the attributes that name sizes agree with tensors that were cut.
     """
 
     kinds: tuple[type[nn.Module], ...]
@@ -47,7 +47,7 @@ CARRIERS = [
 
 
 def carrier_of(module: nn.Module) -> Carrier | None:
-    """What a module carries channels as; None for another."""
+    """The kind of carrier that a module is; None if it is none."""
     return next((carrier for carrier in CARRIERS if isinstance(module, carrier.kinds)), None)
 
 
@@ -61,7 +61,7 @@ def resize(module: nn.Module) -> None:
 
 
 def places_of(module: nn.Module) -> dict[str, int]:
-    """By name of a tensor of a module the axis of its output channels, where all of these tensors keep the same."""
+    """Axes of the output channels of a module's tensors, by name of the tensor; all of these keep the same channels."""
     adapter, carrier = adapter_for(module), carrier_of(module)
     if adapter is not None:
         return {"weight": adapter.weight_axes[0], "bias": 0}

@@ -1,4 +1,4 @@
-"""Forms: what a factorisation turns a layer into, as a function from a geometry and a rank to geometries."""
+"""Forms: the layers that a factorisation makes of one, as a function from a geometry and a rank to geometries."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Form:
     """A form of factors.
 
     Attributes:
-        name: As factors and plans name it.
-        stages: Geometries of the layers that replace a geometry at a rank, first applied first; only the last one has
-            the bias.
-        smallest: The smallest rank in a geometry, or None where the form has no case there.
-        assemble: Makes one module of the built stages, which are its children in their order.
+        name: Name of the form in factors and plans.
+        stages: Function from a geometry and a rank to the geometries of the layers that replace it, first applied
+            first; only the last one has the bias.
+        smallest: Function from a geometry to its smallest rank, or to None where the form does not apply.
+        assemble: Function that makes one module of the built stages, which are its children in their order.
     """
 
     name: str
@@ -67,7 +67,7 @@ def form_of(name: str) -> Form:
     """A form by name.
 
     Raises:
-        PlanError: There is none.
+        PlanError: No form has the name.
     """
     if name not in _FORMS:
         raise PlanError(name, law="a form of factors", got=repr(name), cure=near_matches(name, _FORMS))
@@ -78,7 +78,7 @@ def stages(geometry: Geometry, form: str, rank: Rank) -> Stages:
     """Geometries of the layers that replace `geometry`, first applied first; only the last one has a bias.
 
     Raises:
-        PlanError: No such form, or a rank that is no (tuple of) positive int as the form needs it.
+        PlanError: There is no such form, or the rank is no (tuple of) positive int as the form needs it.
     """
     return form_of(form).stages(geometry, rank)
 

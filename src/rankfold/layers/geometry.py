@@ -1,4 +1,4 @@
-"""Everything about a layer but its numbers: enough to build it, count it and cut it."""
+"""Everything about a layer but its weights: enough to build it, count it and cut it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Geometry:
     """Shape and wiring of a linear or convolution layer.
 
     Attributes:
-        inputs: Input channels or features, over all groups.
-        outputs: Output channels or features, over all groups.
-        kernel: Kernel size an axis; empty for a linear layer.
-        stride: Step an axis.
-        padding: Padding an axis, or "same" / "valid".
-        dilation: Dilation an axis.
-        groups: Groups, each `outputs/groups × inputs/groups`.
-        padding_mode: As torch names it.
-        bias: Whether there is a bias.
+        inputs: Number of input channels or features, over all groups.
+        outputs: Number of output channels or features, over all groups.
+        kernel: Kernel sizes, one per axis; empty for a linear layer.
+        stride: Steps, one per axis.
+        padding: Paddings, one per axis, or "same" / "valid".
+        dilation: Dilations, one per axis.
+        groups: Number of groups, each `outputs/groups × inputs/groups`.
+        padding_mode: Name of the padding mode in torch.
+        bias: True if there is a bias.
     """
 
     inputs: int
@@ -84,7 +84,7 @@ class Geometry:
         """Spatial size after this layer.
 
         Args:
-            size: Spatial size before it, one int an axis (empty for a linear layer).
+            size: Spatial size before the layer, one int per axis (empty for a linear layer).
         """
         return tuple(
             (n + sum(self.axis_padding(i)) - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
@@ -100,7 +100,7 @@ class Geometry:
         return self.n_weights * prod(self.output_size(size))
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The empty `nn.Linear` or `nn.ConvNd` of this geometry, uninitialised; draws nothing."""
+        """The empty `nn.Linear` or `nn.ConvNd` of this geometry, uninitialised; no random numbers are drawn."""
         skip_init: Callable[..., nn.Module] = nn.utils.skip_init  # untyped in torch
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         if not self.kernel:
@@ -124,10 +124,10 @@ class Geometry:
 
         Args:
             axes: Spatial axes.
-            inputs: Its input channels.
-            outputs: Its output channels.
-            bias: Whether it has a bias.
-            groups: A multiple of this one's groups, as of a depthwise stage; None is as many.
+            inputs: Number of input channels.
+            outputs: Number of output channels.
+            bias: True if it has a bias.
+            groups: Number of groups, a multiple of this one's, as of a depthwise stage; None is the same number.
         """
 
         def keep(values: tuple[int, ...], idle: int) -> tuple[int, ...]:

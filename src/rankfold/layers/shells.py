@@ -26,9 +26,9 @@ def fill_shell(shell: nn.Module, groups: Sequence[Factors], bias: Tensor | None)
     """Copy the factors of every group, and the bias, into a shell.
 
     Args:
-        shell: From `build_shell`.
-        groups: One `Factors` a group, all of one rank.
-        bias: Shape (out,), or None where the layer has none.
+        shell: Shell from `build_shell`.
+        groups: Factors, one per group, all of one rank.
+        bias: Bias, shape (out,), or None where the layer has none.
     """
     with torch.no_grad():
         parts = list(shell.children())

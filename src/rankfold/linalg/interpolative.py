@@ -52,11 +52,11 @@ def pivoted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Pivots of a Gram `A = ZᵀZ`: those of `pivoted_qr` on `Z`, by largest remaining diagonal.
 
     Args:
-        gram: `A`, shape (C, C), positive semidefinite.
+        gram: Gram `A`, shape (C, C), positive semidefinite.
 
     Returns:
-        Pivots, shape (C,), and `|R_ii|`, shape (C,), never growing. A Gram knows a column's remainder down to
-        `√eps` of its length only; below that the rest keeps its order with a remainder of 0.
+        Pivots, shape (C,), and `|R_ii|`, shape (C,), never growing. A Gram determines a column's remainder only down
+        to `√eps` of its length; below that the rest keeps its order with a remainder of 0.
 
     References:
         Higham, Accuracy and Stability of Numerical Algorithms, 2002, section 10.3.
@@ -89,11 +89,11 @@ def pivoted_cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interpolation(gram: Tensor, kept: Sequence[int] | Tensor, *, damping: float = LEAST_DAMPING) -> Tensor:
-    """How all columns follow from some: `T = argmin ‖Z − Z_J T‖`, from the Gram alone: `T = A_JJ⁺ A_J`.
+    """Coefficients that predict all columns from some: `T = argmin ‖Z − Z_J T‖`, from the Gram alone: `T = A_JJ⁺ A_J`.
 
     Args:
-        gram: `A = ZᵀZ` (or a mean of it), shape (C, C).
-        kept: `J`, k distinct indices.
+        gram: Gram `A = ZᵀZ` (or a mean of it), shape (C, C).
+        kept: Indices `J` of the kept columns, k distinct ones.
         damping: Relative damping of `A_JJ`.
 
     Returns:
@@ -106,14 +106,14 @@ def interpolation(gram: Tensor, kept: Sequence[int] | Tensor, *, damping: float 
 
 
 def folded(weight: Tensor, gram: Tensor, kept: Sequence[int] | Tensor, *, damping: float = LEAST_DAMPING) -> Tensor:
-    """The weight on some columns that does what it can of the weight on all: `W Tᵀ = W_J + W_R A_RJ A_JJ⁺`.
+    """The weight on some columns that best replaces the weight on all: `W Tᵀ = W_J + W_R A_RJ A_JJ⁺`.
 
     `T` is that of `interpolation`, and is not formed: it has a column for each of C, `W` a row for each output.
 
     Args:
-        weight: `W`, shape (out, C).
-        gram: `A`, shape (C, C).
-        kept: `J`, k distinct indices; `R` are the others.
+        weight: Weight `W`, shape (out, C).
+        gram: Gram `A`, shape (C, C).
+        kept: Indices `J` of the kept columns, k distinct ones; `R` are the others.
         damping: Relative damping of `A_JJ`.
 
     Returns:
@@ -144,11 +144,11 @@ def strong_rrqr(
     carried out; then `|T_ij| ≤ f` and `‖Z − Z_J T‖ ≤ √(1 + f² k (C − k)) σ_{k+1}`.
 
     Args:
-        gram: `A = ZᵀZ`, shape (C, C).
-        kept: `J`, where to start, such as the first pivots.
-        largest: `f`, at least 1.
-        sweeps: Most exchanges; None is 4 times the number of columns. Each multiplies the volume by more than f, so
-            they end by themselves for f > 1.
+        gram: Gram `A = ZᵀZ`, shape (C, C).
+        kept: Indices `J` of the columns kept at the start, such as the first pivots.
+        largest: Bound `f` on the coefficients, at least 1.
+        sweeps: Largest number of exchanges; None is 4 times the number of columns. Each multiplies the volume by more
+            than f, so they end by themselves for f > 1.
 
     Returns:
         The kept indices, shape (k,), sorted.
@@ -187,22 +187,22 @@ def backward_elimination(
     share: float = 1 / 32,
     order: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The order in which columns are best removed when all others are refitted, and what that costs, exactly.
+    """The order in which columns are best removed when all others are refitted, and the exact error that this costs.
 
     A consumer multiplies the columns by its least-squares weight `W`. With `P = K⁻¹`, `K` the damped Gram of its
     inputs, removing a set M and refitting all others raises the squared output error by exactly `tr(W_M P_MM⁻¹ W_Mᵀ)`,
     and `P ← P − P_M P_MM⁻¹ P_Mᵀ`, `W ← W − W_M P_MM⁻¹ P_Mᵀ` are the inverse and the weight of what is left. In each
-    step the cheapest few columns go together, by low-rank updates.
+    step the cheapest few columns are removed together, by low-rank updates.
 
     Args:
-        consumers: For each consumer of the columns, `K` of shape (C, b, C, b) and `W` of shape (out, C, b): b inputs a
-            column (k² for a k × k convolution). Rows of `W` carry the weights of the outputs.
+        consumers: Pairs of `K`, shape (C, b, C, b), and `W`, shape (out, C, b), one per consumer of the columns, with b
+            inputs per column (k² for a k × k convolution). Rows of `W` carry the weights of the outputs.
         damping: Relative damping of each `K`.
-        share: Fraction of the columns left that goes in one step; one at least.
-        order: Remove them in this order instead, and only say what it costs.
+        share: Fraction of the remaining columns that is removed in one step; at least one column is.
+        order: Order of removal whose costs are computed, shape (C,); None finds the order.
 
     Returns:
-        Indices in the order of removal, shape (C,), and the summed squared error with the first m of them removed,
+        Indices in the order of removal, shape (C,), and the summed squared error with the first m columns removed,
         shape (C + 1,), from 0, never falling.
     """
     state = []

@@ -1,4 +1,4 @@
-"""Which dtype numerical work is done in, and how tensors get there and back."""
+"""The dtype of numerical work, and conversions of tensors to it and back."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGE = 256  # features from which a Gram is computed in blocks
+LARGE = 256  # number of features from which a Gram is computed in blocks
 FULL = ("ieee", "none")  # settings of torch under which products in float32 carry all its bits
-_ONE_AT_A_TIME = threading.RLock()  # the setting is the process's, so two threads must not give it back to each other
+_ONE_AT_A_TIME = threading.RLock()  # the setting is the process's, so two threads must not restore it for each other
 NEAR_ONE = 2.0**20  # products of numbers below it, and sums of many of them, are far from the range of float32
 
 
@@ -40,15 +40,15 @@ def power_of_two_scale(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def full_products(device: torch.device) -> Iterator[None]:
-    """Within it, products of float32 tensors carry all 24 bits, whatever the user allows his own network.
+    """Context in which products of float32 tensors carry all 24 bits, whatever the user allows for other products.
 
     TF32 and bfloat16 products (`torch.set_float32_matmul_precision`, `torch.backends.….fp32_precision`, autocast) carry
     eleven and eight: enough for a forward pass, but a covariance would lose every direction below a thousandth of the
-    largest. The user's settings are as they were afterwards. They belong to the process: products of other threads are
+    largest. The user's settings are restored afterwards. They belong to the process: products of other threads are
     exact meanwhile too.
 
     Args:
-        device: Of the tensors; on devices other than CPU and CUDA only autocast is turned off.
+        device: Device of the tensors; on devices other than CPU and CUDA only autocast is turned off.
     """
     with torch.autocast(device.type, enabled=False), _ONE_AT_A_TIME:
         backends: Any = torch.backends  # whose members torch does not annotate
@@ -60,7 +60,7 @@ def full_products(device: torch.device) -> Iterator[None]:
         allowed = {each: each.fp32_precision for each in both.values()}
         try:
             legacy = torch.get_float32_matmul_precision()
-        except RuntimeError:  # torch refuses to say where the newer settings were used, and then reads those alone
+        except RuntimeError:  # torch raises where the newer settings were used, and then reads those alone
             legacy = None
         if legacy is None:
             matmul.fp32_precision = "ieee"
@@ -78,10 +78,10 @@ def full_products(device: torch.device) -> Iterator[None]:
 
 
 def gram(rows: Tensor) -> Tensor:
-    """Sum of outer products of rows, `XᵀX`, in the work dtype, from products in the rows' own with all its bits.
+    """Sum of outer products of rows, `XᵀX`, in the work dtype, from products in the rows' own dtype with all its bits.
 
     Args:
-        rows: `X`, shape (…, positions, features); half precision is widened to float32 first.
+        rows: Rows `X`, shape (…, positions, features); half precision is widened to float32 first.
 
     Returns:
         Shape (…, features, features) in the work dtype. Rows scaled by 1e±20 are handled by a power-of-two scaling.
@@ -101,7 +101,7 @@ def gram(rows: Tensor) -> Tensor:
 
 
 def total(rows: Tensor) -> Tensor:
-    """Sum of rows, shape (…, positions, features) → (…, features), in the work dtype from sums in the rows' own."""
+    """Sum of rows, shape (…, positions, features) → (…, features), in the work dtype, summed in the rows' own."""
     wide, scale = _scaled(rows, torch.promote_types(rows.dtype, torch.float32))
     return _unscaled(wide.sum(-2), scale)
 
@@ -110,8 +110,8 @@ def cross(left: Tensor, right: Tensor) -> Tensor:
     """Sum of outer products of paired rows, `LᵀR`, in the work dtype; see `gram`.
 
     Args:
-        left: `L`, shape (…, positions, m).
-        right: `R`, shape (…, positions, n); where the two dtypes differ, products are taken in the wider one.
+        left: Rows `L`, shape (…, positions, m).
+        right: Rows `R`, shape (…, positions, n); where the two dtypes differ, products are taken in the wider one.
 
     Returns:
         Shape (…, m, n).

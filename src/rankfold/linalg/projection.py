@@ -23,8 +23,8 @@ def split_basis(weight: Tensor, gram: Tensor, *, damping: float) -> Tensor:
     vectors of `W Ā^{1/2}`, `W` seen as (out·b) × a, mapped back by `Ā^{-1/2}`.
 
     Args:
-        weight: Shape (out, a, b).
-        gram: Second moment of whole patches, shape (a, b, a, b).
+        weight: Weight `W`, shape (out, a, b).
+        gram: Second moment `A` of whole patches, shape (a, b, a, b).
         damping: Relative damping of `Ā`.
 
     Returns:
@@ -51,9 +51,9 @@ def split_errors(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float)
     holds those of all leading blocks, so `Z = L⁻¹Cᵀ` gives all ranks at once: `e_r = 1 − ‖Z_{1..r·b}‖² / tr(W A Wᵀ)`.
 
     Args:
-        weight: Shape (out, a, b).
-        gram: Shape (a, b, a, b).
-        basis: Shape (k, a), as `split_basis` gives it.
+        weight: Weight `W`, shape (out, a, b).
+        gram: Second moment `A` of whole patches, shape (a, b, a, b).
+        basis: Basis vectors, shape (k, a), from `split_basis`.
         damping: Relative damping of the whole Gram; at least 1e-12 is used.
 
     Returns:
@@ -69,9 +69,9 @@ def ordered_projection(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: 
     `Zᵀ = (L⁻¹Cᵀ)ᵀ` of `split_errors`: what its first r·b columns hold is what the refit at rank r explains.
 
     Args:
-        weight: Shape (out, a, b).
-        gram: Shape (a, b, a, b).
-        basis: Shape (k, a).
+        weight: Weight `W`, shape (out, a, b).
+        gram: Second moment `A` of whole patches, shape (a, b, a, b).
+        basis: Basis vectors, shape (k, a), from `split_basis`.
         damping: Relative damping of the whole Gram; at least 1e-12 is used.
 
     Returns:
@@ -91,8 +91,8 @@ def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) 
     of two so that both stages have norms alike, and inputs of scale 1e±20 or half-precision layers do not overflow.
 
     Args:
-        weight: Shape (out, a, b).
-        gram: Shape (a, b, a, b).
+        weight: Weight `W`, shape (out, a, b).
+        gram: Second moment `A` of whole patches, shape (a, b, a, b).
         basis: First stage, shape (r, a).
         damping: Relative damping of the whole Gram, as in `split_errors`.
 
@@ -112,9 +112,9 @@ def _projected(weight: Tensor, metric: Tensor, basis: Tensor) -> tuple[Tensor, T
     With `P[(r, b'), (a, b)] = V[r, a] δ_{b'b}`. `W` and `A` are taken without their powers of two.
 
     Args:
-        weight: `W`, shape (out, a, b).
-        metric: `A`, shape (a·b, a·b).
-        basis: `V`, shape (k, a).
+        weight: Weight `W`, shape (out, a, b).
+        metric: Damped second moment `A`, shape (a·b, a·b).
+        basis: Basis vectors `V`, shape (k, a).
 
     Returns:
         `G` (k·b, k·b) with ones on the mean diagonal of each block, `C` (out, k·b), and the lengths (k, 1) in the
@@ -138,8 +138,8 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Rescale every inner channel by a power of two so that its norms in both stages differ by a factor of 2 at most.
 
     Args:
-        left: Shape (out, r, b).
-        right: Shape (r, a).
+        left: Second stage, shape (out, r, b).
+        right: First stage, shape (r, a).
 
     Returns:
         `left` and `right` of the same product. A channel that is zero in one stage gets a norm of about 1 in the other.

@@ -1,4 +1,4 @@
-"""From singular values, or an ordered orthonormal basis, to the error of every rank at once."""
+"""Errors of all ranks at once, from singular values or an ordered orthonormal basis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def tail_energy(s: Tensor) -> Tensor:
     `e_r = Σ_{i>r} s_i² / Σ_i s_i²` (Eckart–Young).
 
     Args:
-        s: Shape (k,), descending, any scale.
+        s: Singular values, shape (k,), descending, any scale.
 
     Returns:
         Shape (k + 1,): `e_0 = 1`, `e_k = 0`, never growing. A zero spectrum has no error at any rank.
@@ -26,9 +26,9 @@ def explained_tail(projected: Tensor, total: Tensor, *, block: int) -> Tensor:
     """Relative squared error left after projecting onto the first r blocks of an orthonormal basis, for every r.
 
     Args:
-        projected: `M Q`, shape (m, k·block), `Q` with orthonormal columns in order of the ranks.
-        total: `‖M‖_F²`, a scalar.
-        block: Columns that a rank adds.
+        projected: Product `M Q`, shape (m, k·block), `Q` with orthonormal columns in order of the ranks.
+        total: Energy `‖M‖_F²`, a scalar.
+        block: Number of columns that a rank adds.
 
     Returns:
         Shape (k + 1,), from 1 downwards, never growing; zeros where `total` is 0.
@@ -54,10 +54,10 @@ def judged_tail(basis: Tensor, weight: Tensor, gram: Tensor | None, gradient_gra
     the diagonal alone is left.
 
     Args:
-        basis: `U`, shape (out, k), orthonormal columns that span the range of `W`.
-        weight: `W`, shape (out, n).
-        gram: `A`, shape (n, n); None is `I`.
-        gradient_gram: `G`, shape (out, out); None is `I`.
+        basis: Basis `U`, shape (out, k), with orthonormal columns that span the range of `W`.
+        weight: Weight `W`, shape (out, n).
+        gram: Second moment `A` of the inputs, shape (n, n); None is `I`.
+        gradient_gram: Gram `G` of the output gradients, shape (out, out); None is `I`.
 
     Returns:
         Shape (k + 1,), for r = 0 to k.
@@ -74,7 +74,7 @@ def tail_sums(matrix: Tensor) -> Tensor:
     """Sum of `H` over `i, j > r`, for r = 0 to k, clamped at 0.
 
     Args:
-        matrix: `H`, shape (k, k).
+        matrix: Matrix `H`, shape (k, k).
     """
     left = matrix.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     return torch.cat([left, left.new_zeros(1)]).clamp_min(0)
@@ -84,8 +84,8 @@ def weighted_energy(weight: Tensor, gram: Tensor) -> Tensor:
     """Mean squared output `tr(W A Wᵀ)` of a linear map on inputs with second moment `A`.
 
     Args:
-        weight: `W`, shape (out, in).
-        gram: `A`, shape (in, in).
+        weight: Weight `W`, shape (out, in).
+        gram: Second moment `A` of the inputs, shape (in, in).
 
     Returns:
         A scalar in the work dtype, clamped at 0.

@@ -13,10 +13,10 @@ FLAT = 16  # sides further apart than this factor go through the Gram of the sho
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin singular value decomposition `M = U diag(s) Vᵀ`, the exact road chosen by shape.
+    """Thin singular value decomposition `M = U diag(s) Vᵀ`, by an exact method that is chosen by shape.
 
     Args:
-        matrix: `M`, shape (m, n), any floating dtype; widened to the work dtype.
+        matrix: Matrix `M`, shape (m, n), any floating dtype; widened to the work dtype.
 
     Returns:
         `u` (m, k), `s` (k,) descending, `vh` (k, n) with `k = min(m, n)`. Zero matrices give zero `s` and orthonormal
@@ -53,10 +53,10 @@ def gram_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     values far below `√eps · s₁` keep their digits, unlike in the textbook form.
 
     Args:
-        matrix: Shape (m, n) with either side the short one.
+        matrix: Matrix `M`, shape (m, n), with either side the short one.
 
     Returns:
-        As `svd`.
+        The same as `svd`.
     """
     work = _finite(matrix)
     if work.shape[0] > work.shape[1]:
@@ -80,12 +80,12 @@ def randomized_svd(
     half, `Mᵀu_i = s_i v_i`, holds by construction); otherwise the exact decomposition is computed and cut.
 
     Args:
-        matrix: Shape (m, n).
-        rank: How many triplets, 1 to min(m, n).
+        matrix: Matrix `M`, shape (m, n).
+        rank: Number of triplets, 1 to min(m, n).
         seed: Seed of the start; the global generator is not touched.
-        oversample: Extra columns carried along.
-        tolerance: Relative residual demanded.
-        sweeps: Most iterations, each two products with `M`.
+        oversample: Number of extra columns carried along.
+        tolerance: Largest relative residual that is accepted.
+        sweeps: Largest number of iterations, of two products with `M` each.
 
     Returns:
         `u` (m, rank), `s` (rank,), `vh` (rank, n).

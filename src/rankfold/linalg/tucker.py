@@ -19,10 +19,10 @@ def hooi(
     weight projected on `U`, then `U` from the SVD of the weight projected on `V`; the error never grows.
 
     Args:
-        weight: Shape (out, in, taps).
-        ranks: `(a, b)`: inner input and output widths.
-        sweeps: Most sweeps.
-        tolerance: Stop when the captured energy grows by less than this fraction.
+        weight: Weight `W`, shape (out, in, taps).
+        ranks: Ranks `(a, b)`: inner input and output widths.
+        sweeps: Largest number of sweeps.
+        tolerance: Fraction of the captured energy; sweeps stop when it grows by less.
 
     Returns:
         `U` (out, b), core (b, a, taps), `V` (a, in).
@@ -57,10 +57,10 @@ def metric_tucker(
     projected patches, is solved by the singular vectors of the projected target.
 
     Args:
-        weight: Shape (out, in, taps).
-        gram: Second moment of the patches, shape (in, taps, in, taps).
-        ranks: `(a, b)`.
-        damping: Relative damping.
+        weight: Weight `W`, shape (out, in, taps).
+        gram: Second moment `A` of the patches, shape (in, taps, in, taps).
+        ranks: Ranks `(a, b)`, as in `hooi`.
+        damping: Relative damping of the Grams.
 
     Returns:
         `U` (out, b), core (b, a, taps), `V` (a, in).
@@ -77,10 +77,10 @@ def metric_tucker_errors(weight: Tensor, gram: Tensor, inner: list[int], *, damp
     """Relative squared output errors of `metric_tucker` for every output rank at some input ranks.
 
     Args:
-        weight: Shape (out, in, taps).
-        gram: Shape (in, taps, in, taps).
+        weight: Weight `W`, shape (out, in, taps).
+        gram: Second moment `A` of the patches, shape (in, taps, in, taps).
         inner: Input ranks.
-        damping: Relative damping.
+        damping: Relative damping of the Grams.
 
     Returns:
         Shape (len(inner), out): entry (i, b − 1) is the error at `(inner[i], b)`.

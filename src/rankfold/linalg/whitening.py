@@ -13,7 +13,7 @@ def symmetric_eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (clamped at 0, ascending) and eigenvectors of a positive semidefinite matrix.
 
     Args:
-        gram: Shape (n, n); its symmetric part is used, so rounding that breaks symmetry does no harm.
+        gram: Matrix, shape (n, n); its symmetric part is used, so rounding that breaks symmetry does no harm.
 
     Returns:
         `values` (n,) and `vectors` (n, n), columns matching.
@@ -37,8 +37,8 @@ def square_root(gram: Tensor, *, damping: float) -> tuple[Tensor, Tensor]:
     `A + λI = QΛQᵀ` with `λ = damping · tr(A)/n`; returns `QΛ^{1/2}Qᵀ` and `QΛ^{-1/2}Qᵀ`.
 
     Args:
-        gram: `A`, shape (n, n), positive semidefinite of any rank.
-        damping: Relative; 0 gives the pseudo-inverse on the range of `A`.
+        gram: Gram `A`, shape (n, n), positive semidefinite of any rank.
+        damping: Damping relative to the mean eigenvalue; 0 gives the pseudo-inverse on the range of `A`.
 
     Returns:
         `root` and `inverse_root`, each (n, n) in the work dtype. A zero Gram gives two identities.
@@ -54,8 +54,8 @@ def pseudo_inverse(gram: Tensor, *, damping: float = 0.0) -> Tensor:
     """Inverse of a damped positive semidefinite matrix, on its range.
 
     Args:
-        gram: Shape (n, n).
-        damping: Relative to the mean eigenvalue.
+        gram: Matrix, shape (n, n).
+        damping: Damping relative to the mean eigenvalue.
 
     Returns:
         Shape (n, n); a zero matrix gives the identity, as `square_root` does.
@@ -65,15 +65,15 @@ def pseudo_inverse(gram: Tensor, *, damping: float = 0.0) -> Tensor:
 
 
 def shrinkage(gram: Tensor, count: int) -> float:
-    """How far a sample Gram should be shrunk towards a multiple of the identity: 0 (not at all) to 1.
+    """Shrinkage intensity of a sample Gram towards a multiple of the identity: 0 (none) to 1.
 
     `ρ = min(1, ((1 − 2/p) tr(A²) + tr²(A)) / ((n + 1 − 2/p)(tr(A²) − tr²(A)/p)))`, p features, n samples. It vanishes
-    as n grows past p; with fewer samples than features it keeps directions that no sample took from looking free.
-    `shrinkage_of` knows better where samples can be halved.
+    as n grows past p; with fewer samples than features it keeps directions that no sample has from looking free
+    of error. `shrinkage_of` is the better estimate where samples can be halved.
 
     Args:
         gram: Mean second moment `A` over the samples, shape (p, p).
-        count: n.
+        count: Number of samples n.
 
     References:
         Chen, Wiesel, Eldar, Hero, IEEE Trans. Signal Processing 58, 2010, equation 23 (oracle approximating
@@ -93,17 +93,17 @@ def shrinkage(gram: Tensor, count: int) -> float:
 
 
 def shrinkage_of(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """How far covariances should be shrunk towards their diagonal, from those of two halves of the samples.
+    """Shrinkage intensity of covariances towards their diagonal, from those of two halves of the samples.
 
     With the correlations `R₁`, `R₂` of the halves beyond their diagonals (in the scales of both together), `⟨R₁, R₂⟩`
-    estimates the energy of the true ones, since what is chance in one half is no part of the other; `‖R₁‖²` and `‖R₂‖²`
-    have the energy `N` of chance on top. `(1 − ρ) R` is closest to the true correlations at `ρ = N / (⟨R₁, R₂⟩ + N)`;
+    estimates the energy of the true ones, since the noise of one half is independent of the other; `‖R₁‖²` and `‖R₂‖²`
+    have the energy `N` of noise on top. `(1 − ρ) R` is closest to the true correlations at `ρ = N / (⟨R₁, R₂⟩ + N)`;
     with all samples `N` is half as large. Nothing is assumed of how samples are drawn, nor that positions of one sample
-    are independent, as a formula that counts them has to.
+    are independent, as in a formula that counts them.
 
     Args:
         first: Covariance (or second moment) of one half, shape (p, p).
-        second: Of the other.
+        second: Covariance (or second moment) of the other half, shape (p, p).
 
     Returns:
         `ρ` for one half, and for both together, each in [0, 1]; 0 where there is nothing beyond the diagonals.
@@ -117,14 +117,14 @@ def shrinkage_of(first: Tensor, second: Tensor) -> tuple[float, float]:
 
 
 def scales_shrinkage(first: Tensor, second: Tensor) -> tuple[float, float]:
-    """How far the scales of inputs should be shrunk towards each other, from two halves of the samples.
+    """Shrinkage intensity of the scales of inputs towards each other, from two halves of the samples.
 
-    As `shrinkage_of`, with the logarithms of the diagonals less their means in the place of the correlations: a scale
-    of few samples is off by a factor, be it large or small.
+    Same as `shrinkage_of`, with the logarithms of the diagonals less their means in the place of the correlations: a
+    scale of few samples is off by a factor, be it large or small.
 
     Args:
         first: Covariance (or second moment) of one half, shape (p, p).
-        second: Of the other.
+        second: Covariance (or second moment) of the other half, shape (p, p).
 
     Returns:
         `ρ` for one half, and for both together, each in [0, 1].
@@ -150,8 +150,8 @@ def with_even_scales(gram: Tensor, rho: float) -> Tensor:
     """`diag(t) A diag(t)` with `log(t²A_ii) = (1 − ρ) log A_ii + ρ mean log A + c`; `c` keeps the trace.
 
     Args:
-        gram: `A`, shape (p, p).
-        rho: `ρ`, in [0, 1].
+        gram: Second moment `A`, shape (p, p).
+        rho: Shrinkage `ρ`, in [0, 1].
     """
     level = gram.diagonal()
     usable = level > 0
@@ -178,8 +178,8 @@ def shrunk(gram: Tensor, mean: Tensor | None, rho: float) -> Tensor:
 
     Args:
         gram: Mean second moment, shape (p, p).
-        mean: `x̄`, shape (p,); None shrinks the second moment itself.
-        rho: `ρ`, in [0, 1].
+        mean: Mean input `x̄`, shape (p,); None shrinks the second moment itself.
+        rho: Shrinkage `ρ`, in [0, 1].
     """
     own = covariance(gram, mean)
     result = add_diagonal_((1 - rho) * own, rho * own.diagonal())
@@ -201,8 +201,8 @@ def damped_gram(gram: Tensor, *, damping: float) -> Tensor:
     """`A + λI`, symmetric, with `λ` as in `square_root`; the identity for a zero Gram.
 
     Args:
-        gram: `A`, shape (n, n).
-        damping: Relative to the mean eigenvalue.
+        gram: Gram `A`, shape (n, n).
+        damping: Damping relative to the mean eigenvalue.
     """
     work = widen(gram)
     mean = torch.diagonal(work).mean()
@@ -212,7 +212,7 @@ def damped_gram(gram: Tensor, *, damping: float) -> Tensor:
 
 
 def add_diagonal_(matrix: Tensor, level: Tensor) -> Tensor:
-    """`M + λI`, or `M + diag(λ)` for one level a row, in place; returns `M`."""
+    """`M + λI`, or `M + diag(λ)` for one level per row, in place; returns `M`."""
     matrix.diagonal().add_(level)
     return matrix
 
@@ -226,9 +226,9 @@ def left_spectrum(weight: Tensor, gram: Tensor, *, damping: float) -> tuple[Tens
     either way.
 
     Args:
-        weight: `W`, shape (out, n).
-        gram: `A`, shape (n, n), positive semidefinite of any rank.
-        damping: As in `square_root`.
+        weight: Weight `W`, shape (out, n).
+        gram: Gram `A`, shape (n, n), positive semidefinite of any rank.
+        damping: Relative damping, as in `square_root`.
 
     Returns:
         `u` (out, k) with orthonormal columns and `s` (k,), descending, `k = min(out, n)`.
@@ -254,7 +254,7 @@ def cholesky(gram: Tensor) -> Tensor:
     indefinite is damped; a finite matrix never fails, since `ε` of n times the largest element is always enough.
 
     Args:
-        gram: `A`, shape (n, n), positive semidefinite up to rounding.
+        gram: Gram `A`, shape (n, n), positive semidefinite up to rounding.
 
     Raises:
         NumericsError: An element is NaN or infinite.

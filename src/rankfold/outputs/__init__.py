@@ -1,1 +1,1 @@
-"""What the outputs of a model are, and what a change of them means."""
+"""Kinds of a model's outputs, and the metrics in which changes of them count."""

@@ -1,4 +1,4 @@
-"""Kinds of outputs: what of a change counts, for the weighting of errors and for the choice between candidates."""
+"""Kinds of outputs: how changes of them count, for the weighting of errors and for the choice between candidates."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from rankfold.errors import DataError, OptionError, shown
 from rankfold.linalg.precision import widen
 from rankfold.registry import name_of, register
 
-LARGE = 2**23  # entries of an output that are looked at at once
+LARGE = 2**23  # largest number of entries of an output that are processed at once
 
 
 class Output(ABC):
-    """What an output is. Subclasses are frozen dataclasses."""
+    """Kind of an output. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def direction(self, output: Tensor, noise: Tensor) -> Tensor:
         """A random direction `v` with `E[vvᵀ]` the metric in which a change of the output counts.
 
         Args:
-            output: `z`, of any shape; detached.
-            noise: Independent standard normal numbers of its shape.
+            output: Output `z`, of any shape; detached.
+            noise: Independent standard normal numbers of the output's shape.
         """
 
     @abstractmethod
     def size(self, output: Tensor) -> Tensor:
-        """`‖z‖` in that metric, a scalar: of several outputs each counts relative to it.
+        """`‖z‖` in that metric, a scalar: each of several outputs counts relative to it.
 
         Args:
-            output: `z`; detached.
+            output: Output `z`; detached.
         """
 
     @abstractmethod
@@ -43,14 +43,14 @@ class Output(ABC):
         """Two sums over a batch, shape (2,), float64; the divergence of two models is the ratio of their totals.
 
         Args:
-            original: `z`, float64.
-            compressed: `z'`, of the same shape.
+            original: Output `z` of the original, float64.
+            compressed: Output `z'` of the compressed model, of the same shape.
         """
 
     def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
         """Parts of two outputs, in order, each with its kind; the sums of `error` over them are those of the whole.
 
-        Large outputs are looked at in parts, since all of it is in float64. One that knows no parts is one itself.
+        Large outputs are processed in parts, since each part is converted to float64. By default the whole is one part.
         """
         yield self, original, compressed
 
@@ -58,7 +58,7 @@ class Output(ABC):
         """Refuse a tensor that cannot be an output of this kind.
 
         Raises:
-            DataError: As said.
+            DataError: It cannot be an output of this kind.
         """
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Output(ABC):
 
 
 def class_axis(axes: int) -> int:
-    """Where classes stand unless told otherwise: the last of two or three axes, the second of more (maps)."""
+    """Default axis of the classes: the last of two or three axes, the second of more (maps)."""
     return axes - 1 if axes <= 3 else 1
 
 
@@ -105,26 +105,27 @@ def _axis_of(axis: int | None, place: str, output: Tensor, least: int) -> int:
 @register("logits")
 @dataclass(frozen=True)
 class Logits(Output):
-    """Scores of classes, as they go into a softmax: a shift of all changes nothing, the largest decides.
+    """Scores of classes, the inputs of a softmax: a shift of all changes nothing, the largest decides.
 
-    A change counts by `Σ_c q_c (d_c − Σ q d)²` a row, `q = (1 − s) softmax(z / t) + s / C`, times the C classes: the
+    A change counts by `Σ_c q_c (d_c − Σ q d)²` per row, `q = (1 − s) softmax(z / t) + s / C`, times the C classes: the
     softened Fisher information of the softmax. With `s = 1` all classes count alike. `s` is one number where errors of
     layers are weighted, and another where outputs of two networks are compared.
 
-    The weights come from two random directions a sample, and concentrating these on few classes makes them noisier; so
-    there all classes count alike. Outputs are compared without drawing anything: there what could change a decision
-    counts more. With 50 photographs, MobileNetV1 at 0.7 of its parameters, four draws: of ten plans each, the one
-    taken by `s = 0.5` kept 65.8 % of the decisions, by `s = 1` 62.7 %, by the KL 63.1 %, the best 67.1 %.
+    The weights come from two random directions per sample, and concentrating these on few classes makes them noisier;
+    so there all classes count alike. Outputs are compared without random numbers: there differences that could change
+    a decision count more. With 50 photographs, MobileNetV1 at 0.7 of its parameters, four draws: of ten plans each, the
+    one taken by `s = 0.5` kept 65.8 % of the decisions, by `s = 1` 62.7 %, by the KL 63.1 %, the best 67.1 %.
 
     Attributes:
-        axis: The classes' axis; None is the last of two or three axes and the second of more (N×C×H×W maps).
-        softening: `s` of the weights of errors, in [0, 1]: 0 weighs classes by their probability alone, 1 all alike.
-        temperature: `t`, above 0: larger is less sure.
-        judged: `s` of the choice between candidates and of the report.
+        axis: Axis of the classes; None is the last of two or three axes and the second of more (N×C×H×W maps).
+        softening: Softening `s` of the weights of errors, in [0, 1]: 0 weighs classes by their probability alone, 1 all
+            alike.
+        temperature: Temperature `t`, above 0: a larger one makes the probabilities more even.
+        judged: Softening `s` of the choice between candidates and of the report.
 
     References:
         Amari, Neural Computation 10 (1998), for the Fisher metric `diag(p) − ppᵀ` of a softmax. We differ in the
-        softening: of a class without probability, and of a sure sample, the metric itself says nothing.
+        softening: the metric itself is zero for a class without probability, and for a sample with a sure decision.
     """
 
     axis: int | None = None
@@ -146,7 +147,7 @@ class Logits(Output):
         return _vectors(output, _axis_of(self.axis, "", output, 2))
 
     def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
-        """By rows; see `Output.pieces`."""
+        """Parts by rows; see `Output.pieces`."""
         if original.numel() <= LARGE:
             return super().pieces(original, compressed)
         return _parts(replace(self, axis=None), self.rows(original), self.rows(compressed))
@@ -156,7 +157,7 @@ class Logits(Output):
         return output.movedim(_axis_of(self.axis, "", output, 2), -1).shape[:-1]
 
     def check(self, place: str, output: Tensor) -> None:
-        """At least two classes; see `Output.check`."""
+        """Require at least two classes; see `Output.check`."""
         _axis_of(self.axis, place, output, 2)
 
     def direction(self, output: Tensor, noise: Tensor) -> Tensor:
@@ -198,7 +199,7 @@ class Values(Output):
     """Numbers that count as they are, such as a regression's: by their relative error, `Σ ‖z' − z‖² / Σ ‖z‖²`."""
 
     def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
-        """By entries; see `Output.pieces`."""
+        """Parts by entries; see `Output.pieces`."""
         if original.numel() <= LARGE:
             return super().pieces(original, compressed)
         return _parts(self, original.flatten(), compressed.flatten())
@@ -220,10 +221,10 @@ class Values(Output):
 @register("embedding")
 @dataclass(frozen=True)
 class Embedding(Output):
-    """Vectors that are compared by their direction: what counts is the mean of 1 − cos between before and after.
+    """Vectors that are compared by their direction, by the mean of 1 − cos between before and after.
 
     Attributes:
-        axis: The axis of a vector's entries; None is the last of two or three axes and the second of more.
+        axis: Axis of a vector's entries; None is the last of two or three axes and the second of more.
     """
 
     axis: int | None = None
@@ -233,18 +234,18 @@ class Embedding(Output):
         _check_axis(self.axis)
 
     def check(self, place: str, output: Tensor) -> None:
-        """Vectors of at least two entries; see `Output.check`."""
+        """Require vectors of at least two entries; see `Output.check`."""
         _axis_of(self.axis, place, output, 2)
 
     def direction(self, output: Tensor, noise: Tensor) -> Tensor:
-        """`(g − u ⟨u, g⟩) / ‖z‖` a vector, `u = z / ‖z‖`: the gradient of `⟨g, u⟩`; 0 for a vector of zeros."""
+        """`(g − u ⟨u, g⟩) / ‖z‖` per vector, `u = z / ‖z‖`: the gradient of `⟨g, u⟩`; 0 for a vector of zeros."""
         axis = _axis_of(self.axis, "", output, 2)
         unit, norm = _unit(output, axis)
         across = noise - unit * (unit * noise).sum(axis, keepdim=True)
         return torch.where(norm > 0, across / norm.clamp_min(torch.finfo(output.dtype).tiny), torch.zeros_like(across))
 
     def pieces(self, original: Tensor, compressed: Tensor) -> Iterator[tuple[Output, Tensor, Tensor]]:
-        """By vectors; see `Output.pieces`."""
+        """Parts by vectors; see `Output.pieces`."""
         if original.numel() <= LARGE:
             return super().pieces(original, compressed)
         axis = _axis_of(self.axis, "", original, 2)

@@ -1,4 +1,4 @@
-"""What a model's outputs are: the tensors that count, by name, and what a change of each means."""
+"""Outputs of a model: the tensors that count, by name, and the kind of each."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ __all__ = [
 ]
 Outputs: TypeAlias = Output | Mapping[str, Output | None] | None
 
-SHIFT = 0.05  # of an output's variance that a common shift may carry where it counts as logits
-LOOKED_AT = 32  # samples by which an output's kind is guessed
-FEW = 4  # times as many as run at once are looked at, where that is less
+SHIFT = 0.05  # largest share of an output's variance in a common shift where it counts as logits
+LOOKED_AT = 32  # number of samples by which an output's kind is guessed
+FEW = 4  # the guess uses at most this many times the samples that run at once
 AUXILIARY = re.compile(  # entries by which models of transformers hand out what is inside them, or their loss
     r"loss|mems|past_key_values|past_buckets_states|\w*hidden_states|\w*attentions|\w*attn_weights|\w*router_logits"
     r"|\w*router_probs|\w*cache\w*|encoder_last_hidden_state|\w+_loss"
 )
-NORMALISED = 1e-3  # how far a norm is from 1, or a sum of probabilities, in rounding of half precision
+NORMALISED = 1e-3  # distance from 1 of a norm, or of a sum of probabilities, by rounding in half precision
 EMBEDDED = re.compile("embed")
 INNER = re.compile("pooled|pooler|hidden|feat")
 NAMED = re.compile(r"(\w+_)?logits(_\w+)?")
@@ -58,7 +58,7 @@ class Opened:
 
     Attributes:
         tensors: Floating tensors by name, in the order of the output.
-        others: What holds no floating tensor that could be opened, and what it is: name → kind of object.
+        others: Kinds of the objects that are no floating tensor and cannot be opened: name → kind of object.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -68,7 +68,8 @@ class Opened:
         """The tensors that count.
 
         All but those of auxiliary entries (caches, hidden states, attentions, a loss) and single numbers for a whole
-        batch; these only where there is no other. What a mapping names is as it says: a kind counts, None does not.
+        batch; these only where there is no other. An output that a mapping names counts if it is given a kind, and does
+        not if it is given None.
         """
         named = asked if isinstance(asked, Mapping) else {}
         free = {name: tensor for name, tensor in self.tensors.items() if name not in named}
@@ -79,7 +80,7 @@ class Opened:
         return {name: tensor for name, tensor in self.tensors.items() if name in wanted or name in usual}
 
     def passed(self, counted: Iterable[str]) -> tuple[str, ...]:
-        """What does not count, with the reason, where some does."""
+        """Names of the outputs that do not count, with the reason."""
         left = set(counted)
         named = {name: _why_not(name, tensor) for name, tensor in self.tensors.items() if name not in left}
         return tuple(f"{name} ({why})" for name, why in {**named, **self.others}.items())
@@ -88,11 +89,11 @@ class Opened:
 def opened(output: Any) -> Opened:
     """Open an output: tuples, lists, mappings, dataclasses and what torch's pytrees know, as deep as they nest.
 
-    A tensor's name is its way: `output` for a bare tensor, `logits`, `feats[0]`, `[1][0]`, `boxes.scores`. What is
-    none of these (a cache, a distribution), and tensors that are not floating, stand under `others`.
+    A tensor's name is its path: `output` for a bare tensor, `logits`, `feats[0]`, `[1][0]`, `boxes.scores`. Other
+    objects (a cache, a distribution), and tensors that are not floating, are listed in `others`.
 
     Args:
-        output: What a model returned.
+        output: Output of a model.
     """
     result = Opened()
     _open(output, "", result)
@@ -112,7 +113,7 @@ def _open(value: Any, name: str, result: Opened) -> None:
 
 
 def _entries(value: Any) -> list[tuple[str | int, Any]] | None:
-    """What a container holds, by key, attribute or place; None for what is no container that can be opened."""
+    """Entries of a container, by key, attribute or place; None for an object that cannot be opened."""
     if isinstance(value, Tensor):
         return None
     if isinstance(value, Mapping):
@@ -157,13 +158,13 @@ def _why_not(name: str, tensor: Tensor) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Taken:
-    """What the outputs of a model are taken for.
+    """Outputs of a model that count, and their kinds.
 
     Attributes:
-        kinds: By name of the tensor, in the order of the output; at least one.
-        guessed: The names whose kind nobody said.
-        passed: What does not count, with the reason.
-        asked: What was asked for.
+        kinds: Kinds by name of the tensor, in the order of the output; at least one.
+        guessed: Names of the outputs whose kind was guessed.
+        passed: Names of the outputs that do not count, with the reason.
+        asked: Kinds that the caller gave; None where all are guessed.
     """
 
     kinds: dict[str, Output]
@@ -175,11 +176,11 @@ class Taken:
         """The tensors of an output that count, in the order of `kinds`.
 
         Args:
-            output: What the model returned.
-            number: Of the batch, named in the message.
+            output: Output of the model.
+            number: Number of the batch, for the message; None leaves it out.
 
         Raises:
-            DataError: It does not hold these tensors and no others, or one is not what it is taken for.
+            DataError: The output does not hold exactly these tensors, or one cannot be of its kind.
         """
         found = opened(output).counted(self.asked)
         if found.keys() != self.kinds.keys():
@@ -196,7 +197,7 @@ class Taken:
 
 
 def check_outputs(outputs: Any) -> None:
-    """Refuse what says nothing about outputs.
+    """Refuse a value that gives no kinds of outputs.
 
     Raises:
         OptionError: It is no kind of output, no mapping from names to kinds, and not None.
@@ -214,17 +215,17 @@ def check_outputs(outputs: Any) -> None:
 
 
 def outputs_to_json(outputs: Outputs) -> Any:
-    """What was asked for as JSON values: one kind, or kinds by name under "by_name"."""
+    """The given kinds as JSON values: one kind, or kinds by name under "by_name"."""
     if isinstance(outputs, Mapping):
         return {"by_name": {name: None if kind is None else to_json(kind) for name, kind in outputs.items()}}
     return None if outputs is None else to_json(outputs)
 
 
 def outputs_from_json(value: Any, place: str) -> Outputs:
-    """Read what `outputs_to_json` wrote.
+    """Read the result of `outputs_to_json`.
 
     Raises:
-        PlanError: It is something else.
+        PlanError: The value is something else.
     """
     if isinstance(value, Mapping) and isinstance(value.get("by_name"), Mapping):
         return {
@@ -238,17 +239,17 @@ def outputs_from_json(value: Any, place: str) -> Outputs:
 def settled(
     model: nn.Module, batches: Iterable[Batch], outputs: Outputs | Taken = None, at_once: int = LOOKED_AT
 ) -> Taken:
-    """What the outputs of a model are, as asked or guessed by the first 32 samples; see `settle`.
+    """Kinds of the outputs of a model, as given, or guessed by the first 32 samples; see `settle`.
 
     Args:
         model: The model.
         batches: Calibration inputs.
-        outputs: As asked; what is settled already is handed back.
-        at_once: How many samples run at once; of large outputs fewer than 32 in all are looked at.
+        outputs: Kinds that the caller gave; a `Taken` is returned as it is.
+        at_once: Number of samples that run at once; for large outputs fewer than 32 in all are used.
 
     Raises:
-        DataError: As `settle`, or there is no batch.
-        OptionError: `outputs` says nothing about outputs.
+        DataError: Same as `settle`, or there is no batch.
+        OptionError: `outputs` gives no kinds of outputs.
     """
     check_outputs(outputs)
     if isinstance(outputs, Taken):
@@ -263,23 +264,23 @@ def settled(
 
 
 def settle(seen: Sequence[Opened], outputs: Outputs = None, labels: Sequence[Tensor | None] = ()) -> Taken:
-    """Say what every output is: as asked, or by a guess.
+    """Find the kind of every output: the given one, or a guess.
 
-    Guessed as logits: an output called so (`logits`, `start_logits`); the first that integer labels fit; rows of
+    Guessed as logits: an output of that name (`logits`, `start_logits`); the first that integer labels fit; rows of
     log-probabilities; and an output of two axes and several columns, unless the mean of a row carries more than a
-    twentieth of the variance over samples: the gradient of a cross-entropy sums to zero over the classes, so it never
-    asks for a shift, and the outputs of a regression do shift. Twenty columns or more of which each goes its own way
-    count as logits in any case: their shift is one direction of many. Guessed as embeddings: outputs called so
-    (`image_embeds`), and rows of norm 1. Anything else is guessed to be values, and so is what is called pooled, hidden
-    or features.
+    twentieth of the variance over samples: the gradient of a cross-entropy sums to zero over the classes, so it has
+    no common shift, whereas the outputs of a regression do shift. Twenty columns or more of which each goes its own way
+    count as logits in any case: their shift is one direction of many. Guessed as embeddings: outputs of that name
+    (`image_embeds`), and rows of norm 1. Anything else is guessed to be values, and so are outputs called pooled,
+    hidden or features.
 
     Args:
         seen: Outputs of some batches.
-        outputs: As asked.
-        labels: Of the same batches, where there are any.
+        outputs: Kinds that the caller gave.
+        labels: Labels of the same batches, where there are any.
 
     Raises:
-        DataError: No output holds a floating tensor, or one that is asked for is not there or of another shape.
+        DataError: No output holds a floating tensor, or one that `outputs` names is missing or of another shape.
     """
     first = seen[0] if seen else Opened()
     named = outputs if isinstance(outputs, Mapping) else {}
@@ -325,7 +326,7 @@ def _labelled(first: Opened, counted: Sequence[str], labels: Sequence[Tensor | N
 
 
 def _guessed(name: str, parts: Sequence[Tensor]) -> Output:
-    """What an output is by its name and its numbers."""
+    """Kind of an output, guessed by its name and its values."""
     last = _words(name)[-1]
     if _is_called_logits(name, parts):
         return Logits()
@@ -342,13 +343,13 @@ def _guessed(name: str, parts: Sequence[Tensor]) -> Output:
 
 
 def _is_called_logits(name: str, parts: Sequence[Tensor]) -> bool:
-    """Whether an output is called so, and has classes: several entries along an axis."""
+    """Whether an output is called logits, and has classes: several entries along an axis."""
     shape = parts[0].shape
     return bool(NAMED.fullmatch(_words(name)[-1])) and len(shape) > 1 and shape[class_axis(len(shape))] > 1
 
 
 def _has_columns(output: Tensor) -> bool:
-    """Whether an output has one row a sample, and several columns."""
+    """Whether an output has one row per sample, and several columns."""
     return output.ndim == 2 and output.shape[1] > 1
 
 
@@ -364,7 +365,7 @@ def _shifts(values: Tensor) -> bool:
 
 
 def output_tensor(output: Any) -> tuple[Tensor, bool]:
-    """The tensor by which decisions are made, and whether it is logits: the first called so, else the first.
+    """The tensor by which decisions are made, and whether it is logits: the first of that name, else the first.
 
     Raises:
         DataError: The output holds no floating tensor.

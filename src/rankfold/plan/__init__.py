@@ -1,4 +1,4 @@
-"""The plan: what becomes of every layer."""
+"""The plan: the decisions about every layer."""
 
 from rankfold.plan.decisions import ChannelDecision, Decision
 from rankfold.plan.plan import Plan

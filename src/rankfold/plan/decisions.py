@@ -1,4 +1,4 @@
-"""What becomes of a site, and of a group of channels."""
+"""Decisions about a site, and about a group of channels."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rankfold.registry import to_json
 
 @dataclass(frozen=True)
 class Decision:
-    """What becomes of a site.
+    """Decision about a site: dense, or a method at a rank.
 
     Attributes:
-        site: Its path.
+        site: Path of the site.
         method: The decomposition; None leaves the site dense.
         rank: The rank; None where dense.
-        why: Why: the selector's reason, in words.
+        why: Reason of the selector, in words.
         error: The predicted error, as `measure` defines it; None where dense, and in plans written by hand.
     """
 
@@ -35,7 +35,7 @@ class Decision:
         return "dense" if self.method is None else self.method.form
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict."""
+        """The decision as a dict."""
         rank = list(self.rank) if isinstance(self.rank, tuple) else self.rank
         method = None if self.method is None else to_json(self.method)
         error = {} if self.error is None else {"error": self.error}
@@ -44,14 +44,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class ChannelDecision:
-    """Which channels of a group stay.
+    """Decision about a group of channels: those that stay.
 
     Attributes:
         group: Name of the group: the first layer that makes its channels.
-        units: How many units the group has.
-        kept: The units that stay, ascending.
-        why: Why, in words.
-        fold: Whether the layers that read the channels are corrected for what goes, where no repair does it.
+        units: Number of units of the group.
+        kept: Indices of the units that stay, ascending.
+        why: Reason, in words.
+        fold: True if the layers that read the channels are corrected for those removed, where no repair does it.
     """
 
     group: str
@@ -61,6 +61,6 @@ class ChannelDecision:
     fold: bool = True
 
     def to_json(self) -> dict[str, Any]:
-        """As a dict."""
+        """The decision as a dict."""
         kept = as_ranges(self.kept)
         return {"group": self.group, "units": self.units, "kept": kept, "why": self.why, "fold": self.fold}

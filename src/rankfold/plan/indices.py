@@ -14,7 +14,7 @@ def as_ranges(indices: Sequence[int]) -> str:
     """Runs of neighbours as `first-last`, others alone, with commas in between.
 
     Args:
-        indices: Ascending.
+        indices: Ascending indices.
     """
     runs = []
     for _, pairs in itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]):
@@ -24,7 +24,7 @@ def as_ranges(indices: Sequence[int]) -> str:
 
 
 def from_ranges(text: str) -> tuple[int, ...] | None:
-    """What `as_ranges` wrote; None where it is no such text, does not ascend, or stands for more than `MOST`."""
+    """Indices of a text from `as_ranges`; None where it is no such text, does not ascend, or stands for over `MOST`."""
     if not _RANGES.fullmatch(text):
         return None
     indices: list[int] = []

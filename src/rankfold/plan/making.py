@@ -1,4 +1,4 @@
-"""Curves + budget → plan, and what a plan will cost."""
+"""Curves + budget → plan, and the predicted cost of a plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rankfold.plan.repair import Lockstep
 from rankfold.registry import name_of, to_json
 from rankfold.sites.site import Site, Sites
 
-DIGITS = 6  # of a predicted error in a plan: more are not the same on every machine
+DIGITS = 6  # digits of a predicted error in a plan: more are not the same on every machine
 CURES: Mapping[type, str] = {
     Curves: "pass what rankfold.measure gave",
     Budget: "try rankfold.Budget(params=0.5)",
@@ -39,13 +39,14 @@ def make_plan(
     """Decide for every site, under one budget for the whole model.
 
     Args:
-        curves: From `measure`.
+        curves: Curves from `measure`.
         budget: Upper bounds; all hold for the result.
-        selector: How ranks are chosen; `Lagrangian()` if None.
-        seed: Noted in the plan.
-        calibration: Manifest of the data, noted in the plan.
-        repair: The repair at apply time, noted in the plan and carried out by `apply`.
-        evaluate: Carries a plan out and gives the divergence of its outputs, for selectors that read "evaluate".
+        selector: Selector of the ranks; None is `Lagrangian()`.
+        seed: Seed, recorded in the plan.
+        calibration: Manifest of the data, recorded in the plan.
+        repair: The repair at apply time, recorded in the plan and carried out by `apply`; None for none.
+        evaluate: Function that carries a plan out and returns the divergence of its outputs, for selectors that read
+            "evaluate".
 
     Returns:
         The plan. Its predicted cost (`plan_cost`) is within the budget.
@@ -98,7 +99,7 @@ def make_plan(
 
 
 def _decision(site: Site, option: Option, selector: RankSelector) -> Decision:
-    """What becomes of a site by the option that was chosen."""
+    """The decision about a site by the option that was chosen."""
     if option.method is None:
         return Decision(site.path, why=f"dense: {site.fixed or 'nothing smaller was worth its error'}")
     error = float(f"{option.error:.{DIGITS}g}")
@@ -109,10 +110,10 @@ def check_kinds(given: Mapping[str, tuple[Any, type]]) -> None:
     """Refuse arguments that are no instance of their class.
 
     Args:
-        given: For each argument its value and the class.
+        given: Value and class of each argument, by name.
 
     Raises:
-        OptionError: Naming the argument.
+        OptionError: One is not; it is named.
     """
     for place, (value, kind) in given.items():
         if not isinstance(value, kind):
@@ -127,10 +128,11 @@ def decision_cost(site: Site, decision: Decision) -> Cost:
 
 
 def plan_cost(sites: Sites, plan: Plan) -> Cost:
-    """Predicted cost of the whole compressed model: equal to what `count` finds on the live one.
+    """Predicted cost of the whole compressed model: equal to the result of `count` on the built one.
 
     Args:
-        sites: Of the model that the decisions are on: the original, or the narrowed one where the plan cuts channels.
+        sites: Sites of the model that the decisions are on: the original, or the narrowed one where the plan cuts
+            channels.
         plan: Any plan of that model.
     """
     total = sites.cost

@@ -17,25 +17,25 @@ from rankfold.sites.site import Skip
 
 @dataclass(frozen=True)
 class Plan:
-    """Enough to rebuild the compressed structure from the original's.
+    """All decisions of a compression: enough to rebuild the compressed structure from the original's.
 
     Attributes:
-        decisions: One a site, in the order of the sites.
+        decisions: Decisions, one per site, in the order of the sites.
         skips: Layers left alone, with the reason.
-        fingerprint: Of the original model's structure.
+        fingerprint: Fingerprint of the original model's structure.
         model: Name of the original's class, for the reader.
-        budget: The bounds that were asked for.
+        budget: The bounds that the caller gave.
         selector: The selector of the ranks, as its JSON; None where none were chosen, or for a plan written by hand.
-            (In an older plan that removes channels but has no `width_selector`, it may be that one.)
+            (In an older plan that removes channels but has no `width_selector`, it may be the selector of widths.)
         seed: Seed of everything that was drawn.
         calibration: Manifest of the data.
         repair: The repair at apply time, as its JSON; None for none.
-        channels: One a group of channels of which some are removed.
-        cuts: What that leaves of every tensor: parameter or buffer → axis → indices that stay. Decisions are on the
-            layers as the cuts leave them.
+        channels: Decisions, one per group of channels of which some are removed.
+        cuts: Indices that stay of every tensor that is cut: parameter or buffer → axis → indices. Decisions are on
+            the layers as the cuts leave them.
         attributes: New values of numbers that modules keep about their channels (heads): path → attribute → value.
         removal: The family that removed the channels, with its options, as its JSON; None where none were removed.
-        width_selector: What chose how many channels stay, as its JSON; None likewise.
+        width_selector: The selector of how many channels stay, as its JSON; None where none were removed.
     """
 
     decisions: tuple[Decision, ...]
@@ -87,7 +87,7 @@ class Plan:
         """Read JSON text.
 
         Raises:
-            PlanError: Malformed, of another version, or with a key that is not known; the place is named.
+            PlanError: It is malformed, of another version, or has a key that is not known; the place is named.
         """
         return cls(**read_plan(parse_json(text, place=place, error=PlanError), place))
 
@@ -100,7 +100,7 @@ class Plan:
         """The decision of a site.
 
         Raises:
-            PlanError: There is none; near matches are named.
+            PlanError: There is no decision; near matches are named.
         """
         for decision in self.decisions:
             if decision.site == site:

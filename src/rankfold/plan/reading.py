@@ -1,4 +1,4 @@
-"""JSON → plan: what a person may have edited, checked key by key."""
+"""JSON → plan: text that a person may have edited, checked key by key."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AS_THEY_ARE = (
     "removal",
     "width_selector",
 )
-OF_GROUP = "as "  # before the name of a group whose kept units a cut keeps
+OF_GROUP = "as "  # prefix of the name of a group whose kept units a cut keeps
 
 
 class _Decision(msgspec.Struct, forbid_unknown_fields=True):
@@ -79,11 +79,11 @@ def read_plan(value: Any, place: str) -> dict[str, Any]:
     """The fields of a `Plan` from JSON values.
 
     Args:
-        value: What `parse_json` gave.
-        place: Named in the message.
+        value: JSON values from `parse_json`.
+        place: Name of the plan, for the message.
 
     Raises:
-        PlanError: A key is missing, unknown or of another type, or its value is none that a plan can have.
+        PlanError: A key is missing, unknown or of another type, or has a value that no plan can have.
     """
     if isinstance(value, dict) and (type(value.get("version")) is not int or value["version"] != VERSION):
         raise PlanError(
@@ -113,7 +113,7 @@ def read_plan(value: Any, place: str) -> dict[str, Any]:
 
 
 def _decisions(read: list[_Decision], place: str) -> tuple[Decision, ...]:
-    """The decisions, one a site."""
+    """The decisions, one per site."""
     found: dict[str, Decision] = {}
     for number, each in enumerate(read):
         decision = _decision(each, f"{place}.decisions[{number}]")
@@ -144,7 +144,7 @@ def _decision(read: _Decision, place: str) -> Decision:
 
 
 def _channels(read: _Channels, place: str) -> ChannelDecision:
-    """What stays of one group."""
+    """The decision about one group."""
     kept = _ascending(read.kept, f"{place} ({read.group})", read.units)
     return ChannelDecision(read.group, read.units, kept, read.why, read.fold)
 
@@ -162,7 +162,7 @@ def _check_samples(calibration: Mapping[str, Any], place: str) -> None:
 
 
 def _ascending(value: Any, place: str, size: int | None = None) -> tuple[int, ...]:
-    """Ascending indices, at least one, all below a size: as text (`as_ranges`), or as a list in older plans."""
+    """Ascending indices, at least one, all below a size: from text (`as_ranges`), or from a list in older plans."""
     if isinstance(value, str):
         value = list(from_ranges(value) or (value,))
     whole = isinstance(value, list) and bool(value) and all(type(index) is int and index >= 0 for index in value)
@@ -194,14 +194,14 @@ def _numbers(value: Mapping[str, int], place: str) -> dict[str, int]:
 
 
 def budget_of(bounds: Mapping[str, float | int], place: str) -> Budget | None:
-    """The budget whose bounds a plan notes; None where it notes none.
+    """The budget whose bounds a plan records; None where it records none.
 
     Args:
-        bounds: By resource.
-        place: Of the plan, named in the message.
+        bounds: Bounds by resource.
+        place: Name of the plan, for the message.
 
     Raises:
-        PlanError: An unknown resource, or a bound that is none.
+        PlanError: A resource is unknown, or a bound is not valid.
     """
     if not bounds:
         return None

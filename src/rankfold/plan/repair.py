@@ -23,12 +23,12 @@ class Lockstep:
     unrepaired layer.
 
     Attributes:
-        ridge: `λ` relative to the mean input energy, in (0, 1].
-        absorb_skip: Whether targets include the skip branch's error.
-        dense: Whether sites that stay dense are re-solved.
-        samples_per_feature: Positions looked at, as a multiple of a layer's patch length (at least 16,384 in all).
-        batch: Samples in a micro-batch.
-        reestimate_batch_norms: Whether batch norms get new running moments at the end, from the fitted samples; see
+        ridge: Ridge `λ` relative to the mean input energy, in (0, 1].
+        absorb_skip: True if targets include the skip branch's error.
+        dense: True if sites that stay dense are re-solved.
+        samples_per_feature: Number of positions used, as a multiple of a layer's patch length (at least 16,384 in all).
+        batch: Number of samples in a micro-batch.
+        reestimate_batch_norms: True if batch norms get new running moments at the end, from the fitted samples; see
             `rankfold.reestimate_batch_norms` for what that can cost.
     """
 

@@ -1,4 +1,4 @@
-"""Plans worth trying under a budget, by kind of family: one file a kind."""
+"""Plans worth trying under a budget, by kind of family: one file per kind."""
 
 from rankfold.proposals._base import (
     Asked,

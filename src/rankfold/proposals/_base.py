@@ -1,4 +1,4 @@
-"""Plans worth trying under a budget: what all kinds of families share, and the registry of those kinds."""
+"""Plans worth trying under a budget: the interface of all kinds of families, and the registry of those kinds."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _PROPOSERS: dict[type[Family], type[Proposer]] = {}
 
 @dataclass(frozen=True, eq=False)
 class Basis:
-    """A model that was measured: what proposals are made from, whatever the budget.
+    """A measured model: the data that proposals are made from, whatever the budget.
 
     Attributes:
         model: The original.
         example: One batch.
-        sites: Its sites.
-        stats: Its statistics.
+        sites: Sites of the model.
+        stats: Statistics of the model.
         families: All methods that may be used.
-        seed: Of everything that is drawn.
-        work: Keeps what is finished.
-        clock: Adds up the seconds of each stage.
-        progress: Told about every step.
+        seed: Seed of everything that is drawn.
+        work: Store of finished results.
+        clock: Clock that adds up the seconds of each stage.
+        progress: Callback for every step.
         notes: Remarks for the report; a proposer adds to them.
     """
 
@@ -59,14 +59,14 @@ class Basis:
 
 @dataclass(frozen=True)
 class Asked:
-    """What proposals have to meet.
+    """Request that proposals have to meet.
 
     Attributes:
-        budget: Of the whole model.
-        selector: The one that was named, which is then taken as it is; None is each of the defaults.
-        repair: Noted in the plans.
-        evaluate: Carries a plan out on a part of the samples and gives the divergence of its outputs, for selectors
-            that read it.
+        budget: Upper bounds on the whole model.
+        selector: The selector that the caller gave, which is then used as it is; None is each of the defaults.
+        repair: The repair, recorded in the plans; None for none.
+        evaluate: Function that carries a plan out on a part of the samples and returns the divergence of its outputs,
+            for selectors that read it.
     """
 
     budget: Budget
@@ -80,9 +80,9 @@ class Proposal:
     """A plan worth trying, before it is made.
 
     Attributes:
-        name: What it is called in the report.
-        make: Makes the plan.
-        always: Whether it is tried also where held-out samples are too few to choose among many.
+        name: Name of the plan in the report.
+        make: Function that makes the plan.
+        always: True if it is tried also where held-out samples are too few to choose among many.
     """
 
     name: str
@@ -92,15 +92,15 @@ class Proposal:
 
 @dataclass(frozen=True, eq=False)
 class Outlook:
-    """A model that nothing was measured of yet but its speed: what forecasts are made from.
+    """A model of which only the speed was measured yet: the data that forecasts are made from.
 
     Attributes:
         model: The original.
-        sites: Its sites.
-        rates: How fast this machine is.
-        forward: Seconds a sample of a forward pass.
-        batch: Samples of a batch.
-        spent: Notes seconds at a site, and gives them back.
+        sites: Sites of the model.
+        rates: Measured speeds of this machine.
+        forward: Seconds per sample of a forward pass.
+        batch: Number of samples in a batch.
+        spent: Function that records seconds at a site, and returns them.
     """
 
     model: nn.Module
@@ -113,11 +113,11 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Foretold:
-    """What the families of one kind take, and how far they reach.
+    """Forecast of the families of one kind: the time that they take, and the sizes that they reach.
 
     Attributes:
-        seconds: By stage, beside what collecting and carrying out takes.
-        smallest: The least of the whole model in each resource.
+        seconds: Seconds by stage, without those of collecting statistics and of carrying plans out.
+        smallest: Smallest cost of the whole model in each resource.
         reduced: Paths of the modules that get smaller.
     """
 
@@ -127,11 +127,11 @@ class Foretold:
 
 
 class Proposer(ABC):
-    """What the families of one kind propose. It lives as long as the basis, so that a second budget costs no measuring.
+    """Maker of the proposals of one kind of family. It lives as long as the basis, so a second budget measures nothing.
 
     Args:
         basis: The measured model.
-        families: Those of `basis.families` that are of its kind.
+        families: Families of its kind among `basis.families`.
     """
 
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
@@ -144,32 +144,32 @@ class Proposer(ABC):
     @classmethod
     @abstractmethod
     def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
-        """How many proposals there are at most, known without a model.
+        """Largest number of proposals, known without a model.
 
         Args:
-            families: Of its kind.
-            ranks: How many of all families have ranks.
-            chosen_by: Whether a selector is named.
-            weighting: Whether gradients are collected.
+            families: Families of its kind.
+            ranks: Number of all families that have ranks.
+            chosen_by: True if the caller gave a selector.
+            weighting: True if gradients are collected.
 
         Returns:
-            All, and those that are always tried.
+            The number of all, and of those that are always tried.
         """
 
     @classmethod
     @abstractmethod
     def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
-        """What making the proposals takes, and how small a model they reach.
+        """Forecast of the time that making the proposals takes, and of the smallest model that they reach.
 
         Args:
             outlook: The model.
-            families: Of its kind.
-            beside: Those of other kinds.
+            families: Families of its kind.
+            beside: Families of other kinds.
         """
 
 
 def proposes(kind: type[Family]) -> Callable[[P], P]:
-    """Register a class as what the families of a kind propose."""
+    """Register a class as the proposer of a kind of families."""
 
     def register(proposer: P) -> P:
         _PROPOSERS[kind] = proposer
@@ -179,10 +179,10 @@ def proposes(kind: type[Family]) -> Callable[[P], P]:
 
 
 def kinds_of(families: Sequence[Family]) -> dict[type[Proposer], list[Family]]:
-    """The families by what proposes for them, in the order in which kinds were registered.
+    """The families by their proposer, in the order in which kinds were registered.
 
     Raises:
-        RegistryError: Nothing proposes for a family.
+        RegistryError: A family has no proposer.
     """
     found: dict[type[Proposer], list[Family]] = {proposer: [] for proposer in _PROPOSERS.values()}
     for family in families:
@@ -199,12 +199,12 @@ def kinds_of(families: Sequence[Family]) -> dict[type[Proposer], list[Family]]:
 
 
 def proposers_of(basis: Basis) -> list[Proposer]:
-    """What proposes for the families of a basis."""
+    """The proposers of the families of a basis."""
     return [proposer(basis, own) for proposer, own in kinds_of(basis.families).items()]
 
 
 def numbers_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool = True) -> tuple[int, int]:
-    """How many plans are made at most, where many are tried and where few are; see `Proposer.numbers`."""
+    """Largest numbers of plans that are made, where many are tried and where few are; see `Proposer.numbers`."""
     ranks = sum(family.sized_by == "ranks" for family in families)
     each = [
         proposer.numbers(own, ranks=ranks, chosen_by=chosen_by, weighting=weighting)
@@ -214,7 +214,7 @@ def numbers_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool =
 
 
 def foretold_of(outlook: Outlook, families: Sequence[Family]) -> list[Foretold]:
-    """What each kind of family foretells; see `Proposer.foretold`."""
+    """Forecasts of the families, one per kind; see `Proposer.foretold`."""
     kinds = kinds_of(families)
     return [proposer.foretold(outlook, own, [f for f in families if f not in own]) for proposer, own in kinds.items()]
 
@@ -223,11 +223,11 @@ def plans_from(proposals: Sequence[Proposal], bounds: Mapping[str, int]) -> dict
     """The plans by name, equal ones once; one that cannot be made under the budget drops out while another can.
 
     Args:
-        proposals: Of two with one name the second gets a number.
-        bounds: Of the budget, by resource.
+        proposals: Proposals; of two with one name the second gets a number.
+        bounds: Bounds of the budget, by resource.
 
     Raises:
-        BudgetError: None can be made: that of the one that comes closest to the budget.
+        BudgetError: No plan can be made; this is the error of the one that comes closest to the budget.
     """
     plans: dict[str, Plan] = {}
     failures: list[BudgetError] = []
@@ -254,5 +254,5 @@ def plans_from(proposals: Sequence[Proposal], bounds: Mapping[str, int]) -> dict
 
 
 def _shape(plan: Plan) -> tuple[object, ...]:
-    """What a plan decides, whatever it was predicted to cost."""
+    """The decisions of a plan, without predictions and reasons."""
     return [(each.site, each.method, each.rank) for each in plan.decisions], plan.cuts

@@ -22,7 +22,8 @@ from rankfold.proposals._ranks import curve_seconds
 from rankfold.proposals._remover import Remover
 from rankfold.registry import name_of
 
-NARROWER = 0.7  # of the time that curves of the whole model take, those of the model without half of its channels do
+# Time of the curves of a model without half of its channels, as a share of the time of those of the whole model.
+NARROWER = 0.7
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class ChannelWay:
     """A way to remove channels.
 
     Attributes:
-        name: What the proposal is called.
-        share: Of the way to the budget that channels go; ranks go the rest.
-        sizes: Chooses how many units of each group stay.
-        selector: Chooses the ranks.
-        always: As of a `Proposal`.
+        name: Name of the proposal.
+        share: Share of the way to the budget that removing channels covers; cutting ranks covers the rest.
+        sizes: Selector of how many units of each group stay.
+        selector: Selector of the ranks.
+        always: True if it is always tried, as in `Proposal`.
     """
 
     name: str
@@ -46,14 +47,14 @@ class ChannelWay:
 
 @proposes(Interpolative)
 class ChannelProposer(Proposer):
-    """Channels all the way, and half of it with ranks for the rest."""
+    """Proposer of plans that remove channels all the way to the budget, or half of it with ranks for the rest."""
 
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
         super().__init__(basis, families)
         self._removers: dict[tuple[Interpolative, frozenset[str]], Remover | None] = {}
 
     def proposals(self, asked: Asked) -> list[Proposal]:
-        """Of each family of its kind, each way."""
+        """Proposals for each family of its kind in each way."""
         multiple = asked.selector.multiple if isinstance(asked.selector, RankSelector) else 1
         forms = [form.at_multiples(multiple) for form in self.basis.families if isinstance(form, Decomposition)]
         ways = channel_ways(
@@ -85,7 +86,7 @@ class ChannelProposer(Proposer):
         return found
 
     def _remover(self, method: Interpolative, ways: Sequence[ChannelWay], *, alone: bool) -> Remover | None:
-        """What all plans of a method share; None where no channels can be removed, and there are other families.
+        """The `Remover` of a method; None where no channels can be removed, and there are other families.
 
         Raises:
             SiteError: No channels can be removed, and there is nothing else.
@@ -127,7 +128,7 @@ class ChannelProposer(Proposer):
 
     @classmethod
     def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
-        """Each group is tried and ordered; half of the way leaves narrower layers whose curves are measured anew."""
+        """See `Proposer.foretold`: groups are tried and ordered, and curves of narrower layers are measured anew."""
         if outlook.sites.graph.program is None:
             return Foretold({}, outlook.sites.cost, frozenset())
         groups = [group for group in find_channels(outlook.model, outlook.sites) if even(group)]
@@ -171,9 +172,9 @@ def channel_ways(selector: RankSelector | None, sizes: WidthSelector | None, *, 
     """Ways to remove channels: all the way, and half of it with ranks for the rest; without ranks, by all selectors.
 
     Args:
-        selector: Of ranks, the one that was named; None is each of the defaults.
-        sizes: Of channels, the one that was named; None is each of the defaults.
-        ranks: Whether there are families with ranks.
+        selector: Selector of ranks that the caller gave; None is each of the defaults.
+        sizes: Selector of channels that the caller gave; None is each of the defaults.
+        ranks: True if there are families with ranks.
     """
     ranked = [Lagrangian(), Uniform()] if selector is None else [selector]
     if not ranks:

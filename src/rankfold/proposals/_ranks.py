@@ -19,12 +19,12 @@ from rankfold.proposals._base import Asked, Basis, Foretold, Outlook, Proposal, 
 from rankfold.registry import name_of
 from rankfold.sites.site import Site
 
-HALVES = 2  # of the samples, from which curves are cross-fitted
+HALVES = 2  # number of parts of the samples, between which curves are cross-fitted
 
 
 @proposes(Decomposition)
 class RankProposer(Proposer):
-    """Each selector with all families, with positions for independent, and with each family alone."""
+    """Proposer of ranks, by each selector with all families, with positions as independent, with each family alone."""
 
     @property
     def forms(self) -> list[Decomposition]:
@@ -36,11 +36,11 @@ class RankProposer(Proposer):
         self._curves: dict[int, Curves] = {}
 
     def curves(self, multiple: int = 1, *, spectra: bool = False) -> Curves:
-        """Of all families; measured once.
+        """Curves of all families, measured once.
 
         Args:
-            multiple: What the ranks of methods on a grid are multiples of.
-            spectra: Whether a selector reads them.
+            multiple: Divisor of the ranks of methods that have a grid of ranks.
+            spectra: True if a selector reads them.
         """
         basis, forms = self.basis, [form.at_multiples(multiple) for form in self.forms]
 
@@ -79,14 +79,14 @@ class RankProposer(Proposer):
 
     @classmethod
     def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
-        """See `Proposer.numbers`: curves with positions for independent make a plan more."""
+        """See `Proposer.numbers`: curves with positions as independent give one more plan."""
         if chosen_by:
             return 1, 1
         return 3 + weighting + (len(families) if len(families) > 1 else 0), 3
 
     @classmethod
     def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
-        """Curves take the errors of each method at each site; the least is every site at its smallest rank."""
+        """See `Proposer.foretold`: curves need the errors of each method; the least has all sites at the least rank."""
         forms = [family for family in families if isinstance(family, Decomposition)]
         least = {site.path: _least(site, forms) for site in outlook.sites}
         return Foretold(
@@ -97,7 +97,7 @@ class RankProposer(Proposer):
 
 
 def curve_seconds(outlook: Outlook, forms: Sequence[Decomposition]) -> float:
-    """Of the errors of some methods at all ranks of all sites, each fitted on one half and judged on the other."""
+    """Seconds of the errors of some methods at all ranks of all sites, fitted on one half and judged on the other."""
     total = 0.0
     for site in outlook.sites:
         shape = site.geometry.canonical_shape
@@ -119,18 +119,20 @@ def _least(site: Site, forms: Sequence[Decomposition]) -> Cost:
 def by_ranks(
     curves: Curves, selector: RankSelector | None, make: Callable[[Curves, RankSelector], Plan]
 ) -> list[Proposal]:
-    """Ways to cut ranks: by each selector with all families, with positions for independent, with each family alone.
+    """Ways to cut ranks: by each selector with all families, with positions as independent, with each family alone.
 
     How errors add up within a sample is measured for one layer at a time. Where it is much the same everywhere (in
-    residual networks) its noise costs more than it tells, so a plan that takes positions for independent is tried too.
+    residual networks) its noise costs more than the measurement gains, so a plan that takes positions as independent is
+    tried too.
 
-    A family alone is among what all together may choose, and prices say it is no better. But prices are estimates, and
-    where a layer's neighbours are cut too a family may do better alone than in the choice: so it is tried.
+    The choice among all families includes each family alone, which by the curves is no better. But curves are
+    estimates, and where a layer's neighbours are cut too a family may do better alone than in the choice: so it is
+    tried.
 
     Args:
-        curves: Of all families.
-        selector: The one that was named, which is then taken as it is; None is each of the defaults.
-        make: A plan from curves and a selector.
+        curves: Curves of all families.
+        selector: The selector that the caller gave, which is then used as it is; None is each of the defaults.
+        make: Function from curves and a selector to a plan.
     """
     if selector is not None:
         return [Proposal(name_of(selector), partial(make, curves, selector))]

@@ -35,17 +35,17 @@ from rankfold.statistics import Statistics
 
 @dataclass(frozen=True, eq=False)
 class Remover:
-    """What all plans that remove channels of one model share.
+    """Data that all plans that remove channels of one model share.
 
     Attributes:
         model: The original.
         example: One batch.
-        sites: Its sites.
-        stats: Its statistics.
-        method: Says the rule.
-        curves: One a group.
-        stacks: Which groups go together, and how far.
-        norms: Running mean of the batch norm that can absorb a layer's bias, by path.
+        sites: Sites of the model.
+        stats: Statistics of the model.
+        method: Method with the rule of removal.
+        curves: Removal curves, one per group.
+        stacks: Groups that keep equally many units, with the numbers that they may keep.
+        norms: Name of the running mean of the batch norm that can absorb a layer's bias, by path.
         skips: Layers whose channels must stay, with the reason, by path.
     """
 
@@ -72,19 +72,19 @@ class Remover:
         selectors: Collection[WidthSelector] = (),
         seed: int = 0,
     ) -> Remover:
-        """Find the groups and measure what removing their units costs.
+        """Find the groups and measure the errors of removing their units.
 
         Each group is tried first: without a fold, a copy of the model without some units must compute what the original
-        computes when nobody reads them. A group of which that is not true is skipped with what went wrong.
+        computes when no layer reads them. A group of which that is not true is skipped with the reason.
 
         Args:
             model: The original.
             example: One batch.
-            sites: Its sites.
-            stats: Its statistics.
-            method: Says the rule.
-            selectors: Which will be asked for plans; they say what the curves have to hold.
-            seed: Of the rule "random".
+            sites: Sites of the model.
+            stats: Statistics of the model.
+            method: Method with the rule of removal.
+            selectors: Selectors of widths that plans will use; the curves hold the data that these read.
+            seed: Seed of the rule "random".
 
         Raises:
             SiteError: There is no group whose channels can be removed.
@@ -145,18 +145,18 @@ class Remover:
         evaluate: Callable[[Plan], float] | None = None,
         world: World = ALONE,
     ) -> Plan:
-        """A plan in which channels make a share of the way to the budget, and the other families the rest.
+        """A plan in which removing channels covers a share of the way to the budget, and the other families the rest.
 
         Args:
-            budget: For the whole model.
-            share: In (0, 1]; at 1 every layer stays dense on what channels it has left.
-            sizes: How many units of each group go.
-            families: For the rest of the way; read where `share` is below 1.
-            selector: Chooses their ranks.
-            seed: Noted in the plan.
-            repair: Noted in the plan.
-            evaluate: As for `make_plan`.
-            world: The processes that share the curves out among them.
+            budget: Upper bounds on the whole model.
+            share: Share of the way, in (0, 1]; at 1 every layer stays dense on the channels that it has left.
+            sizes: Selector of how many units of each group stay.
+            families: Families for the rest of the way; read where `share` is below 1.
+            selector: Selector of their ranks.
+            seed: Seed, recorded in the plan.
+            repair: The repair, recorded in the plan; None for none.
+            evaluate: Function that carries a plan out and returns its divergence, as for `make_plan`.
+            world: Processes that divide the curves among themselves.
 
         Raises:
             BudgetError: The budget cannot be met on this way.
