@@ -1,4 +1,4 @@
-"""The whole road in one call: a trained network and a budget in, a smaller network out."""
+"""The whole compression in one call: a trained network and a budget in, a smaller network out."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ from rankfold.statistics.size import check_fits
 
 __all__ = ["Compressed", "compress", "execute"]
 DEFAULT_REPAIR = Lockstep()
-POSITIONS = 64  # a sample, for the statistics
-ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
+POSITIONS = 64  # positions of each sample, for the statistics
+ENOUGH = 24  # positions for each feature of a site: with many samples, fewer of each sample are enough
 
 
 @overload
@@ -114,53 +114,54 @@ def compress(
     One in ten calibration samples is held out and never fitted on, more where they are few: one in five of 250.
     Without a selector several plans are made: ranks by `Lagrangian()` and by `Uniform()` and of each family alone,
     channels removed, and channels for half of the way and ranks for the rest (of channels alone: sizes by four rules).
-    They are tried on one sample in eight (64 at least), and the best two are carried out on all; the one whose outputs
+    All are tried on one sample in eight (64 at least), and the best two are carried out on all; the one whose outputs
     on the held-out samples are closest to the original's is returned. With fewer than 128 samples to fit on, too few
     are held out to choose among so many: then only ranks of all families, channels, and channels with `Lagrangian()`
     ranks are made, and all carried out.
 
-    Where torch.distributed is initialised with several processes, all of them call this with the same arguments: each
-    runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A
+    Where torch.distributed is initialised with several processes, all of them call `compress` with the same arguments:
+    each runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A
     process that fails ends the others.
 
     Args:
         model: The trained network; left untouched, its training mode too. Of a compiled one the plain model inside is
-            compressed, and what comes back is not compiled.
+            compressed, and the result is not compiled.
         data: Calibration inputs, a re-iterable of batches (tensor, tuple whose first item is the input, or dict of
             keyword arguments). Labels are not needed.
-        budget: How large the whole model may be.
+        budget: Upper bounds on the size of the whole model.
         families: Methods to choose from, site by site. None is low rank, spatial, Tucker-2 and the removal of channels;
             where a selector is given, those of them whose sizes it chooses.
-        repair: How sites are re-solved at apply time; None leaves the factors as decomposed.
-        selector: How ranks are chosen, or how many channels stay (`RemovalGreedy`, `SameShare`,
-            `InterpolativeGreedy`); what it chooses is then chosen by it alone. With a selector of ranks and families
-            that remove channels, its ranks, channels, and both together are still tried.
-        weighting: Weigh errors by what the network's outputs feel of them (two backward passes over 256 samples).
-        outputs: What the outputs are: `Logits()`, `Values()` or `Embedding()`, or a dict of these by name of the
-            output, such as `{"cls": Logits(), "boxes[0]": Values(), "pooler_output": None}` (None leaves one out). It
-            says what of a change counts, in the weighting, in the choice between candidates and in the report. None
-            guesses, and the report says what: logits are what is called so, and rows of scores that do not shift
-            together; most else is values. Every floating tensor of a nested output counts, but for caches and other
-            auxiliary entries, which the report names.
+        repair: Method by which sites are re-solved at apply time; None leaves the factors as decomposed.
+        selector: Method that alone chooses ranks, or how many channels stay (`RemovalGreedy`, `SameShare`,
+            `InterpolativeGreedy`). With a selector of ranks and families that remove channels, its ranks, channels, and
+            both together are still tried. None tries several plans, as above.
+        weighting: True to weigh errors by their effect on the network's outputs (two backward passes over 256 samples).
+        outputs: Kinds of the outputs: `Logits()`, `Values()` or `Embedding()`, or a dict of these by name of the
+            output, such as `{"cls": Logits(), "boxes[0]": Values(), "pooler_output": None}` (None leaves one out). The
+            kind defines which changes of an output count, in the weighting, in the choice between candidates and in the
+            report. None guesses, and the report names the guess: logits are outputs of that name, and rows of scores
+            that do not shift together; most others are values. Every floating tensor of a nested output counts, but for
+            caches and other auxiliary entries, which the report names.
         only: Paths or patterns of the sites to compress; None is all.
         exclude: Paths or patterns of sites to leave alone.
-        positions: Positions a sample (pixels of a feature map, tokens) to look at for the statistics, drawn by the
-            seed; None is all. At most so many: where a list of batches has many samples, 24 positions for each
-            feature of a site are enough (16,384 at least). On the ResNets we measured, a few dozen gave the accuracy
-            of all of them at a fraction of the cost.
+        positions: Maximum number of positions of each sample (pixels of a feature map, tokens) to look at for the
+            statistics, drawn by the seed; None is all. Fewer are drawn where a list of batches has many samples, since
+            24 positions for each feature of a site are enough (16,384 at least). On the ResNets we measured, a few
+            dozen gave the accuracy of all of them at a fraction of the cost.
         seed: Seed of everything that is drawn; the same seed gives the same bits on one machine.
         work_dir: A directory that keeps finished statistics, gradients, curves, trials and solved layers. A run that
             was killed and is started again with the same arguments goes on from there and gives the same bits; another
             budget or repair, or a selector where `families` are named, takes over what does not depend on it.
-        memory: Most bytes that activations and moments may take, as an int or a text such as "512MB" (1 MB is 2²⁰
-            bytes). Half of them are for the values that the repair carries from layer to layer; what is beyond lies in
-            nameless temporary files, which changes no bit of the result. The other half (64 MB at least) is for Grams
-            and other moments: the widest layers are left alone until those of all others fit, and the report names
-            them. None is no limit for values; for moments it is half of the machine's memory, and layers are left alone
-            whose Gram would take more than 1 GB, or more than 256 MB and more than 512 times their weight.
-        progress: Told about every step of every stage: `progress_bar()` as a context, or a function
+        memory: Maximum number of bytes that activations and moments may take, as an int or a text such as "512MB" (1 MB
+            is 2²⁰ bytes). Half of them are for the values that the repair carries from layer to layer; values beyond
+            that go to nameless temporary files, which changes no bit of the result. The other half (64 MB at least) is
+            for Grams and other moments: the widest layers are left alone until those of all others fit, and the report
+            names them. None is no limit for values; for moments it is half of the machine's memory, and layers are left
+            alone whose Gram would take more than 1 GB, or more than 256 MB and more than 512 times their weight.
+        progress: Callback for every step of every stage: `progress_bar()` as a context, or a function
             `f(stage, done, total)`.
-        dry_run: Only predict what this would take and what it can reach, from a few forward passes of one batch.
+        dry_run: True to only predict the cost of the compression and the sizes it can reach, from a few forward passes
+            of one batch.
 
     Returns:
         The compressed model, the plan and the report; with `dry_run` a `Forecast`, and `work_dir` is not touched.
@@ -168,8 +169,8 @@ def compress(
     Raises:
         ModelError, DataError, NumericsError, SiteError, OptionError: Bad input; nothing has been changed.
         BudgetError: The budget cannot be met; the smallest reachable value is named, and what blocks it. Or it bounds
-            MACs that cannot be counted; or what was made is over it when counted.
-        MemoryLimitError: The moments of no layer fit into `memory`, or memory could not be had; what for is named.
+            MACs that cannot be counted; or the compressed model exceeds it when counted.
+        MemoryLimitError: The moments of no layer fit into `memory`, or an allocation failed; its purpose is named.
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
         DistributedError: Another process failed or is gone, or was given other arguments.
     """
@@ -211,20 +212,20 @@ def prepare(
     memory: Memory = None,
     progress: Progress | Told = silent,
 ) -> Session:
-    """Look at a network once, to compress it to several budgets.
+    """Analyse a network once, to compress it to several budgets.
 
     `prepare(model, data, …).run(budget)` is `compress(model, data, budget=budget, …)`, bit for bit; another `run`
     takes over statistics, gradients and curves. The model and the data must not be changed in between.
 
     Args:
-        model: As for `compress`.
-        data: Likewise, and so are all options.
+        model: The trained network, as for `compress`.
+        data: Calibration inputs, as for `compress`, and so are all options.
 
     Returns:
         The session. `run(budget)` compresses, `forecast(budget)` predicts.
 
     Raises:
-        RankfoldError: As `compress`.
+        RankfoldError: The same errors as `compress`.
     """
     if repair is not None and not isinstance(repair, Lockstep):
         raise OptionError(
@@ -253,7 +254,7 @@ def prepare(
 
 @together
 def _check_call(budget: object, dry_run: object) -> None:
-    """Refuse what is wrong with the arguments that are not `prepare`'s, before anything is looked at."""
+    """Refuse wrong values of the arguments that `prepare` does not take, before any work is done."""
     check_budget(budget)
     check_flag("dry_run", dry_run)
 
@@ -270,25 +271,26 @@ def execute(
 ) -> Compressed:
     """Carry out a plan that is there already, and report on it as `compress` does.
 
-    A plan that nobody edited gives, on the same data, the very weights it was made for.
+    A plan that was not edited gives, on the same data, the very weights of the compression that made it.
 
     Args:
         model: The original; left untouched.
         data: Calibration inputs.
-        plan: The plan, edited or not; its `seed` and `calibration` say how statistics are collected.
-        outputs: What the outputs are; None is as the plan was made for.
-        memory: As for `compress`, but no layer of the plan is left alone: what does not fit is refused.
-        progress: Told about every step.
+        plan: The plan, edited or not; its `seed` and `calibration` define how statistics are collected.
+        outputs: Kinds of the outputs; None is those that the plan was made for.
+        memory: Maximum number of bytes, as for `compress`, but no layer of the plan is left alone: a plan whose moments
+            do not fit is refused.
+        progress: Callback for every step.
 
     Returns:
-        As `compress`; the plan's calibration is that of `data`. The report notes each bound of the plan's own budget
-        that an edited plan no longer meets.
+        The same as `compress`; the plan's calibration is that of `data`. The report notes each bound of the plan's own
+        budget that an edited plan no longer meets.
 
     Raises:
         ModelError, DataError, OptionError: Bad input, as for `compress`.
-        PlanError: It is no plan, or does not fit the model.
-        SiteError: It decides on a layer that is no site.
-        MemoryLimitError: The moments of the plan's layers do not fit into `memory`, or memory could not be had.
+        PlanError: `plan` is no plan, or does not fit the model.
+        SiteError: The plan decides on a layer that is no site.
+        MemoryLimitError: The moments of the plan's layers do not fit into `memory`, or an allocation failed.
     """
     plain = check_module(model)
     if not isinstance(plan, Plan):
@@ -329,10 +331,10 @@ def execute(
 
 
 def _check_number(data: Any) -> None:
-    """Refuse a single sample, and many that are all the same: anything reproduces one.
+    """Refuse a single sample, and many that are all the same: a network of rank 1 reproduces one.
 
     Raises:
-        DataError: There is one, or none.
+        DataError: There is one distinct sample, or none.
     """
     seen, first = 0, b""
     for batch in as_batches(data):
@@ -352,7 +354,7 @@ def _check_number(data: Any) -> None:
 
 
 def _held_to(report: Report, budget: Budget) -> Report:
-    """The report, with a note for each bound of the plan's own budget that the compressed model is over."""
+    """The report, with a note for each bound of the plan's own budget that the compressed model exceeds."""
     got, asked = report.after.amounts(), budget.to_json()
     over = tuple(
         f"the plan's own budget is not met: {name} at most {bound} (asked: {shown(asked[name])}), got {got[name]}"
@@ -366,7 +368,7 @@ def _check_selector(selector: Selector | None, families: Sequence[Family]) -> No
     """Refuse a selector that has nothing to choose, or leaves something unchosen.
 
     Raises:
-        OptionError: As said.
+        OptionError: The selector and the families do not fit together.
     """
     if selector is None:
         return

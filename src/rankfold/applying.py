@@ -50,7 +50,7 @@ def apply(
 
     Args:
         model: The original; left untouched.
-        plan: From `make_plan`, or read from a file, edited or not.
+        plan: Plan from `make_plan`, or read from a file, edited or not.
         data: Calibration data; needed where a method of the plan reads statistics and `stats` is None.
         stats: Statistics already collected on this model.
 
@@ -92,8 +92,8 @@ class Carried:
 
     Attributes:
         model: Root of the changed model.
-        details: Of the report.
-        errors: Of the sites that a repair solved, on held-out samples: without it, and as installed.
+        details: Remarks on the repair, for the report.
+        errors: Errors of the sites that a repair solved, on held-out samples, (without it, as installed), by path.
     """
 
     model: nn.Module
@@ -115,24 +115,24 @@ def carry_out(
     world: World = ALONE,
     drawn_for: int | None = None,
 ) -> Carried:
-    """Carry a plan out on a model that was looked at already: with its repair where it names one.
+    """Carry a plan out on a model whose sites were found already: with a repair where the plan names one.
 
     Args:
         model: The original.
-        target: What is changed: a copy of it, or the model itself.
+        target: Model that is changed: a copy of the original, or the original itself.
         plan: The plan.
-        sites: Of the original.
-        stats: What the plan's methods read.
+        sites: Sites of the original.
+        stats: Statistics that the plan's methods read.
         batches: Calibration inputs, read where the plan names a repair.
-        spill: Where a repair keeps its values; None is in memory, without a limit.
-        recall: Given the model whose layers are solved anew (the narrowed one, where the plan cuts channels): how a
-            repair solves a site, or finds it solved.
-        progress: Told about every site.
+        spill: Store of the values of a repair; None keeps them in memory, without a limit.
+        recall: Function of the model whose layers are solved anew (the narrowed one, where the plan cuts channels);
+            it returns the function by which a repair solves a site, or finds it solved.
+        progress: Callback for every site.
         world: The processes that share the calibration inputs and the sites.
-        drawn_for: See `lockstep_pass`.
+        drawn_for: Number of samples that the positions of one sample are drawn for, as for `lockstep_pass`.
 
     Returns:
-        The changed model, and what there is to say of it.
+        The changed model, with remarks on the repair and its errors.
 
     Raises:
         SelfCheckError: The module handed back does not compute what the repair computed.
@@ -187,10 +187,10 @@ def _check_runs(narrow: nn.Module, example: Batch, sites: Sites) -> None:
     Args:
         narrow: The narrowed model.
         example: A batch.
-        sites: Of the original.
+        sites: Sites of the original.
 
     Raises:
-        PlanError: With what it raises.
+        PlanError: The model does not run; its error is named.
     """
     if sites.graph.program is not None and sites.graph.static_batch is None:
         size = batch_size(example)
@@ -212,7 +212,7 @@ def _check_runs(narrow: nn.Module, example: Batch, sites: Sites) -> None:
 def _checked(
     result: nn.Module, repaired: Repaired, options: Lockstep, fitted: Iterable[Batch], world: World
 ) -> list[str]:
-    """Check a changed model against the walk, do what the options ask for after that, and say so."""
+    """Check a changed model against the walk, re-estimate batch norms if asked, and return remarks on both."""
     worst = self_check(result, repaired, world)
     remarks = [f"self-check: the module equals the engine within {worst:.1e}"]
     if repaired.unrepaired:
@@ -228,7 +228,7 @@ def _checked(
 
 
 def held_out_in(plan: Plan) -> int:
-    """One sample in how many the plan's numbers were not fitted on; 10 in plans that do not name it."""
+    """Number of samples of which one was held out when the plan was made; 10 in plans that do not record it."""
     every = plan.calibration.get("held_out", HELD_OUT)
     if not is_whole(every) or every < 2:
         raise PlanError(
@@ -238,7 +238,7 @@ def held_out_in(plan: Plan) -> int:
 
 
 def with_those_of(sites: Sites, plan: Plan) -> Sites:
-    """The sites, with the fixed ones where the plan decides on one: it was made with removal of channels in view."""
+    """The sites, with the fixed ones where the plan decides on one: such a plan may remove channels of them."""
     fixed = {site.path for site in sites.fixed}
     return sites.with_fixed() if any(decision.site in fixed for decision in plan.decisions) else sites
 
@@ -247,7 +247,7 @@ def decided_sites(sites: Sites, plan: Plan) -> tuple[Site, ...]:
     """The sites that a plan decides on, in its order.
 
     Raises:
-        SiteError: It decides on a layer that is no site, or factorises one whose place no other module can take.
+        SiteError: The plan decides on a layer that is no site, or factorises one whose place no other module can take.
     """
     found = tuple(sites.at(decision.site) for decision in plan.decisions)
     for site, decision in zip(found, plan.decisions, strict=True):
@@ -262,7 +262,7 @@ def decided_sites(sites: Sites, plan: Plan) -> tuple[Site, ...]:
 
 
 def shared_out(fill: Fill, world: World) -> Fill:
-    """A fill in which the processes take turns and give each other what they filled."""
+    """A fill in which the processes take turns, and send each other the shells that they filled."""
     if world.size == 1:
         return fill
     number = itertools.count()
@@ -277,7 +277,7 @@ def shared_out(fill: Fill, world: World) -> Fill:
 
 
 def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: list[str], plan: Plan) -> Statistics:
-    """The statistics as `compress` collected them, by the manifest in the plan."""
+    """Statistics collected as `compress` collected them, by the manifest in the plan."""
     fit = Split(batches, held_out_in(plan), held_out=False)
     positions = plan.calibration.get("positions")
     enough = plan.calibration.get("enough")
@@ -290,7 +290,7 @@ def _collected(model: nn.Module, batches: Iterable[Batch], sites: Sites, names: 
 
 
 def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: Statistics | None) -> nn.Module:
-    """Check the plan, collect what it reads where that was not done before, and carry it out."""
+    """Check the plan, collect the statistics that it reads where none are given, and carry it out."""
     check_plan(model, plan)
     if stats is not None and not isinstance(stats, Statistics):
         raise DataError("stats", law="a rankfold.Statistics, or None", got=shown(stats), cure="pass what collect gave")

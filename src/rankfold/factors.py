@@ -16,7 +16,7 @@ Rank: TypeAlias = int | tuple[int, ...]
 
 @dataclass(frozen=True, eq=False)
 class Factors(ABC):
-    """What a decomposition returns for one canonical weight `out × in × kernel…`."""
+    """Factors of one canonical weight `out × in × kernel…`, as a decomposition returns them."""
 
     form: ClassVar[str]
 

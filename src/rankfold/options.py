@@ -1,4 +1,4 @@
-"""What a compression is asked for, whatever the budget."""
+"""Options of a compression, whatever the budget."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from rankfold.statistics import GradientGram
 
 @dataclass(frozen=True)
 class Options:
-    """What a compression is asked for, but for its budget; see `compress`.
+    """Options of a compression, but for its budget; see `compress`.
 
     Attributes:
         families: Methods to choose from.
         repair: The repair, or None.
-        selector: The one that was named, or None.
-        weighting: Whether gradients are collected.
-        outputs: What the outputs are, as it was said.
-        positions: Most positions a sample, or None.
-        seed: Of everything that is drawn.
-        work_dir: A directory that keeps what is finished, or None.
-        limit: Most bytes of values and moments, or None.
+        selector: The selector that was given, or None.
+        weighting: True if gradients are collected.
+        outputs: Kinds of the outputs, as they were given.
+        positions: Maximum number of positions of each sample, or None.
+        seed: Seed of everything that is drawn.
+        work_dir: A directory that keeps finished work, or None.
+        limit: Maximum number of bytes of values and moments, or None.
     """
 
     families: tuple[Family, ...]
@@ -41,10 +41,10 @@ class Options:
 
     @property
     def statistics(self) -> list[str]:
-        """Names of what is collected for the families."""
+        """Names of the statistics that are collected for the families."""
         return needed(self.families)
 
     @property
     def collected(self) -> list[str]:
-        """Names of all that is collected."""
+        """Names of all statistics that are collected."""
         return [*self.statistics, GradientGram.name] if self.weighting else self.statistics

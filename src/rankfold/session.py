@@ -1,4 +1,4 @@
-"""One model and its data, looked at once and compressed to as many budgets as are asked for."""
+"""One model and its data, analysed once and compressed to any number of budgets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from rankfold.trials.attempts import LATENCY_SAMPLES, Attempt, one_latency, unca
 from rankfold.trials.limits import Limit
 from rankfold.trials.trials import Trials
 
-ENOUGH = 24  # positions for each feature of a site: with many samples, fewer a sample do
+ENOUGH = 24  # positions for each feature of a site: with many samples, fewer of each sample are enough
 SHUFFLED = (
     "the data gives other batches at each pass: held-out samples of one pass were fitted on in another, so candidates "
     "and the comparison are judged too well; pass a list of batches, or a loader that does not shuffle"
@@ -51,13 +51,13 @@ SHUFFLED = (
 
 @dataclass(eq=False)
 class Session:
-    """A network that was looked at once; from `prepare`.
+    """A network that was analysed once, by `prepare`.
 
-    Statistics and curves are worked out when they are first needed, and serve every budget after that.
+    Statistics and curves are computed when they are first needed, and serve every budget after that.
 
     Attributes:
         model: The original; left untouched.
-        sites: Its layers that can be made smaller, and why the others can not.
+        sites: Layers of it that can be made smaller, and reasons why the others cannot.
     """
 
     model: nn.Module
@@ -68,11 +68,11 @@ class Session:
     clock: Clock
     progress: Progress
     spill: Spill
-    every: int = HELD_OUT  # one sample in so many is held out
-    held_out: bool = True  # whether what is judged on was fitted on by nothing
+    every: int = HELD_OUT  # number of samples of which one is held out
+    held_out: bool = True  # whether plans are judged on samples that nothing was fitted on
     stats: Statistics = field(default_factory=lambda: Statistics({}))
     work: Work = field(default_factory=Work)
-    outputs: Taken | None = None  # what the model's outputs are, once that is settled
+    outputs: Taken | None = None  # kinds of the model's outputs, once they are settled
     options: Options = field(default_factory=lambda: Options((), None))
     traced: float = 0.0  # seconds that finding the sites took
 
@@ -88,7 +88,7 @@ class Session:
         limit: int | None = None,
         every: int | None = None,
     ) -> Session:
-        """Check the inputs and find the sites; one sample in `every` is held out, None goes by their number."""
+        """Check the inputs and find the sites; one sample in `every` is held out, None chooses it by their number."""
         given, model = model, check_model(model)
         spill = Spill(None if limit is None else limit // 2)
         batches, clock, notes = as_batches(data), Clock(spill.tidy), []
@@ -143,7 +143,7 @@ class Session:
         gradient_samples: int | None,
         outputs: Outputs = None,
     ) -> None:
-        """Settle what the outputs are, and collect on the samples that are fitted on."""
+        """Settle the kinds of the outputs, and collect statistics over the samples that are fitted on."""
         fit = Split(self.batches, self.every, held_out=False)
 
         def moments() -> Statistics:
@@ -201,7 +201,7 @@ class Session:
 
     @property
     def trials(self) -> Trials:
-        """What carries plans out."""
+        """The trials, which carry plans out."""
         return Trials(
             self.model,
             self.batches,
@@ -218,7 +218,7 @@ class Session:
 
     @cached_property
     def proposers(self) -> list[Proposer]:
-        """What proposes plans, once all is collected that they read; works that out."""
+        """The proposers of plans, made after the statistics that they read are collected."""
         self._collect_all()
         return proposers_of(
             Basis(
@@ -240,14 +240,15 @@ class Session:
         """Compress to a budget; the second run measures nothing again.
 
         Args:
-            budget: How large the whole model may be.
-            limits: What the result has to keep beside it, known only by measuring; plans that do not drop out.
+            budget: Upper bounds on the size of the whole model.
+            limits: Limits on measured quantities that the result has to keep beside the budget; plans that break one
+                drop out.
 
         Returns:
-            As `compress`; the seconds of its report are those spent since the report before it.
+            The same as `compress`; the seconds of its report are those spent since the report before it.
 
         Raises:
-            RankfoldError: As `compress`.
+            RankfoldError: The same errors as `compress`.
         """
         check_budget(budget)
         options = self.options
@@ -264,7 +265,7 @@ class Session:
 
     @together
     def forecast(self, budget: Budget) -> Forecast:
-        """Predict what `run` takes and what it can reach, from a few forward passes of one batch."""
+        """Predict the cost of `run` and the sizes it can reach, from a few forward passes of one batch."""
         check_budget(budget)
         options = self.options
         budget.check_counted(self.sites.uncounted)
@@ -284,7 +285,7 @@ class Session:
         return forecast_of(self.model, self.batches, self.sites, course, traced=self.traced, bounds=bounds)
 
     def _collect_all(self) -> None:
-        """Open the directory that keeps work, and collect what the options ask for."""
+        """Open the directory that keeps work, and collect the statistics that the options need."""
         options = self.options
         if options.work_dir is not None:
             if world().size > 1:
@@ -322,12 +323,12 @@ class Session:
 
         Args:
             best: The attempt.
-            candidates: All that were tried.
-            budget: What the model that is handed back must keep to; None where a plan is carried out as it is.
-            notes: Of this run.
+            candidates: Candidates that were tried.
+            budget: Budget that the returned model must keep to; None where a plan is carried out as it is.
+            notes: Remarks of this run.
 
         Raises:
-            BudgetError: It does not.
+            BudgetError: The model exceeds the budget.
         """
         example = first_of(self.batches)
         after = count(best.model, example) if best.cost is None else best.cost

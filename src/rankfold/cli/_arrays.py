@@ -24,18 +24,18 @@ def array_batches(
 ) -> list[Any]:
     """Batches of a `.npy` (the inputs), or of a `.npz`.
 
-    Of a `.npz`, arrays named as arguments of the model's forward are keyword arguments. An array of whole numbers that
+    In a `.npz`, arrays named as arguments of the model's forward are keyword arguments. An array of whole numbers that
     is named as one of `ANSWERS`, and is no argument, is the labels; one array beside it is the input, by whatever name.
 
     Args:
         path: The file.
-        options: Of the batches.
-        dtype: Floating inputs are brought to it.
-        labels: Whether labels are wanted.
-        names: The arguments that the model's forward takes; None takes any.
+        options: Options of the batches.
+        dtype: Dtype that floating inputs are converted to.
+        labels: True if labels are wanted.
+        names: Names of the arguments that the model's forward takes; None takes any.
 
     Raises:
-        DataError: It cannot be read, or holds something else.
+        DataError: The file cannot be read, or holds something else.
     """
     import torch
 
@@ -108,7 +108,7 @@ def _input_name(path: Path, tensors: dict[str, torch.Tensor], names: Collection[
     """The one array that is the input by position; None where all are keyword arguments.
 
     Raises:
-        DataError: There are several, and one of them is no argument of the model's forward.
+        DataError: There are several arrays, and one of them is no argument of the model's forward.
     """
     (first, *others) = tensors
     if not others and (first in INPUTS or (names is not None and first not in names)):

@@ -30,14 +30,14 @@ SHOWN = 10  # indices of changed examples in the text; JSON has all
 
 @dataclass(frozen=True)
 class Result:
-    """What is printed.
+    """The result that is printed.
 
     Attributes:
-        specs: The original, the compressed model.
-        costs: Of the two.
-        comparison: On the data.
+        specs: Specifications of the original and the compressed model.
+        costs: Costs of the two.
+        comparison: Comparison on the data.
         latency: Time of the compressed forward over the original's, and its spread.
-        data: What a reader must know of the data.
+        data: Remarks on the data that a reader must know.
     """
 
     specs: tuple[ModelSpec, ModelSpec]
@@ -48,7 +48,7 @@ class Result:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader must know, each thing once."""
+        """Remarks that a reader must know, each once."""
         return list(dict.fromkeys([*(note for spec in self.specs for note in spec.notes), *self.data]))
 
 

@@ -56,7 +56,7 @@ class Choice:
 
     @property
     def given(self) -> list[str]:
-        """Those that were typed."""
+        """The options that were typed."""
         words = [
             f"--{name}"
             for name in ("family", "selector", "repair", "only", "exclude", "outputs")
@@ -67,14 +67,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for: either a budget with the ways to meet it, or a plan to carry out.
+    """The request of the command: either a budget with the ways to meet it, or a plan to carry out.
 
     Attributes:
         options: Arguments of `rankfold.compress`, but for the model, the data, the seed and the progress.
         plan: The plan, or None.
-        positions: As typed, or None.
-        seed: As typed, or None.
-        memory: Most bytes of activations, or None.
+        positions: Number of positions as typed, or None.
+        seed: Seed as typed, or None.
+        memory: Maximum number of bytes of activations and moments, or None.
     """
 
     options: dict[str, Any]

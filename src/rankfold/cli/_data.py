@@ -23,8 +23,8 @@ class DataSpec:
     """Data as it was named, known to exist where it is a path.
 
     Attributes:
-        text: As typed.
-        kind: Which way it is read.
+        text: Name as typed.
+        kind: Kind of the data, by which it is read.
     """
 
     text: str
@@ -35,7 +35,7 @@ class DataSpec:
         """Read what was typed.
 
         Raises:
-            UsageError: It names no data, or an option does not go with it.
+            UsageError: The text names no data, or an option does not go with it.
         """
         path = Path(text)
         if path.is_dir():
@@ -66,15 +66,15 @@ class DataSpec:
         """The batches, re-iterable.
 
         Args:
-            options: Of the batches.
+            options: Options of the batches.
             tokenizer: Directory of the tokenizer for a text file.
-            dtype: Of the model's weights; floating inputs that are read from files are brought to it.
-            labels: Whether labels are wanted.
-            causal: Whether a text's tokens are their own labels.
-            names: The arguments that the model's forward takes, for arrays; None takes any.
+            dtype: Dtype of the model's weights; floating inputs that are read from files are converted to it.
+            labels: True if labels are wanted.
+            causal: True if a text's tokens are their own labels.
+            names: Names of the arguments that the model's forward takes, for arrays; None takes any.
 
         Raises:
-            DataError: There is nothing in it, or it cannot be read.
+            DataError: The data is empty, or cannot be read.
             UsageError: A text file without a tokenizer, or an unknown factory.
             DependencyError: Pillow or transformers is not installed.
         """
@@ -97,7 +97,7 @@ class DataSpec:
 
 
 def notes_of(batches: Iterable[Any]) -> tuple[str, ...]:
-    """What a reader must know of where batches come from."""
+    """Remarks on the source of batches that a reader must know."""
     notes: tuple[str, ...] = getattr(batches, "notes", ())
     return notes if isinstance(notes, tuple) else ()  # a factory's own data may have notes of its own
 

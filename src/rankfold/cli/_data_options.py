@@ -1,4 +1,4 @@
-"""How data that is named on the command line is cut into batches and brought into shape."""
+"""Options by which data that is named on the command line is cut into batches and brought into shape."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rankfold.cli._names import parse_numbers
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How data is cut into batches and brought into shape.
+    """Options by which data is cut into batches and brought into shape.
 
     Attributes:
-        batch_size: Samples a batch; None is 32, and what a factory itself gives.
-        limit: Most samples; None is all.
-        size: Side of the square that images are brought to.
-        mean: Of each channel, subtracted after scaling pixels to 0 … 1; as many as there are channels (1 or 3).
-        std: Of each channel, divided by.
-        length: Tokens a block of text.
+        batch_size: Number of samples a batch; None is 32, and the batches that a factory itself makes.
+        limit: Maximum number of samples; None is all.
+        size: Side in pixels of the square that images are brought to.
+        mean: Mean of each channel, subtracted after scaling pixels to 0 … 1; as many as there are channels (1 or 3).
+        std: Standard deviation of each channel, by which pixels are divided.
+        length: Number of tokens in a block of text.
     """
 
     batch_size: int | None
@@ -32,7 +32,7 @@ class DataOptions:
     def parse(
         cls, *, batch_size: int | None, limit: int | None, size: int, mean: str, std: str, length: int
     ) -> DataOptions:
-        """From what was typed.
+        """The options from what was typed.
 
         Raises:
             UsageError: Means and deviations that are no numbers, or not one or three each, or a deviation of 0.
@@ -49,7 +49,7 @@ class DataOptions:
 
     @property
     def step(self) -> int:
-        """Samples a batch."""
+        """Number of samples a batch."""
         return self.batch_size or 32
 
 

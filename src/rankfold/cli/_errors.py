@@ -1,4 +1,4 @@
-"""What can go wrong on a command line, and the exit code each way gives."""
+"""Errors of the command line, and the exit code of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rankfold.errors import RankfoldError
 
 FAILED, BAD_USAGE, STOPPED = 1, 2, 130
-CLOSED = 141  # of a shell: 128 + SIGPIPE
+CLOSED = 141  # the code of a shell: 128 + SIGPIPE
 
 
 class UsageError(RankfoldError, ValueError):
@@ -20,12 +20,12 @@ class UsageError(RankfoldError, ValueError):
 
     @classmethod
     def of(cls, option: str, cause: RankfoldError, *, cure: str | None = None) -> UsageError:
-        """An error of the library, said of the option that caused it.
+        """An error of the library, attributed to the option that caused it.
 
         Args:
             option: The option as it was typed.
             cause: The library's error.
-            cure: In the words of the command line, where the library's speaks of Python.
+            cure: Cure in the words of the command line, where the library's is about Python; None keeps the library's.
         """
         return cls(option, law=cause.law, got=cause.got, cure=cause.cure if cure is None else cure)
 
@@ -36,13 +36,13 @@ class LoadError(RankfoldError, RuntimeError):
 
 @contextmanager
 def exit_codes(*, show_traceback: bool) -> Iterator[None]:
-    """Turn what the library raises on purpose into one line on stderr and an exit code.
+    """Turn errors that the library raises on purpose into one line on stderr and an exit code.
 
     `UsageError` gives 2, every other `RankfoldError` 1, Ctrl-C 130. Anything else is a defect and goes through with
     its traceback.
 
     Args:
-        show_traceback: Print the traceback of an error too.
+        show_traceback: True to print the traceback of an error too.
     """
     try:
         yield

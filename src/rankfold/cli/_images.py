@@ -22,7 +22,7 @@ CACHE_BYTES = 2**30  # most bytes of decoded images kept for a second pass
 class ImageFolder:
     """Images of a folder and its sub-folders, in the order of their names, decoded when they are needed.
 
-    `notes` says how many were found, and how many of them are used.
+    `notes` has the number of images that were found, and of those that are used.
 
     The shorter side is brought to `size`, the middle square is cut out, pixels are scaled to 0 … 1 and normalised.
     """
@@ -42,7 +42,7 @@ class ImageFolder:
         """The images under a folder.
 
         Raises:
-            DataError: There are none.
+            DataError: The folder holds no image.
             DependencyError: Pillow is not installed.
         """
         _pillow()
@@ -60,7 +60,7 @@ class ImageFolder:
         return cls(chosen, options, dtype, (note,))
 
     def __len__(self) -> int:
-        """Batches."""
+        """Number of batches."""
         return -(-len(self._files) // self._options.step)
 
     def __iter__(self) -> Iterator[Tensor]:

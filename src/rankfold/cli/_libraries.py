@@ -21,13 +21,13 @@ def optional_import(module: str, *, package: str, extra: str) -> Any:
     """A module of an optional package.
 
     Args:
-        module: Its dotted name.
-        package: The package as it is installed.
-        extra: The extra of rankfold that brings it.
+        module: Dotted name of the module.
+        package: Name of the package as it is installed.
+        extra: Extra of rankfold that installs the package.
 
     Raises:
-        DependencyError: It is not installed; the extra is named.
-        LoadError: It is installed and fails at import.
+        DependencyError: The package is not installed; the extra is named.
+        LoadError: The package is installed and fails at import.
     """
     try:
         return importlib.import_module(module)
@@ -43,7 +43,7 @@ def optional_import(module: str, *, package: str, extra: str) -> Any:
 
 
 def _broken(package: str, cause: Exception) -> LoadError:
-    """A package that is installed and cannot be imported, most often since it was built for another torch."""
+    """The error for an installed package that cannot be imported, most often since it was built for another torch."""
     return LoadError(
         package,
         law=f"can be imported beside torch {version('torch')}",
@@ -71,13 +71,13 @@ def make_torchvision(name: str) -> nn.Module:
         )
     options: dict[str, Any] = {"weights": None}
     if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        options["weights_backbone"] = None  # its default would be downloaded
+        options["weights_backbone"] = None  # the default weights would be downloaded
     model: nn.Module = _quietly(f"torchvision:{name}", lambda: models.get_model(name, **options))
     return model
 
 
 def _quietly(spec: str, make: Callable[[], Any]) -> Any:
-    """Make a library's model; its own remarks on how it draws random weights are no news here."""
+    """Make a library's model, without its own warnings on how it draws random weights."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -89,7 +89,7 @@ def _quietly(spec: str, make: Callable[[], Any]) -> Any:
 
 
 def load_huggingface(directory: Path) -> nn.Module:
-    """The class that the directory's configuration names, with its weights; code beside them is never run."""
+    """A model of the class that the directory's configuration names, with its weights; code there is never run."""
     transformers = optional_import("transformers", package="transformers", extra="transformers")
     transformers.utils.logging.disable_progress_bar()
     try:

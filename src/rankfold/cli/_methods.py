@@ -1,4 +1,4 @@
-"""What `--family`, `--selector`, `--repair` and `--outputs` can be given, as the methods' own docstrings say it."""
+"""Values of `--family`, `--selector`, `--repair` and `--outputs`, as described by the methods' own docstrings."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ class ModelSpec:
     """A model as it was named, checked as far as that goes without importing anything.
 
     Attributes:
-        text: As typed.
-        kind: Which way it is made.
+        text: Name as typed.
+        kind: Kind of the model, by which it is made.
         weights: A safetensors file to load into it, or None.
-        skeleton: For a checkpoint: what builds the original architecture.
+        skeleton: Model that builds the original architecture of a checkpoint; None for other kinds.
     """
 
     text: str
@@ -40,12 +40,12 @@ class ModelSpec:
         """Read what was typed.
 
         Args:
-            text: The MODEL.
-            weights: The `--weights`.
-            factory: The `--factory`.
+            text: Value of MODEL.
+            weights: Value of `--weights`, or None.
+            factory: Value of `--factory`, or None.
 
         Raises:
-            UsageError: It names no model, or an option does not go with it.
+            UsageError: The text names no model, or an option does not go with it.
         """
         spec = cls(text, _kind(text), weights)
         if weights is not None and not weights.is_file():
@@ -83,14 +83,14 @@ class ModelSpec:
 
     @property
     def directory(self) -> Path | None:
-        """The Hugging Face directory behind it, where a tokenizer may lie."""
+        """The Hugging Face directory of the model, which may hold a tokenizer; None without one."""
         if self.skeleton is not None:
             return self.skeleton.directory
         return Path(self.text) if self.kind == "huggingface" else None
 
     @property
     def origin(self) -> str:
-        """Where its weights come from: "file", "factory", "directory", "checkpoint", or "random"."""
+        """Origin of the model's weights: "file", "factory", "directory", "checkpoint", or "random"."""
         if self.weights is not None:
             return "file"
         own = {"factory": "factory", "huggingface": "directory", "checkpoint": "checkpoint"}
@@ -98,18 +98,18 @@ class ModelSpec:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader must know of the weights."""
+        """Remarks on the weights that a reader must know."""
         if self.origin != "random":
             return ()
         return (f"the weights of {self.text} are RANDOM, since no --weights FILE was given and nothing is downloaded",)
 
     def load(self, *, seed: int, device: torch.device) -> nn.Module:
-        """Make the model, in eval mode. Whatever draws random weights does so by the seed.
+        """Make the model, in eval mode. Random weights are drawn by the seed.
 
         Raises:
             UsageError: An unknown name; near matches are given.
-            DependencyError: The package that defines it is not installed.
-            LoadError: It cannot be made, or its weights do not fit.
+            DependencyError: The package that defines the model is not installed.
+            LoadError: The model cannot be made, or its weights do not fit.
         """
         import torch
 
@@ -161,11 +161,11 @@ def _kind(text: str) -> Kind:
 
 
 def call_factory(spec: str) -> nn.Module:
-    """What a factory returns, if it is a module.
+    """The module that a factory returns.
 
     Raises:
-        UsageError: It returns something else, or needs arguments.
-        LoadError: It fails.
+        UsageError: The factory returns something else, or needs arguments.
+        LoadError: The factory fails.
     """
     from torch import nn
 

@@ -30,10 +30,10 @@ _WORDS = {"true": True, "false": False, "null": None}
 def import_factory(spec: str) -> Callable[[], Any]:
     """The function that `package.module:factory` or `path/to/file.py:factory` names.
 
-    Modules of the current directory can be imported, and by a file those beside it.
+    Modules of the current directory can be imported, and modules beside the file where one is named.
 
     Raises:
-        UsageError: There is no such module, file or name, or it cannot be called; near matches are named.
+        UsageError: There is no such module, file or name, or the object cannot be called; near matches are named.
         LoadError: The module fails at import.
     """
     module_name, _, path = spec.rpartition(":")
@@ -85,7 +85,7 @@ def _look_in(folder: str) -> None:
 
 
 def _module_in(file: Path) -> ModuleType:
-    """The module that a file holds, once however often it is named; its name is its path, which hides no other."""
+    """The module that a file holds, imported once; the name of the module is the file's path, which hides no other."""
     file = file.resolve()
     name = str(file)
     if name in sys.modules:
@@ -108,8 +108,8 @@ def call(factory: Callable[[], Any], spec: str) -> Any:
     """Call a factory that was named on the command line.
 
     Raises:
-        UsageError: It needs arguments.
-        LoadError: It fails.
+        UsageError: The factory needs arguments.
+        LoadError: The factory fails.
     """
     try:
         inspect.signature(factory).bind()
@@ -137,12 +137,12 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
     """The method that `name`, `name(option=value, …)` or its JSON stands for.
 
     Args:
-        text: What was typed. Values are Python literals, `true`, `false`, `null`, or methods again.
-        base: What the class must derive from.
-        option: The option it was given to, named in the message.
+        text: Text as typed. Values are Python literals, `true`, `false`, `null`, or methods again.
+        base: Class that the method must derive from.
+        option: Name of the option that the text was given to, for the message.
 
     Raises:
-        UsageError: No registered name, an unknown option, or a value the method refuses.
+        UsageError: The text has no registered name, an unknown option, or a value that the method refuses.
     """
     import rankfold.allocation
     import rankfold.channels.widths
@@ -170,10 +170,10 @@ def parse_method(text: str, base: type, *, option: str) -> Any:
 
 
 def parse_outputs(texts: list[str] | None) -> Any:
-    """What outputs are: one kind, or `name=kind` for each output; None where nothing was typed.
+    """Kinds of the outputs: one kind, or a dict of kinds from `name=kind` for each output; None if nothing was typed.
 
     Raises:
-        UsageError: No kind, or several that do not name their outputs.
+        UsageError: A text names no kind, or there are several that do not name their outputs.
     """
     from rankfold.outputs.taken import Output
 
@@ -245,7 +245,7 @@ def parse_bound(text: str | None, *, option: str) -> float | int | None:
     """A bound of a budget: an int above 1 is absolute, anything else a kept fraction.
 
     Raises:
-        UsageError: No number.
+        UsageError: The text is no number.
     """
     if text is None:
         return None
@@ -268,7 +268,7 @@ def parse_budget(bounds: Mapping[str, str | None]) -> Budget:
     """A budget from its bounds as typed, by resource.
 
     Raises:
-        UsageError: There is none, or one is no bound.
+        UsageError: There is no bound, or one that a budget refuses.
     """
     from rankfold.allocation import Budget
 
@@ -290,10 +290,10 @@ def parse_budget(bounds: Mapping[str, str | None]) -> Budget:
 
 
 def parse_numbers(text: str, kind: type[int] | type[float], *, option: str) -> tuple[Any, ...]:
-    """Numbers between commas; an `x` parts whole numbers too.
+    """Numbers between commas; whole numbers may be separated by `x` too.
 
     Raises:
-        UsageError: Something else, or whole numbers below 1.
+        UsageError: The text is something else, or has whole numbers below 1.
     """
     parts = re.split("[,x]" if kind is int else ",", text)
     try:
@@ -309,10 +309,10 @@ def parse_numbers(text: str, kind: type[int] | type[float], *, option: str) -> t
 
 
 def parse_limit(text: str | None) -> int | None:
-    """Bytes of a memory limit; None for none.
+    """Bytes of a memory limit; None for no limit.
 
     Raises:
-        UsageError: No size such as 512MB.
+        UsageError: The text is no size such as 512MB.
     """
     from rankfold.graph.spill import parse_memory
 
@@ -323,10 +323,10 @@ def parse_limit(text: str | None) -> int | None:
 
 
 def parse_positions(text: str) -> int | None:
-    """How many positions a sample to look at; "all" is None.
+    """Number of positions of each sample to look at; None for "all".
 
     Raises:
-        UsageError: Neither "all" nor a whole number of at least 1.
+        UsageError: The text is neither "all" nor a whole number of at least 1.
     """
     if text == "all":
         return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-LIMIT = 1024  # samples that calibration looks at unless told otherwise
+LIMIT = 1024  # samples that calibration looks at by default
 MODEL_HELP = (
     "package.module:factory (the current directory can be imported), path/to/file.py:factory, a local Hugging Face "
     "directory, timm:NAME or torchvision:NAME (random weights unless --weights is given; nothing is downloaded), or a "
@@ -108,7 +108,7 @@ def bounded(panel: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command an option for every resource that a budget can bound, such as --params; it gets them as `bounds`.
 
     Args:
-        panel: Title in the help under which they stand.
+        panel: Title in the help under which these options stand.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -142,7 +142,7 @@ def parse_device(text: str) -> torch.device:
     """A device of this machine.
 
     Raises:
-        UsageError: No device, or none that is here.
+        UsageError: The text names no device, or none of this machine.
     """
     import torch
 

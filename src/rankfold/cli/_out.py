@@ -1,4 +1,4 @@
-"""The output directory, looked at before any work is done."""
+"""The output directory, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from rankfold.errors import WriteError
 
 
 def check_out(path: Path, *, overwrite: bool | None) -> Path:
-    """Whether a checkpoint can be written at a path, before minutes of work depend on it.
+    """Check that a checkpoint can be written at a path, before minutes of work depend on it.
 
     `--overwrite` replaces a checkpoint of rankfold and nothing else: a directory that holds any other file stays.
 
     Args:
-        path: Where it shall be.
-        overwrite: Whether a checkpoint there may be replaced; None for a command that never does.
+        path: Path of the checkpoint.
+        overwrite: True if a checkpoint there may be replaced; None for a command that never replaces one.
 
     Returns:
         The absolute path, links followed.

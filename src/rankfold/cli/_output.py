@@ -1,4 +1,4 @@
-"""What goes to stdout: a text or JSON, and nothing else."""
+"""The output on stdout: a text or JSON, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def emit(text: str) -> None:
     """Write to stdout now, so that a closed pipe or a full disk is noticed here and not at the interpreter's end.
 
     Raises:
-        WriteError: It cannot be written.
-        typer.Exit: Who reads it has read enough (`| head`): the command ends as by SIGPIPE, without a line.
+        WriteError: The text cannot be written.
+        typer.Exit: The reader has closed the pipe (`| head`): the command ends as by SIGPIPE, without a message.
     """
     try:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
@@ -41,7 +41,7 @@ def emit(text: str) -> None:
 
 
 def unwritable(cause: OSError) -> WriteError:
-    """The error of a stdout that takes nothing; what it still holds is dropped."""
+    """The error for a stdout that cannot be written; the text that it still holds is dropped."""
     drop_stdout()
     return WriteError(
         "standard output",
@@ -52,7 +52,7 @@ def unwritable(cause: OSError) -> WriteError:
 
 
 def drop_stdout() -> None:
-    """Send what stdout still holds nowhere, or the interpreter fails on it once more at its end."""
+    """Discard the text that stdout still holds, since the interpreter would fail on it once more at its end."""
     with suppress(OSError):  # a stdout that is no file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
@@ -80,6 +80,6 @@ def _finite(value: Any) -> Any:
 
 @contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """While work is done, let what other code prints go to stderr: stdout is for the result alone."""
+    """Redirect to stderr what other code prints while work is done: stdout is for the result alone."""
     with redirect_stdout(sys.stderr):
         yield

@@ -1,4 +1,4 @@
-"""How far a reader of data is, and how many steps are to come."""
+"""Progress of a reader of data, and numbers of steps to come."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rankfold.progress import Progress
 
 
 class Watched:
-    """Data that tells how far a reader of it is. Batches read again, on a second pass, are not counted twice.
+    """Data that reports each batch that is read of it. Batches read again, on a second pass, are not counted twice.
 
     Args:
         data: A re-iterable of batches.
-        advance: Called at each batch.
+        advance: Function called at each batch.
     """
 
     def __init__(self, data: Iterable[Any], advance: Callable[[], None]) -> None:
@@ -30,7 +30,7 @@ class Watched:
 
 
 def expected(data: Iterable[Any]) -> int | None:
-    """How many batches, about, where the data says so."""
+    """Approximate number of batches; None where the data has no length."""
     if isinstance(data, Limited):
         from rankfold.data.batches import batch_size
 
@@ -43,5 +43,5 @@ def expected(data: Iterable[Any]) -> int | None:
 
 
 def totalled(progress: Progress, totals: dict[str, int | None]) -> Progress:
-    """A `Progress` that knows how many steps some stages have where those who open them do not."""
+    """A `Progress` with numbers of steps for stages that are opened without one."""
     return lambda stage, steps: progress(stage, totals.get(stage) if steps is None else steps)

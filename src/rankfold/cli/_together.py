@@ -1,4 +1,4 @@
-"""A command under `torchrun`: all processes work, the first one speaks and writes."""
+"""A command under `torchrun`: all processes work, the first one prints and writes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def process_group(device: str) -> Iterator[bool]:
     """Join the other processes where `torchrun` started several.
 
     Args:
-        device: As typed.
+        device: Name of the device as typed.
 
     Yields:
-        Whether this process is the one that shows progress, writes the result and prints it.
+        True if this process is the one that shows progress, writes the result and prints it.
     """
     from rankfold import distributed
 

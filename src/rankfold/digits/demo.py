@@ -24,21 +24,21 @@ from rankfold.serialization import canonical_json
 from rankfold.store.checkpoint import load, save
 
 BUDGET = Budget(macs=0.4)
-FAMILIES = (Interpolative(multiple_of=8),)  # no layer is added, so what goes in MACs goes in time
+FAMILIES = (Interpolative(multiple_of=8),)  # no layer is added, so fewer MACs take less time
 LEAST_AGREEMENT = 0.9  # on the held-out scans; below it the demo counts as failed
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo did and saw.
+    """The result of the demo.
 
     Attributes:
-        report: Of the compression.
-        comparison: Of both networks on the held-out scans.
-        bit_equal: Whether the reloaded network gives the same bits as the one that was saved, on every held-out scan.
+        report: Report of the compression.
+        comparison: Comparison of both networks on the held-out scans.
+        bit_equal: True if the reloaded network gives the same bits as the one that was saved, on every held-out scan.
         disk_before: Bytes of the original's weights file.
         disk_after: Bytes of the checkpoint's weights file.
-        path: Where the checkpoint was kept, or None where it was written to a temporary directory and removed.
+        path: Directory of the checkpoint, or None where it was written to a temporary directory and removed.
         seconds: Wall-clock seconds of the whole demo, interpreter start and imports left out.
     """
 
@@ -52,7 +52,7 @@ class DemoResult:
 
     @property
     def checks(self) -> dict[str, bool]:
-        """What must hold for the demo to count as passed, by name."""
+        """Conditions that must hold for the demo to count as passed, by name."""
         before, after = self.report.before.amounts(), self.report.after.amounts()
         return {
             "within the budget": all(after[name] <= bound for name, bound in BUDGET.bounds(self.report.before).items()),
@@ -114,10 +114,10 @@ def run(out: Path | None = None, *, progress: Progress = silent) -> DemoResult:
 
     Args:
         out: New or empty directory that keeps the checkpoint; None writes to a temporary one and removes it.
-        progress: Told about every step of every stage.
+        progress: Callback for every step of every stage.
 
     Returns:
-        What was seen; `ok` says whether all checks hold.
+        The result; `ok` is True if all checks hold.
 
     Raises:
         DependencyError: scikit-learn is not installed.

@@ -62,20 +62,20 @@ class DigitNet(nn.Module):
         """Logits of scans.
 
         Args:
-            images: Shape (N, 1, 8, 8), grey values in [0, 1].
+            images: Scans, shape (N, 1, 8, 8), grey values in [0, 1].
 
         Returns:
-            Shape (N, 10).
+            Logits, shape (N, 10).
         """
         logits: Tensor = self.head(self.blocks(self.stem(images)).mean((2, 3)))
         return logits
 
 
 def make_model(*, seed: int = 0) -> DigitNet:
-    """The untrained network; the skeleton that `rankfold.load` asks for.
+    """The untrained network; this function is the `factory` that `rankfold.load` needs.
 
     Args:
-        seed: Of the initial weights; the global generator is left as it was.
+        seed: Seed of the initial weights; the global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -90,6 +90,6 @@ def trained() -> DigitNet:
 
 
 def card() -> dict[str, Any]:
-    """How the shipped weights were trained, and their accuracy on the held-out scans."""
+    """Record of how the shipped weights were trained, and of their accuracy on the held-out scans."""
     value: dict[str, Any] = json.loads(CARD.read_text(encoding="utf-8"))
     return value

@@ -29,7 +29,7 @@ def train(*, epochs: int = EPOCHS, seed: int = 0) -> DigitNet:
 
     Args:
         epochs: Passes over the training scans.
-        seed: Of the initial weights, the order and the moves; the same seed gives the same bits on one machine.
+        seed: Seed of the initial weights, the order and the moves; the same seed gives the same bits on one machine.
 
     Returns:
         The trained network in eval mode.
@@ -57,11 +57,12 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
     """Every scan turned, scaled and moved a little, on its own.
 
     Args:
-        images: Shape (N, 1, 8, 8).
-        generator: Drawn from.
+        images: Scans, shape (N, 1, 8, 8).
+        generator: Random generator of the moves.
 
     Returns:
-        The same shape: turned by up to 10°, scaled by up to 10 %, moved by up to one pixel, bilinear, black outside.
+        Scans of the same shape, turned by up to 10°, scaled by up to 10 %, moved by up to one pixel, bilinear, black
+        outside.
     """
     number = len(images)
     draw = torch.rand(4, number, generator=generator) * 2 - 1
@@ -74,7 +75,7 @@ def moved(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def correct(model: DigitNet) -> tuple[int, int]:
-    """How many held-out scans the network reads rightly, and how many there are."""
+    """Number of held-out scans that the network classifies correctly, and number of all."""
     hits = [(model(images).argmax(1) == labels) for images, labels in held_out()]
     return int(torch.cat(hits).sum()), sum(len(each) for each in hits)
 

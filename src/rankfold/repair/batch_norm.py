@@ -26,10 +26,10 @@ def reestimate_batch_norms(model: nn.Module, data: Any, *, world: World = ALONE)
 
     This is no repair to use blindly: networks are trained on augmented inputs, and plain ones have other moments. On
     ResNet-56 for CIFAR-10, 1,024 plain images cost the *uncompressed* network 1.6 points. Lockstep repair does not need
-    it, and nothing does it unless asked.
+    it, and it is done only on request.
 
     Args:
-        model: Changed in place: two buffers a norm, nothing else.
+        model: Model, changed in place: two buffers a norm, nothing else.
         data: A re-iterable of batches, as for `compress`.
         world: The processes that share the batches; all get the same moments.
 
@@ -51,7 +51,7 @@ def reestimate_batch_norms(model: nn.Module, data: Any, *, world: World = ALONE)
     batches, device = as_batches(data), device_of(model)
     handles = [norm.register_forward_pre_hook(sums[path], with_kwargs=True) for path, norm in norms.items()]
     try:
-        with evaluating(model):  # which gives every buffer back as it was
+        with evaluating(model):  # afterwards every buffer is as it was
             for norm in norms.values():
                 norm.train()
             for number, batch in enumerate(batches):

@@ -1,4 +1,4 @@
-"""What one site is given, summed up over the micro-batches: by half of the samples, and of those held out."""
+"""Moments of one site over the micro-batches: of each half of the fitted samples, and of the held-out samples."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from rankfold.statistics.collect import chunks, labels_of_rows, of_rows, tells_a
 
 @dataclass(eq=False)
 class Share:
-    """What one process walks of the calibration set.
+    """The part of the calibration set that one process walks.
 
     Attributes:
-        parts: Its micro-batches.
-        held: For each of its micro-batches, which samples are held out.
-        numbers: For each of them, its number among those of all processes.
-        starts: For each of them, the place of its first sample in the whole set.
-        samples: How many samples the positions are drawn for: all of all processes, or more where these are a part.
-        judging: How many samples of all processes are held out.
+        parts: Micro-batches of this process.
+        held: Masks, one for each of these micro-batches, shape (samples,): True for samples that are held out.
+        numbers: Number of each of these micro-batches among those of all processes, from 0.
+        starts: Index of the first sample of each of these micro-batches in the whole set.
+        samples: Number of samples that positions are drawn for: all of all processes, or more where these are a part.
+        judging: Number of held-out samples in all processes.
         world: The processes.
     """
 
@@ -43,14 +43,14 @@ class Share:
     world: World = ALONE
 
     def labels_of(self, index: int, rows: int, alone: Collection[int]) -> Tensor:
-        """For every row of a layer's input in a micro-batch whether it is of the first half, the second, or held out.
+        """Label of every row of a layer's input in a micro-batch: first half, second half, or held out.
 
-        Where no sample can be told apart, all rows are fitted on, in one half or the other by turns.
+        Where rows cannot be assigned to samples, all of them are fitted on, and micro-batches alternate between halves.
 
         Args:
-            index: Of the micro-batch, among those walked here.
-            rows: How many rows the layer sees.
-            alone: How many it sees of one sample alone; empty where that is not known.
+            index: Index of the micro-batch, among those of this process.
+            rows: Number of rows that the layer sees.
+            alone: Numbers of rows that the layer sees of one sample alone; empty where they are not known.
         """
         held, start = self.held[index], self.starts[index]
         if not tells_apart(rows, len(held), alone):
@@ -60,17 +60,17 @@ class Share:
 
 
 class Gather:
-    """Takes in inputs and targets of one site.
+    """Collector of the moments of one site's inputs and targets.
 
     Args:
         layer: The layer, narrowed where channels go.
-        adapter: Of the layer.
-        kept: What stays of its channels.
+        adapter: Adapter of the layer.
+        kept: Channels of the layer that stay.
         share: The micro-batches.
-        per_feature: Positions looked at for each feature.
-        seed: Of the draw of positions.
-        device: Where the sums are kept.
-        alone: How many rows the layer sees of one sample alone; empty where that is not known.
+        per_feature: Number of positions looked at for each feature.
+        seed: Seed of the draw of positions.
+        device: Device on which the sums are kept.
+        alone: Numbers of rows that the layer sees of one sample alone; empty where they are not known.
     """
 
     def __init__(
@@ -93,9 +93,9 @@ class Gather:
         """Add one call on one micro-batch, at positions drawn by the seed.
 
         Args:
-            index: Of the micro-batch, among those walked here.
-            inputs: What the layer is given, in full width.
-            target: The output that is wanted, in full width.
+            index: Index of the micro-batch, among those of this process.
+            inputs: Inputs of the layer, in full width.
+            target: Target of the output, in full width.
             skip: The skip branch in both networks, and the inverse scale by which their difference counts.
             call: Number of the call, from 1.
         """

@@ -33,16 +33,16 @@ from rankfold.statistics import Statistics
 
 @dataclass(eq=False)
 class Repaired:
-    """What a lockstep pass gives.
+    """The result of a lockstep pass.
 
     Attributes:
         layers: New layer of every site that changes, by path.
         buffers: Changed running means of batch norms, by name.
-        errors: For every solved site the relative error on held-out samples, (without repair, as returned).
+        errors: Relative error of every solved site on held-out samples, (without repair, as returned), by path.
         unrepaired: Sites whose repair did not make the held-out error clearly smaller; they keep the unrepaired layer.
         parts: The micro-batches walked.
-        held: For each of them, which samples are held out.
-        outputs: What both networks return, walked for one micro-batch when it is asked for.
+        held: Masks, one for each of these micro-batches, shape (samples,): True for samples that are held out.
+        outputs: Outputs of both networks, computed for one micro-batch when it is read; None before the walk.
     """
 
     layers: dict[str, nn.Module] = field(default_factory=dict)
@@ -74,18 +74,18 @@ def lockstep_pass(
 
     Args:
         model: The original; not changed.
-        sites: Of the original, with a graph.
-        plan: What becomes of each site.
+        sites: Sites of the original, with a graph.
+        plan: Plan with the decision of each site.
         batches: The calibration set.
         options: The repair's options.
         stats: Statistics of the original, for the unrepaired layers and the output weighting.
-        every: One sample in this many is held out: never fitted on.
-        spill: Where values are kept; None is in memory, without a limit.
-        recall: Solves a site, or gives a solution that is there already.
-        progress: Told about every site.
+        every: Number of samples of which one is held out, that is, never fitted on.
+        spill: Store of the values of the walk; None keeps them in memory, without a limit.
+        recall: Function that solves a site, or returns a solution that exists already.
+        progress: Callback for every site.
         world: The processes that share the micro-batches and solve in turns; all get the same layers.
         base: The narrowed original, with folded layers, where the plan cuts channels; `stats` are then of it.
-        drawn_for: Positions of a sample are drawn as if there were so many samples; None is as many as there are.
+        drawn_for: Number of samples that the positions of one sample are drawn for; None is as many as there are.
 
     Returns:
         The new layers and buffers, ready to be installed.
@@ -150,7 +150,7 @@ def lockstep_pass(
     if several := {path for path, times in Counter(call.path for call in calls).items() if times > 1}:
         solver.look_ahead(model, several)
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    overrides: dict[str, Tensor] = {}  # of the walk, which is as wide as the original
+    overrides: dict[str, Tensor] = {}  # buffers of the walk, which is as wide as the original
     with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
 
         def solve(arrival: Arrival) -> nn.Module:
@@ -196,8 +196,8 @@ def self_check(model: nn.Module, repaired: Repaired, world: World = ALONE) -> fl
         The largest relative difference of an output, `‖module − interpreter‖ / ‖interpreter‖`.
 
     Raises:
-        SelfCheckError: It is above 1e-4 (in half precision: above 64 steps of the dtype), one entry is off by more
-            than its rounding (`local_misfit`), or the outputs differ in structure.
+        SelfCheckError: The difference is above 1e-4 (in half precision: above 64 steps of the dtype), one entry is off
+            by more than its rounding (`local_misfit`), or the outputs differ in structure.
         NumericsError: The interpreter's outputs are not finite.
     """
     worst = 0.0
@@ -228,7 +228,7 @@ def _seen(model: nn.Module, part: Batch, rows: Tensor, walked: Any, before: Any)
     worst = Misfit()
     samples = batch_size(part)
     expected, original = ([x for x in _pytree.tree_leaves(y) if isinstance(x, Tensor)] for y in (walked, before))
-    with evaluating(model):  # anew for each: the walk began every micro-batch with the buffers as they are
+    with evaluating(model):  # run anew for each: the walk began every micro-batch with the buffers as they are
         output = followed_output(run(model, take(part, rows)))
         got = [leaf for leaf in _pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
     if len(expected) != len(got):
@@ -238,7 +238,7 @@ def _seen(model: nn.Module, part: Batch, rows: Tensor, walked: Any, before: Any)
             continue
         target = theirs[rows.to(theirs.device)]
         if target.shape != mine.shape and len(rows) < samples:
-            return Misfit(float("inf"))  # no axis of samples after all: the whole micro-batch will say
+            return Misfit(float("inf"))  # no axis of samples after all: the whole micro-batch decides
         if target.shape != mine.shape:
             raise _unequal(model, f"an output of shape {tuple(mine.shape)}", f"{tuple(target.shape)}")
         if not bool(torch.isfinite(target).all()):

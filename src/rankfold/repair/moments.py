@@ -17,12 +17,12 @@ class PairMoments:
     """Sums over positions of `(x', y)`, groups first, in the work dtype.
 
     Attributes:
-        count: Positions.
-        xx: `Σ x'x'ᵀ`, shape (groups, n, n).
-        yx: `Σ y x'ᵀ`, shape (groups, out, n).
-        x: `Σ x'`, shape (groups, n).
-        y: `Σ y`, shape (groups, out).
-        yy: `Σ ‖y‖²`, shape (groups,).
+        count: Number of positions.
+        xx: Sum `Σ x'x'ᵀ`, shape (groups, n, n).
+        yx: Sum `Σ y x'ᵀ`, shape (groups, out, n).
+        x: Sum `Σ x'`, shape (groups, n).
+        y: Sum `Σ y`, shape (groups, out).
+        yy: Sum `Σ ‖y‖²`, shape (groups,).
     """
 
     count: int
@@ -34,7 +34,7 @@ class PairMoments:
 
     @classmethod
     def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> PairMoments:
-        """Nothing seen yet."""
+        """Sums over no position."""
 
         def empty(*shape: int) -> Tensor:
             return torch.zeros(groups, *shape, dtype=work_dtype(device), device=device)
@@ -45,8 +45,8 @@ class PairMoments:
         """Add positions.
 
         Args:
-            inputs: `x'`, shape (groups, positions, n).
-            targets: `y`, shape (groups, positions, out).
+            inputs: Inputs `x'`, shape (groups, positions, n).
+            targets: Targets `y`, shape (groups, positions, out).
         """
         wide = self.xx.dtype
         self.count += inputs.shape[1]
@@ -68,9 +68,9 @@ class PairMoments:
         `E‖y − Wx' − b‖² = tr(E[yyᵀ]) − 2⟨W, E[yx'ᵀ]⟩ + ⟨W, W E[x'x'ᵀ]⟩ + ‖b‖² − 2bᵀ(E[y] − W E[x'])`.
 
         Args:
-            group: Which group.
-            weight: `W`, shape (out, n).
-            bias: `b`, shape (out,), or None.
+            group: Index of the group.
+            weight: Weight `W`, shape (out, n).
+            bias: Bias `b`, shape (out,), or None.
         """
         n = max(self.count, 1)
         yx, x, y = (total[group] / n for total in (self.yx, self.x, self.y))
@@ -99,9 +99,9 @@ class SplitMoments:
     """Moments of the samples that are fitted on, in two halves, and of those that are held out.
 
     Attributes:
-        first: Of one half of the fitted samples.
-        second: Of the other.
-        held: Of samples that nothing is fitted on.
+        first: Moments of one half of the fitted samples.
+        second: Moments of the other half.
+        held: Moments of samples that nothing is fitted on.
     """
 
     first: PairMoments
@@ -110,23 +110,23 @@ class SplitMoments:
 
     @classmethod
     def zeros(cls, groups: int, features: int, outputs: int, device: torch.device) -> SplitMoments:
-        """Nothing seen yet."""
+        """Moments of no sample."""
         first, second, held = (PairMoments.zeros(groups, features, outputs, device) for _ in range(3))
         return cls(first, second, held)
 
     @property
     def parts(self) -> tuple[PairMoments, PairMoments, PairMoments]:
-        """By label: `FIRST`, `SECOND`, `HELD`."""
+        """The three moments, in the order of the labels `FIRST`, `SECOND`, `HELD`."""
         return self.first, self.second, self.held
 
     @cached_property
     def fit(self) -> PairMoments:
-        """Of all samples that are fitted on."""
+        """Moments of all samples that are fitted on."""
         return self.first + self.second
 
     @property
     def halved(self) -> bool:
-        """Whether both halves saw something."""
+        """Whether both halves have positions."""
         return self.first.count > 0 and self.second.count > 0
 
     def add(self, other: SplitMoments) -> SplitMoments:

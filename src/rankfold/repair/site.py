@@ -31,8 +31,8 @@ from rankfold.sites.site import Site
 from rankfold.statistics import Statistics
 from rankfold.statistics.size import size_of
 
-DOUBT = 0.16  # of one held-out sample
-SMALL_SCALE = 0.05  # of the median: channels scaled by less cannot take up the skip branch's error
+DOUBT = 0.16  # share of the error by which a repair must lower it with one held-out sample; see `doubt`
+SMALL_SCALE = 0.05  # of the median scale: channels scaled by less cannot take up the skip branch's error
 
 
 @dataclass(eq=False)
@@ -40,10 +40,10 @@ class Solved:
     """A site's new layer.
 
     Attributes:
-        layer: What takes the site's place; the original layer itself where nothing changes.
+        layer: Module that takes the site's place; the original layer itself where nothing changes.
         buffers: Running means of batch norms that take up a bias, by name.
         errors: Relative held-out error without repair and of `layer`; None where nothing was solved.
-        repaired: Whether `layer` is the repaired one.
+        repaired: True if `layer` is the repaired one.
     """
 
     layer: nn.Module
@@ -53,18 +53,18 @@ class Solved:
 
 
 def doubt(samples: int) -> float:
-    """By what share a repair must lower the held-out error to be used: `0.16/√n` for n held-out samples.
+    """Share by which a repair must lower the held-out error to be used: `0.16/√n` for n held-out samples.
 
-    With ten a gain of 5 % is as likely chance. Where the repair leaves a percent of gain there, as at the last layers
-    of MobileNetV1 with 50 photographs, decisions are lost by it; where it is worth its while it gains far more.
+    With ten samples a gain of 5 % is as likely chance. A repair that gains only a percent on held-out samples, as at
+    the last layers of MobileNetV1 with 50 photographs, loses decisions; one that is worthwhile gains far more.
 
     Args:
-        samples: `n`; 0 where fitted samples judge, which is told in the report.
+        samples: Number `n` of held-out samples; 0 where the error is that of fitted samples, which the report notes.
     """
     return DOUBT / math.sqrt(samples) if samples else 0.0
 
 
-Recall: TypeAlias = Callable[[str, Callable[[], Solved]], Solved]  # (path, how to solve it) → its solution
+Recall: TypeAlias = Callable[[str, Callable[[], Solved]], Solved]  # (path, its solver) → the solution
 
 
 def always_solve(path: str, solve: Callable[[], Solved]) -> Solved:
@@ -91,16 +91,16 @@ class _Map:
 
 
 class SiteSolver:
-    """Solves one site after another; holds what all of them need.
+    """Solver of one site after another, with the data that all of them need.
 
     Args:
         modules: The original's modules by path.
-        plan: What becomes of each site.
+        plan: Plan with the decision of each site.
         options: The repair's options.
         stats: Statistics of the original.
         share: The micro-batches walked here.
-        kept: What stays of each site's channels, by path; `modules` are then narrowed. None cuts nothing.
-        alone: By path, how many rows a site sees of one sample alone; none where that is not known.
+        kept: Channels of each site that stay, by path; `modules` are then narrowed. None cuts nothing.
+        alone: Numbers of rows that a site sees of one sample alone, by path; empty where they are not known.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class SiteSolver:
     ) -> None:
         self._alone = {} if alone is None else alone
         self._kept = {} if kept is None else kept
-        self._later: dict[str, SplitMoments] = {}  # of all calls but the first, by path
+        self._later: dict[str, SplitMoments] = {}  # moments of all calls but the first, by path
         self._modules, self._plan, self._options, self._stats, self._share = modules, plan, options, stats, share
         self._turn = 0
 
@@ -143,10 +143,10 @@ class SiteSolver:
     def _given(
         self, solved: Solved | None, decision: Decision, layer: nn.Module, norm: str | None, turn: int
     ) -> Solved:
-        """What the process whose turn it is has solved, in every process.
+        """The solution of the process whose turn it is, in every process.
 
-        Sites are solved one after the other, so sharing them out saves no time; but one solve that all are given is
-        the same bits everywhere, also on unequal machines, and costs less than the sums of the moments did.
+        Sites are solved one after the other, so sharing them out saves no time; but one solution that is sent to all
+        processes has the same bits everywhere, also on unequal machines, and costs less than the sums of the moments.
         """
         told = torch.zeros(3, dtype=torch.float64)
         if solved is None:
@@ -201,7 +201,7 @@ class SiteSolver:
         return _Map(weights, factors, torch.cat(shifts) if bias else None)
 
     def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Map:
-        """What `apply` without repair would put here."""
+        """The map that `apply` without repair would install at a site."""
         factors, bias = unrepaired(decision, layer, self._stats)
         weights = [each.reconstruct().flatten(1) for each in factors]
         if not factors:
@@ -236,20 +236,20 @@ class SiteSolver:
         return seen
 
     def gather(self, path: str, layer: nn.Module, adapter: Adapter, device: torch.device) -> Gather:
-        """What takes in the inputs and targets of a site."""
+        """The collector of a site's inputs and targets."""
         kept = self._kept.get(path, Kept())
         dense, seed, alone = self._options.samples_per_feature, self._plan.seed, self._alone.get(path, ())
         return Gather(layer, adapter, kept, self._share, dense, seed, device, alone)
 
     def look_ahead(self, model: nn.Module, paths: Collection[str]) -> None:
-        """Run the original over the calibration set, and note what some sites are given at their later calls.
+        """Run the original over the calibration set, and collect the moments of some sites at their later calls.
 
-        A layer that is called several times is solved at its first call, on what all calls give it. What the compressed
-        network will give it later depends on that very solution; the original's inputs and outputs stand for it.
+        A layer that is called several times is solved at its first call, on the inputs of all calls. Its later inputs
+        in the compressed network depend on that very solution; the original's inputs and outputs stand for them.
 
         Args:
             model: The original.
-            paths: Of the sites.
+            paths: Paths of the sites.
         """
         originals = dict(model.named_modules(remove_duplicate=False))
         gathers: dict[str, Gather] = {}
@@ -298,7 +298,7 @@ class SiteSolver:
         return shell
 
     def _shell(self, layer: nn.Module, decision: Decision) -> nn.Module:
-        """The shell a decision asks for, still empty."""
+        """The shell of a decision's form and rank, still empty."""
         adapter = adapter_for(layer)
         if adapter is None or decision.method is None or decision.rank is None:
             raise TypeError(f"{decision.site} was not checked")
@@ -314,11 +314,11 @@ class SiteSolver:
 
 
 class _LaterCalls:
-    """Forward hook of a site on one micro-batch: takes in all calls but the first.
+    """Forward hook of a site on one micro-batch: collects all calls but the first.
 
     Args:
-        gather: What takes them in.
-        index: Of the micro-batch.
+        gather: Collector of the site's inputs and targets.
+        index: Index of the micro-batch.
     """
 
     def __init__(self, gather: Gather, index: int) -> None:

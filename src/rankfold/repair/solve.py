@@ -12,8 +12,8 @@ from rankfold.decompositions import Moments
 from rankfold.linalg.whitening import add_diagonal_, correlations, covariance, shrinkage, shrinkage_of, shrunk
 from rankfold.repair.moments import PairMoments, SplitMoments
 
-STEP = 10.0  # from one ridge that is tried to the next
-LARGEST = 100.0  # the last one; beyond it is the original weight itself
+STEP = 10.0  # factor from one ridge that is tried to the next
+LARGEST = 100.0  # the last ridge that is tried; beyond it is the original weight itself
 
 
 def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,16 +37,17 @@ def ridge(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, stre
     `λ` goes from `strength`, next to full least squares, to infinity, the original weight itself. It is the one whose
     `W_λ` from one half of the samples has the least error on the other, both ways, among `strength` times powers of
     ten; with all samples half of it is taken, since chance is half as large then. So a repair that few samples do not
-    bear is made weaker instead of thrown away. `diag(S)` gives every input a ridge in its own scale.
+    support is made weaker instead of discarded. `diag(S)` gives every input a ridge in its own scale.
 
-    Where the halves are not told apart, `λ` is what the shrinkage of `S` asks for, at most features over samples.
+    Where the halves are not distinguished, `λ` is `ρ/(1 − ρ)` for the shrinkage `ρ` of `S`, at most features over
+    samples.
 
     Args:
-        moments: Of the fitted samples.
-        group: Which group.
+        moments: Moments of the fitted samples.
+        group: Index of the group.
         weight: The original's `W`, shape (out, n).
-        bias: Whether a bias absorbs the means.
-        strength: Least `λ`.
+        bias: True if a bias absorbs the means.
+        strength: Least value of `λ`.
 
     Returns:
         `W_λ`, shape (out, n), and `λ`. A site that saw only zeros keeps `W`, at infinity. Rank-deficient `S` is normal:
@@ -98,9 +99,9 @@ def _change(second: Tensor, residual: Tensor, level: float) -> Tensor:
     """`(C − WS)(S + λ diag(S))⁻¹`, in the scales of the inputs: the change, which is small, and not the weight.
 
     Args:
-        second: `S`, shape (n, n).
-        residual: `C − WS`, shape (out, n).
-        level: `λ`.
+        second: Second moment `S`, shape (n, n).
+        residual: Residual `C − WS`, shape (out, n).
+        level: Ridge `λ`.
     """
     matrix, scales = correlations(second)
     silent = (scales == 0).to(matrix.dtype)  # inputs that are always 0: nothing is to be changed there
@@ -117,7 +118,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def as_moments(moments: SplitMoments, group: int, *, bias: bool, gradient_gram: Tensor | None) -> Moments:
-    """The same inputs, as a decomposition reads them: the covariance shrunk for its number of samples."""
+    """Moments of the same inputs, as a decomposition reads them: the covariance shrunk for its number of samples."""
     fit = moments.fit
     n = max(fit.count, 1)
     gram, mean = fit.xx[group] / n, fit.x[group] / n

@@ -25,25 +25,25 @@ class SolvedSites:
     """Takes a site's solution from its file, or solves the site and writes the file.
 
     A file holds the tensors of the new layer and the changed buffers, and in its metadata a SHA-256 over all of it. A
-    file that is missing, cut off or altered is solved and written again.
+    site whose file is missing, cut off or altered is solved again, and the file is written again.
 
     Args:
-        folder: Of one plan.
+        folder: Folder of one plan.
         modules: The original's modules by path.
-        plan: What becomes of each site.
+        plan: Plan with the decision of each site.
     """
 
     def __init__(self, folder: Path, modules: dict[str, nn.Module], plan: Plan) -> None:
         self._folder, self._modules, self._plan = folder, modules, plan
-        for scratch in folder.glob(".*"):  # what a killed run was writing
+        for scratch in folder.glob(".*"):  # files that a killed run was writing
             scratch.unlink()
 
     def __call__(self, path: str, solve: Callable[[], Solved]) -> Solved:
         """The solution of a site.
 
         Args:
-            path: Of the site.
-            solve: Solves it.
+            path: Path of the site.
+            solve: Function that solves the site.
         """
         file = self._folder / f"{hashlib.sha256(path.encode()).hexdigest()[:32]}.safetensors"
         kept = self._read(file, path)

@@ -36,7 +36,7 @@ class Widened(nn.Module):
     Args:
         layer: The narrow layer, or its shell.
         original: The original layer.
-        kept: What stays of it.
+        kept: Channels of the original layer that stay.
     """
 
     def __init__(self, layer: nn.Module, original: nn.Module, kept: Kept) -> None:

@@ -1,4 +1,4 @@
-"""What was done, before and after: data, text and JSON."""
+"""The report of a compression, before and after: data, text and JSON."""
 
 from rankfold.report.data import Candidate, Report, Row
 

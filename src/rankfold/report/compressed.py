@@ -1,4 +1,4 @@
-"""What a compression hands back."""
+"""The result of a compression."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rankfold.report.data import Report
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """What `compress` returns.
+    """The result of `compress`.
 
     Attributes:
         model: The compressed model, a plain `nn.Module`.
-        plan: What was decided.
-        report: What was done, before and after.
+        plan: Plan that was carried out: every decision.
+        report: Report of the changes, before and after.
     """
 
     model: nn.Module

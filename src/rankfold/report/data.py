@@ -34,16 +34,16 @@ class Row:
     Attributes:
         path: Site path.
         kind: Layer kind.
-        shape: Of the weight.
+        shape: Shape of the weight.
         form: Form of the factors, or "dense", or "skipped".
         method: The method, or "".
         rank: The rank, or None.
         before: Cost before; None for a skipped layer.
         after: Cost after; None for a skipped layer.
-        why: Of the decision, or the reason of the skip.
+        why: Reason of the decision, or of the skip.
         error: The decision's predicted error; None where there is none.
-        held_out: What a repair made of the layer's output on held-out samples: its relative error without the repair,
-            and as it was installed; None where none was solved.
+        held_out: Relative error of the layer's output on held-out samples, without the repair and as it was installed;
+            None where no repair was solved.
     """
 
     path: str
@@ -64,11 +64,11 @@ class Candidate:
     """One plan that was tried, as judged on held-out inputs.
 
     Attributes:
-        selector: How it was made.
-        divergence: Of the model's outputs, by what each is taken for (`Comparison.divergence`).
+        selector: Name of the way in which the plan was made.
+        divergence: Divergence of the model's outputs, by the kind of each (`Comparison.divergence`).
         agreement: Share of equal decisions; None where no output is logits.
-        taken: Whether it is the one returned.
-        samples: On how many samples it was carried out, held-out ones included; None where that was all.
+        taken: True if it is the plan that is returned.
+        samples: Number of samples on which it was carried out, held-out ones included; None for all.
     """
 
     selector: str
@@ -80,27 +80,27 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a reader asks of a compression.
+    """Report of a compression: every layer, costs, comparison, candidates and time.
 
     Attributes:
         model: Class of the model.
-        rows: Every site, then every skip.
+        rows: Rows of every site, then of every skip.
         before: Cost of the original.
         after: Cost of the compressed model, counted on the live module.
-        budget: What was asked for.
+        budget: Bounds that the compression was given.
         latency: Measured kept fraction of the latency (above 1 is slower), or None.
-        comparison: On held-out calibration inputs, or None.
+        comparison: Comparison on held-out calibration inputs, or None.
         candidates: Plans that were tried; one that was tried on a part of the samples and carried out on all is there
             twice.
         seconds: Wall-clock seconds a stage.
-        notes: What the reader should know: the road taken, what could not be done.
+        notes: Remarks for the reader: the way that was taken, and steps that could not be done.
         seed: The seed.
         environment: Versions and machine.
         latency_spread: Lower and upper quartile of the measured latency's ratios, or None.
-        held_out: Whether the comparison and the candidates are on samples that nothing was fitted on.
-        samples: Calibration samples that were fitted on, or None.
-        inputs: What goes into the model, or None.
-        details: Of the repair: how exactly the module equals what was computed, and where the repair was not used.
+        held_out: True if the comparison and the candidates are on samples that nothing was fitted on.
+        samples: Number of calibration samples that were fitted on, or None.
+        inputs: Signature of the model's inputs, or None.
+        details: Remarks on the repair: how exactly the module equals what was computed, and where it was not used.
     """
 
     model: str
@@ -123,7 +123,7 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Lines a reader must not miss: what was lost, then what that was judged by, then time."""
+        """Lines that a reader must not miss: on lost agreement, then on few samples, then on longer time."""
         return (
             *lost(self.comparison, held_out=self.held_out),
             *few(self.samples, held_out=self.held_out),
@@ -142,7 +142,7 @@ class Report:
         """Read what `to_json` wrote, with this release or an earlier one.
 
         Raises:
-            CheckpointError: Malformed, or of another version; the place is named.
+            CheckpointError: The text is malformed, or of another version; the place is named.
         """
         return cls._read(parse_json(text, place=place), place)
 
@@ -163,7 +163,7 @@ class Report:
         return converted(value, cls, place=place)
 
     def text(self) -> str:
-        """A dozen lines of plain text: what was asked, what came, what it cost in decisions and time."""
+        """A dozen lines of plain text: the budget, the result, and its cost in decisions and time."""
         from rankfold.report.text import render
 
         return render(self)
@@ -175,7 +175,7 @@ class Report:
         return render_layers(self, width=width)
 
     def __str__(self) -> str:
-        """As `text`."""
+        """The same as `text`."""
         return self.text()
 
 
@@ -188,10 +188,10 @@ def rows(
     """Rows of every site and skip under a plan.
 
     Args:
-        sites: Of the original.
+        sites: Sites of the original.
         plan: The plan.
         narrowed: The same sites as the plan's cuts of channels leave them; None where it has none.
-        errors: Of the sites that a repair solved, on held-out samples, without it and as installed.
+        errors: Errors of the sites that a repair solved, on held-out samples, (without it, as installed), by path.
     """
     result = []
     for site, left in zip(sites, sites if narrowed is None else narrowed, strict=True):

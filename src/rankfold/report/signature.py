@@ -1,4 +1,4 @@
-"""What goes into a model: shapes and dtypes of one batch, so that an example can be built without the data."""
+"""The inputs of a model: shapes and dtypes of one batch, so that an example can be built without the data."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TensorSpec:
     """One tensor of a batch.
 
     Attributes:
-        shape: With the samples.
-        dtype: As torch names it: "float32".
+        shape: Shape of the tensor, the axis of samples included.
+        dtype: Name of the dtype in torch: "float32".
     """
 
     shape: tuple[int, ...]
@@ -32,7 +32,7 @@ class Signature:
     """The inputs of a model's forward.
 
     Attributes:
-        samples: In the batch that was looked at.
+        samples: Number of samples in the batch that was looked at.
         args: Positional tensors.
         kwargs: Tensors by keyword.
         left_out: Keywords of arguments that are no tensors; the model must do without them, or be given them.
@@ -45,7 +45,7 @@ class Signature:
 
     @classmethod
     def of(cls, batch: Batch) -> Signature:
-        """That of a batch of calibration data."""
+        """The signature of a batch of calibration data."""
         args, kwargs = split_batch(batch)
         tensors = {name: value for name, value in kwargs.items() if isinstance(value, Tensor)}
         return cls(

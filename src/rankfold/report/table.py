@@ -1,4 +1,4 @@
-"""What a report, or a model's layers, look like line by line: tables in which no path is broken."""
+"""Tables of a report, or of a model's layers, line by line; no path is broken."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def render_layers(report: Report, *, width: int = 110) -> str:
 
     Args:
         report: The report.
-        width: Columns.
+        width: Width of the text in columns.
     """
     table: list[list[str]] = []
     for row in report.rows:
@@ -105,10 +105,10 @@ def _laid_out(title: str, columns: Sequence[tuple[str, bool]], rows: Sequence[Se
     """A table in which no cell is broken. Where it is too wide, each row's first cell, a path, has a line of its own.
 
     Args:
-        title: Line above it.
-        columns: Their names, and whether numbers stand in them.
-        rows: One text a column.
-        width: Columns of text there are; a table whose other cells need more is wider.
+        title: Line above the table.
+        columns: Name of each column, and True if it holds numbers.
+        rows: Texts of each row, one a column.
+        width: Width of the text in columns; a table whose other cells need more is wider.
     """
     sizes = [max(map(len, column)) for column in zip([name for name, _ in columns], *rows, strict=True)]
     apart = sum(sizes) + GAP * (len(columns) - 1) > width
@@ -157,7 +157,7 @@ def render_sites(sites: Sites, *, width: int = 110) -> str:
 
 
 def _reach(sites: Sites) -> list[str]:
-    """Which share can be cut at all, and what no count of MACs knows."""
+    """Lines on the share that can be cut at all, and on the operators that no count of MACs includes."""
     from rankfold.sites.reach import reach
 
     shares = reach(sites)

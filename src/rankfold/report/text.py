@@ -1,4 +1,4 @@
-"""The report as a stranger reads it: what was asked, what came, what it cost, and what must not be missed."""
+"""The report as plain text: the budget, the result, its cost, and the warnings."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from rankfold.comparison.tally import OutputComparison
     from rankfold.report.data import Report
 
-STAGES = ("trace", "statistics", "gradients", "curves", "plans", "repair", "apply", "latency")  # as they come
-WELL_BELOW = 0.8  # where less than this share of the whole can be cut, what is left of that share is said, too
+STAGES = ("trace", "statistics", "gradients", "curves", "plans", "repair", "apply", "latency")  # in order
+WELL_BELOW = 0.8  # where less than this share of the whole can be cut, what is left of that share is shown, too
 REASON = 60  # characters of a reason that are shown
 
 
@@ -53,7 +53,7 @@ def render(report: Report) -> str:
 
 
 def _changed(report: Report) -> str:
-    """Into what layers were made, and how many of how many."""
+    """The line on how many layers were made smaller, by the form they were given."""
     rows = [row for row in report.rows if row.before is not None]
     forms = Counter(row.form for row in rows if row.before != row.after)
     became = ", ".join(f"{count} {form}" for form, count in forms.most_common())
@@ -61,7 +61,7 @@ def _changed(report: Report) -> str:
 
 
 def _unchanged(report: Report) -> list[str]:
-    """How much of the model lies in what stays as it was, and the commonest reason for it."""
+    """The line on the share of the model that stays as it was, and the commonest reason for it."""
     touched = [row for row in report.rows if row.before is not None and row.before != row.after]
     amounts = report.before.amounts()
     shares = [
@@ -80,7 +80,7 @@ def _unchanged(report: Report) -> list[str]:
 
 
 def _of_what_can_be_cut(report: Report) -> list[str]:
-    """What is left of the layers in the table, of each resource of which they are well below the whole."""
+    """The line on the kept share of the layers in the table, for resources of which they hold well below the whole."""
     parts = []
     for name, whole in report.before.amounts().items():
         before = sum(row.before.amounts()[name] for row in report.rows if row.before is not None)
@@ -91,7 +91,7 @@ def _of_what_can_be_cut(report: Report) -> list[str]:
 
 
 def alike(comparison: Comparison) -> list[str]:
-    """How alike two models are, in figures that mean something for what each output is."""
+    """Figures of how alike two models are, chosen by the kind of each output."""
     several = len(comparison.outputs) > 1
     parts = []
     for each in comparison.outputs:
@@ -107,5 +107,9 @@ def alike(comparison: Comparison) -> list[str]:
 
 
 def _error(output: OutputComparison) -> float:
-    """Of logits as candidates are ranked, in the softened Fisher metric: a shift of all changes nothing."""
+    """Relative error of an output.
+
+    For logits it is the divergence by which candidates are ranked, in the softened Fisher metric: a shift of all of
+    them changes nothing.
+    """
     return output.relative_error if output.agreement is None else output.divergence

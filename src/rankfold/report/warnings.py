@@ -1,4 +1,4 @@
-"""What a reader of a report must not miss."""
+"""Warnings that a reader of a report must not miss."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 from rankfold.comparison.compare import Comparison, OutputComparison
 
 LEAST_AGREEMENT = 0.9  # share of decisions kept, below which a network is called changed
-MOST_ERROR = 0.1  # relative error of values, above which it is
-LEAST_COSINE = 0.9  # mean cosine of embeddings, below which it is
-FEW_SAMPLES = 32  # fitted on; with fewer, neither moments nor judgement mean much
-DEVIATIONS = 1.96  # of a normal variable, for an interval of 95 %
+MOST_ERROR = 0.1  # relative error of values, above which a network is called changed
+LEAST_COSINE = 0.9  # mean cosine of embeddings, below which a network is called changed
+FEW_SAMPLES = 32  # samples to fit on; with fewer, neither moments nor judgement mean much
+DEVIATIONS = 1.96  # standard deviations of a normal variable, for an interval of 95 %
 
 
 def lost(comparison: Comparison | None, *, held_out: bool) -> list[str]:
     """A line for each output of which too much is lost, by the point estimate.
 
     Args:
-        comparison: Of the compressed model with the original.
-        held_out: Whether it is on samples that nothing was fitted on.
+        comparison: Comparison of the compressed model with the original, or None.
+        held_out: True if it is on samples that nothing was fitted on.
     """
     if comparison is None:
         return []
@@ -48,8 +48,8 @@ def few(samples: int | None, *, held_out: bool) -> list[str]:
     """A line where samples are few.
 
     Args:
-        samples: That were fitted on.
-        held_out: Whether others were held out.
+        samples: Number of samples that were fitted on; None where it is not known.
+        held_out: True if other samples were held out.
     """
     if samples is None or samples >= FEW_SAMPLES:
         return []
@@ -61,8 +61,8 @@ def slower(latency: float | None, spread: tuple[float, float] | None) -> list[st
     """A line where the compressed model takes longer, by more than the spread of the measurement.
 
     Args:
-        latency: Its time over the original's.
-        spread: Lower and upper quartile of that.
+        latency: Time of the compressed model over the original's, or None.
+        spread: Lower and upper quartile of that ratio, or None.
     """
     if latency is None or spread is None or not spread[0] > 1:
         return []
@@ -79,7 +79,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
     References:
         Wilson, J. Am. Stat. Assoc. 22 (1927). We differ for outputs with several decisions a sample, which do not vary
-        independently: `n` is the samples all the same.
+        independently: `n` is the number of samples all the same.
     """
     square = DEVIATIONS**2 / count
     middle = share + square / 2

@@ -15,7 +15,7 @@ from rankfold.errors import ModelError
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy.
+    """A deep copy of a model.
 
     Raises:
         ModelError: The model cannot be copied.

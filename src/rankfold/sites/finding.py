@@ -1,4 +1,4 @@
-"""Which layers can be compressed, and why the others cannot."""
+"""The search for layers that can be compressed, and for the reasons why the others cannot."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def find_sites(
                 reason = "no room: no factorisation of rank 1 is smaller than the layer"
         if reason is not None:
             skips.append(Skip(path, reason))
-            if site is not None and site.calls:  # one that is never called itself shows no inputs to solve it on
+            if site is not None and site.calls:  # a layer that is never called itself shows no inputs to solve it on
                 fixed.append(replace(site, fixed=reason))
         elif site is not None:
             sites.append(site)
@@ -170,9 +170,9 @@ def check_sites(model: nn.Module, sites: Sites) -> nn.Module:
         The plain model; see `check_module`.
 
     Raises:
-        OptionError: They are not what `find_sites` returns.
+        OptionError: The sites are not what `find_sites` returns.
         ModelError: The model is no module, or has tensors on meta.
-        SiteError: They are of another model; the first layer that is missing is named.
+        SiteError: The sites are of another model; the first layer that is missing is named.
     """
     model = check_module(model)
     if not isinstance(sites, Sites):
@@ -241,7 +241,7 @@ def _counted(model: nn.Module, example: Batch) -> Counted:
 
 
 def _several(batch: Batch) -> str:
-    """What to do where a batch seems to be meant as several inputs."""
+    """Advice where a batch seems to be meant as several inputs; "" elsewhere."""
     if not isinstance(batch, (tuple, list)) or sum(isinstance(value, Tensor) for value in batch) < 2:
         return ""
     return "; of a tuple only the first item is the input: give several inputs as a dict of keyword arguments"

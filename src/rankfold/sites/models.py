@@ -1,4 +1,4 @@
-"""Which models are taken, and which module is looked at where one was compiled."""
+"""Checks of models: which are accepted, and which module is compressed where one was compiled."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def check_module(model: nn.Module, place: str = "model") -> nn.Module:
     """Refuse what is no module, or has tensors on meta.
 
     Args:
-        model: What was given as a model.
-        place: The argument, named where it is no module.
+        model: Object that was given as a model.
+        place: Name of the argument, for the message where it is no module.
 
     Returns:
         The model itself, or the plain one inside what `torch.compile` returned.
 
     Raises:
-        ModelError: Naming the tensor.
+        ModelError: The model is no module with Python code, or has a tensor on meta, which is named.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(place, law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
@@ -55,7 +55,7 @@ def check_model(model: nn.Module) -> nn.Module:
         The model itself, or the plain one inside what `torch.compile` returned.
 
     Raises:
-        ModelError: Naming the tensor or the layers.
+        ModelError: The model is one of these; the tensor or the layers are named.
     """
     model = check_module(model)
     _check_parts(model)
@@ -72,7 +72,7 @@ def check_model(model: nn.Module) -> nn.Module:
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
         if not plain or not parameter.is_floating_point() or parameter.layout is not torch.strided:
             continue
-        # 8-bit floats know no isfinite
+        # isfinite is not defined for 8-bit floats
         weight = parameter.detach()
         finite = torch.isfinite(weight.float() if weight.element_size() == 1 else weight)
         if not bool(finite.all()):
@@ -97,11 +97,11 @@ def check_in_place(model: nn.Module, *, instead: str) -> None:
     """Refuse to change a compiled model: its code may hold on to the modules that are replaced.
 
     Args:
-        model: What would be changed.
+        model: Model that would be changed.
         instead: The call that changes a copy, for the cure.
 
     Raises:
-        ModelError: It is compiled.
+        ModelError: The model is compiled.
     """
     if isinstance(model, nn.Module) and is_compiled(model):
         raise ModelError(

@@ -1,7 +1,8 @@
-"""One forward with a stand-in at every layer: who calls it, on what size, and whose code looks inside it.
+"""One forward with a stand-in at every layer, which records its calls, their sizes, and the code that reads it.
 
 A layer that is replaced is no longer an `nn.Linear`: code outside it that reads its weight, its dtype or its stride
-would break. The stand-in is what the replacement will be, an `nn.Sequential`, and notes what else is asked of it.
+would break. The stand-in is what the replacement will be, an `nn.Sequential`, and records every other attribute that
+is read from it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ Calls = list[tuple[tuple[int, ...], int]]
 
 @dataclass
 class Seen:
-    """What one forward showed of a layer.
+    """Record of a layer in one forward.
 
     Attributes:
-        calls: For every call the spatial size of the input, and how often the layer is applied in it, per sample.
-        rows: For every call how many entries the axis of samples has, per sample: 1, or several as of windows.
-        misuse: Why a replacement would break the code around the layer; None where it would not.
-        by_batch: Whether one sample alone does not reach the layer, and the whole batch does.
+        calls: Spatial size of the input, and number of times the layer is applied in it per sample, of every call.
+        rows: Number of entries per sample of the axis of samples, of every call: 1, or several, as for windows.
+        misuse: Reason why a replacement would break the code around the layer; None where it would not.
+        by_batch: True if one sample alone does not reach the layer, and the whole batch does.
     """
 
     calls: Calls = field(default_factory=list)
@@ -47,7 +48,7 @@ class _StandIn(nn.Sequential):
     """The layer inside an `nn.Sequential` that notes every call, and every attribute an `nn.Sequential` lacks."""
 
     def __init__(self, layer: nn.Module, adapter: Adapter, seen: Seen, names: dict[int, str]) -> None:
-        vars(self).update(_layer=layer, _adapter=adapter, _seen=seen, _names=names)  # before __getattr__ is asked
+        vars(self).update(_layer=layer, _adapter=adapter, _seen=seen, _names=names)  # before __getattr__ reads them
         super().__init__(layer)
         self.train(layer.training)
 
@@ -87,10 +88,10 @@ def observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module,
     Args:
         model: The model; it is known to run on the example.
         example: One batch; its first sample is run.
-        layers: By identity, what to look at.
+        layers: Layers to look at, each with its adapter, by identity.
 
     Returns:
-        What was seen of each layer, by identity. A layer that the forward reaches other than through its place in the
+        The record of each layer, by identity. A layer that the forward reaches other than through its place in the
         module tree (from a list, a closure) has no calls.
     """
     seen = _seen(model, example, layers)
@@ -103,7 +104,7 @@ def observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module,
 
 
 def _reached(model: nn.Module, batch: Batch, layers: dict[int, nn.Module]) -> set[int]:
-    """Those of some layers that the forward on a batch calls, by whatever way; all of them where it fails."""
+    """The layers that the forward on a batch calls, by whatever way; all of them where the forward fails."""
     reached: set[int] = set()
 
     def note(layer: nn.Module, args: Any) -> None:
@@ -113,7 +114,7 @@ def _reached(model: nn.Module, batch: Batch, layers: dict[int, nn.Module]) -> se
     try:
         with evaluating(model):
             run(model, to_device(batch, device_of(model)))
-    except Exception as cause:  # bound to its batch size: nothing is known
+    except Exception as cause:  # the model is bound to its batch size: nothing is known
         if is_out_of_memory(cause):
             raise
         return set(layers)
@@ -140,7 +141,7 @@ def _seen(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module, A
     rest = {key: layer for key, layer in layers.items() if key not in refused}
     try:
         return {**_observe(model, example, rest), **refused}
-    except Exception as cause:  # one by one they pass, together they do not
+    except Exception as cause:  # stand-ins pass one by one, but not together
         if is_out_of_memory(cause):
             raise
         return {key: refused.get(key, _refused(cause)) for key in layers}
@@ -176,7 +177,7 @@ def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module
 
 @contextmanager
 def _afresh(seen: dict[int, Seen]) -> Iterator[None]:
-    """Inside, a try of which nothing that an earlier one showed is left."""
+    """Context of a new try, in which the records of an earlier one are deleted."""
     for each in seen.values():
         each.calls, each.rows, each.misuse = [], [], None
     yield

@@ -1,4 +1,4 @@
-"""How far a model can be cut at all, and which layers stand in the way."""
+"""The share of a model that can be cut at all, and the layers that stand in the way."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Blocker:
     Attributes:
         path: Dotted path; "" is the model's own code.
         kind: Name of its class.
-        amount: What it has of the resource itself, its children left out.
-        share: Of the whole original model, 0 to 1.
-        reason: Why it stays, as *kind: explanation*.
+        amount: Amount of the resource that the module has itself, its children left out.
+        share: Share of the whole original model, 0 to 1.
+        reason: Reason why it stays, as *kind: explanation*.
     """
 
     path: str
@@ -36,12 +36,12 @@ class Blocker:
     reason: str
 
     def __str__(self) -> str:
-        """For a message: path, class, share and reason."""
+        """Path, class, share and reason, for a message."""
         return f"{self.path or '(the model)'} ({self.kind}, {self.share:.4f}, {self.reason})"
 
 
 def cuttable(sites: Sites) -> Cost:
-    """What the sites cost as they are: all that ranks and channels can be cut from, norms between them left out."""
+    """Cost of the sites as they are: all that ranks and channels can be cut from, norms between them left out."""
     return sum((dense_cost(site) for site in sites), Cost())
 
 
@@ -57,9 +57,9 @@ def blockers(
     """The modules that hold most of a resource and that no compression makes smaller, largest first.
 
     Args:
-        sites: From `find_sites`, selected or not.
-        resource: "params", "macs" or "bytes".
-        most: At most so many; None is all.
+        sites: Sites from `find_sites`, selected or not.
+        resource: Name of the resource: "params", "macs" or "bytes".
+        most: Maximum number of modules; None is all.
         frozen: Sites that the given families cannot cut, each with the reason.
     """
     frozen = frozen or {}
@@ -77,7 +77,7 @@ def blockers(
 
 
 def _reason(holding: Holding, known: Mapping[str, str]) -> str:
-    """Why a module stays."""
+    """Reason why a module stays."""
     owner = holding.path.partition(".parametrizations")[0]  # what computes a weight belongs to the layer that reads it
     if (reason := known.get(holding.path, known.get(owner))) is not None:
         return reason
@@ -93,15 +93,15 @@ def unreachable(
     frozen: Mapping[str, str] | None = None,
     cure: str = "",
 ) -> BudgetError:
-    """The error for bounds that the smallest reachable model is over.
+    """The error for bounds that the smallest reachable model exceeds.
 
     Args:
         original: Cost of the whole original model.
-        bounds: On the whole model, by resource; one of them is broken.
-        smallest: The smallest reachable value of each.
-        sites: Of the model, whose blockers are named; None where there is no model.
-        frozen: See `blockers`.
-        cure: What else helps than a larger bound.
+        bounds: Bounds on the whole model, by resource; one of them is broken.
+        smallest: Smallest reachable value of each resource.
+        sites: Sites of the model, whose blockers are named; None where there is no model.
+        frozen: Sites that the given families cannot cut, as for `blockers`.
+        cure: Advice beside a larger bound; "" is to allow more families.
     """
     whole = original.amounts()
     broken = [name for name, bound in bounds.items() if smallest[name] > bound]

@@ -1,4 +1,4 @@
-"""Why a layer that holds a weight is left alone. Every reason reads *kind: explanation*."""
+"""Reasons why a layer that holds a weight is left alone. Every reason reads *kind: explanation*."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ BY_BATCH = "one sample alone does not reach it, the whole batch does, so it is i
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What the layers of one model are judged by.
+    """Facts of one model by which its layers are judged.
 
     Attributes:
-        owners: For every memory address that parameters start at, the (module, dotted name) of each of them.
-        readers: For every parameter name the innermost module paths whose code reads it; None without a graph.
-        seen: What the forward showed, by identity of the layer.
+        owners: Pairs (module, dotted name) of the parameters, by the memory address at which they start.
+        readers: Innermost module paths whose code reads a parameter, by its name; None without a graph.
+        seen: Record of each layer in the forward, by identity of the layer.
     """
 
     owners: dict[int, list[tuple[nn.Module, str]]]
@@ -33,7 +33,7 @@ class Context:
 
     @classmethod
     def of(cls, model: nn.Module, graph: Graph, seen: dict[int, Seen]) -> Context:
-        """Look through a model."""
+        """The facts of a model."""
         owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for path, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
@@ -43,8 +43,8 @@ class Context:
 
 
 def address(tensor: Tensor) -> int:
-    """Where a tensor's memory starts: equal for a parameter and its aliases. A tensor without memory of its own (empty,
-    or a subclass that wraps others) is known by its identity.
+    """Address at which a tensor's memory starts: equal for a parameter and its aliases. A tensor without memory of its
+    own (empty, or a subclass that wraps others) is identified by its object.
     """
     if type(tensor.data) is Tensor and tensor.layout is torch.strided and tensor.numel():
         return tensor.data_ptr()
@@ -52,9 +52,9 @@ def address(tensor: Tensor) -> int:
 
 
 def why_unfit(module: nn.Module) -> str | None:
-    """Why a module's own make-up rules it out; None where nothing does, or where it holds nothing of two axes."""
+    """Reason why a module by itself is no site; None where there is none, or where it holds no tensor of two axes."""
     if isinstance(module, parametrize.ParametrizationList):
-        return None  # its owner is named
+        return None  # the reason is given for its owner
     own = dict(module.named_parameters(recurse=False))
     if any(is_lazy(parameter) for parameter in own.values()):
         return "lazy: the weight has no shape yet, and the forward does not reach it"
@@ -85,7 +85,7 @@ def why_unfit(module: nn.Module) -> str | None:
 
 
 def why_entangled(path: str, module: nn.Module, aliases: tuple[str, ...], context: Context) -> str | None:
-    """Why the rest of the model rules out a layer that is fit by itself; None for a site."""
+    """Reason why the rest of the model rules out a layer that is fit by itself; None for a site."""
     own = dict(module.named_parameters(recurse=False))
     others = [
         name
@@ -112,7 +112,7 @@ def why_entangled(path: str, module: nn.Module, aliases: tuple[str, ...], contex
 
 
 def _why_packed(module: nn.Module) -> str | None:
-    """For a module without parameters: whether it keeps a weight in another guise."""
+    """Reason why a module without parameters is left alone, where it keeps a weight in another form; None elsewhere."""
     weight = getattr(module, "weight", None)
     if callable(weight) and not isinstance(weight, nn.Module):
         return "quantised: the weight is packed"

@@ -1,4 +1,4 @@
-"""What a site is: a layer that can be compressed, or one that is left alone."""
+"""Sites, the layers that can be compressed, and skips, the layers that are left alone."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ class Site:
         aliases: Other paths of the same module.
         kind: Layer kind, as its adapter names it.
         geometry: Shape and wiring.
-        calls: For every call of a forward on one sample: the spatial size of the input, and how often the layer is
-            applied in it (tokens of a linear layer; 1 for a convolution). Counts are per sample.
+        calls: Spatial size of the input, and number of times the layer is applied in it (tokens of a linear layer; 1
+            for a convolution), of every call in a forward on one sample. Counts are per sample.
         element_size: Bytes of one weight element.
-        fixed: Why no other module can take the layer's place, where it can still lose channels; "" where one can.
-        rows: How many entries the axis of samples has at a call of one sample alone: 1, or several, as of windows or
-            where time stands in front; empty where that is not known.
+        fixed: Reason why no other module can take the layer's place, where it can still lose channels; "" where one
+            can.
+        rows: Numbers of entries of the axis of samples at the calls on one sample alone: 1, or several, as for windows
+            or where time is the first axis; empty where they are not known.
     """
 
     path: str
@@ -62,7 +63,7 @@ class Skip:
 
     Attributes:
         path: Dotted path of the module.
-        reason: Why, as *kind: explanation*.
+        reason: Reason, as *kind: explanation*.
     """
 
     path: str
@@ -76,19 +77,19 @@ class Skip:
 
 @dataclass(frozen=True, eq=False)
 class Sites(Sequence[Site]):
-    """What `find_sites` found.
+    """The result of `find_sites`.
 
     Attributes:
-        sites: In the order of the model's modules.
-        skips: Everything that holds a weight of two or more axes and is no site.
+        sites: Sites in the order of the model's modules.
+        skips: Layers left alone: all that hold a weight of two or more axes and are no site.
         graph: The traced forward, or the reason why there is none.
-        cost: Of the whole model.
+        cost: Cost of the whole model.
         fingerprint: SHA-256 over the names, shapes and dtypes of the model's state.
         model: Name of the model's class.
         fixed: Layers among the skips that can lose channels, though no other module can take their place.
-        holdings: What each module holds and multiplies itself, by path, in the order of the model's modules.
+        holdings: Holdings of each module, the cost of its children left out, in the order of the model's modules.
         uncounted: Operators that multiply matrices, or may, and are in no count of MACs, with where they are called.
-        original: Cost of the model before any channel went, where these are the sites of a narrowed one.
+        original: Cost of the model before any channel was removed, where these are the sites of a narrowed one.
     """
 
     sites: tuple[Site, ...]
@@ -104,7 +105,7 @@ class Sites(Sequence[Site]):
 
     @property
     def whole(self) -> Cost:
-        """Cost of the whole original model, which every share is a share of."""
+        """Cost of the whole original model, to which every share refers."""
         return self.cost if self.original is None else self.original
 
     def in_graph(self) -> list[Call]:

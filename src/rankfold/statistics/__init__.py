@@ -1,4 +1,4 @@
-"""Streaming, mergeable summaries of what a site sees."""
+"""Streaming, mergeable summaries of a site's inputs, outputs and gradients."""
 
 from rankfold.statistics._base import Statistic
 from rankfold.statistics._coherence import Coherence

@@ -11,17 +11,17 @@ from torch import Tensor
 
 @dataclass
 class Statistic(ABC):
-    """A sum over calibration positions at one site, and how many positions it is over.
+    """A sum over calibration positions at one site, and the number of positions.
 
-    A subclass says what is summed; merging, saving and averaging follow. `merge(a, b)` equals collecting over both.
-    One that is `halved` also keeps the sum over the first half of the *samples*: what is fitted on one half can then
-    be judged on the other.
+    A subclass defines the summand; merging, saving and averaging follow. `merge(a, b)` equals collecting over both.
+    A statistic that is `halved` also keeps the sum over the first half of the *samples*: what is fitted on one half
+    can then be judged on the other.
 
     Attributes:
-        count: Positions seen, per group.
-        total: The sum, groups first, in the work dtype; None before the first update.
-        first_count: Positions of the first half of the samples.
-        first: The sum over them, of the shape of `total`; None before the first of them, or where it is not `halved`.
+        count: Number of positions seen, per group.
+        total: Sum over the positions, groups first, in the work dtype; None before the first update.
+        first_count: Number of positions of the first half of the samples.
+        first: Sum over these, of the shape of `total`; None before the first of them, or where it is not `halved`.
     """
 
     name: ClassVar[str]
@@ -35,7 +35,7 @@ class Statistic(ABC):
 
     @abstractmethod
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
-        """What a chunk of positions adds.
+        """The summand of a chunk of positions.
 
         Args:
             inputs: Flattened inputs, shape (groups, positions, in·k…).
@@ -47,7 +47,7 @@ class Statistic(ABC):
 
     @property
     def has_halves(self) -> bool:
-        """Whether both halves of the samples were seen, and are told apart."""
+        """Whether both halves of the samples were seen, and are distinguished."""
         return self.first is not None and 0 < self.first_count < self.count
 
     def update(self, inputs: Tensor, outputs: Tensor | None = None, *, first: bool = False) -> None:
@@ -66,10 +66,10 @@ class Statistic(ABC):
         """The sum divided by the number of positions.
 
         Args:
-            half: 0 or 1 for a half of the samples; None for all.
+            half: Index of a half of the samples, 0 or 1; None for all.
 
         Raises:
-            ValueError: No position was seen, or the halves are not told apart.
+            ValueError: No position was seen, or the halves are not distinguished.
         """
         if self.total is None:
             raise ValueError(f"{self.name} has seen no position")
@@ -86,7 +86,7 @@ def merge(first: Statistic, second: Statistic) -> Statistic:
     """The statistic over the positions of both.
 
     Raises:
-        TypeError: They are of two kinds.
+        TypeError: The statistics are of two kinds.
     """
     if type(first) is not type(second):
         raise TypeError(f"cannot merge {first.name} with {second.name}")

@@ -1,4 +1,4 @@
-"""By how much a curve's errors are off, at every error."""
+"""The ratio by which a curve's errors are off, at every error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from rankfold.registry import register
 from rankfold.statistics._base import Statistic
 
-SMALLEST = 1e-6  # relative errors below it are not told apart
+SMALLEST = 1e-6  # relative errors below it are not distinguished
 LEVELS = torch.logspace(-4, 0, 17, dtype=torch.float64)  # relative errors at which sites are compared
 LEAST_VARIANCE = 1e-12
 
@@ -20,12 +20,12 @@ LEAST_VARIANCE = 1e-12
 @register("coherence")
 @dataclass
 class Coherence(Statistic):
-    """For every rank r from 0, summed over samples: the squared change of the output, and the one that is predicted.
+    """True and predicted squared changes of the output for every rank r from 0, summed over samples.
 
     Shape (1, 3, k + 1). `f_r = Σ_s (Σ ⟨g, D_r (x − x̄)⟩)²`, `g` the gradient of a random projection of the network's
-    outputs, `D_r` what the whitened SVD to rank r leaves, each sample's positions and calls summed before they are
-    squared; `p_r = Σ_s Σ gᵀ D_r A D_rᵀ g`; and the sum over samples of the squares of what `f_r` sums, which tells how
-    far it is to be trusted. The count is in samples.
+    outputs, `D_r` the part of the weight that the whitened SVD to rank r removes, each sample's positions and calls
+    summed before they are squared; `p_r = Σ_s Σ gᵀ D_r A D_rᵀ g`; and the sum over samples of the squared terms of
+    `f_r`, from which its variance follows. The count is in samples.
     """
 
     name = "coherence"
@@ -33,14 +33,14 @@ class Coherence(Statistic):
     of_channels = False
 
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
-        """Needs gradients, and so a backward pass: `collect_gradients` adds it."""
+        """Not defined: the sum needs gradients, and so a backward pass; `collect_gradients` adds it."""
         raise TypeError("coherence is no sum over positions")
 
     def ratios(self, errors: Tensor) -> tuple[Tensor, Tensor]:
-        """`log(f/p)` where the curve of the whitened SVD has some relative errors, and its variance over draws.
+        """`log(f/p)` at given relative errors of the curve of the whitened SVD, and its variance over draws.
 
-        Interpolated in logarithms. The variance is `(Σf_s²/(Σf_s)² − 1/n) n/(n − 1)`: of the mean over n samples, as a
-        share of its square. Where nothing was felt, or of a single sample, it is infinite.
+        Both are interpolated in logarithms. The variance is `(Σf_s²/(Σf_s)² − 1/n) n/(n − 1)`: that of the mean over n
+        samples, as a share of its square. It is infinite where no output changed, and for a single sample.
 
         Args:
             errors: Relative errors, shape (levels,).
@@ -71,8 +71,8 @@ def shrunk_towards_mean(values: Tensor, variances: Tensor) -> Tensor:
     unknowns, `m = Σ s/(τ² + v) / Σ 1/(τ² + v)`, and each becomes `m + τ²/(τ² + v)(s − m)`.
 
     Args:
-        values: `s`, shape (k,).
-        variances: `v` of each; infinite where nothing is known.
+        values: Estimates `s`, shape (k,).
+        variances: Variance `v` of each; infinite where nothing is known.
 
     References:
         DerSimonian and Laird, Controlled Clinical Trials 7, 1986 (τ², by the method of moments).
@@ -95,7 +95,7 @@ class CoherenceCurve:
     """True over predicted squared change of the output, by the relative error of a site.
 
     Attributes:
-        logs: At each of `LEVELS`, in logarithms.
+        logs: Logarithm of the ratio at each of `LEVELS`.
     """
 
     logs: Tensor
@@ -110,7 +110,7 @@ class CoherenceCurve:
 def coherences(collected: Mapping[str, Mapping[str, Statistic]]) -> dict[str, CoherenceCurve]:
     """The curve of every site, at each level drawn towards the mean of all sites as far as chance explains it.
 
-    Of a few samples `f/p` scatters, and a choice among sites takes those for cheap where it is too low by chance.
+    With few samples `f/p` scatters, and a selector would take sites for cheap where it is too low by chance.
 
     Args:
         collected: Statistics by path of the site and name; sites without a `Coherence` are left out.
@@ -118,7 +118,7 @@ def coherences(collected: Mapping[str, Mapping[str, Statistic]]) -> dict[str, Co
     found = {path: own.get(Coherence.name) for path, own in collected.items()}
     kept = {path: each for path, each in found.items() if isinstance(each, Coherence) and each.total is not None}
     told = {path: each.ratios(LEVELS) for path, each in kept.items()}
-    # without a rank to cut only the loss of the whole layer was followed, which is like no cut of the others
+    # where there is no rank to cut, only the loss of the whole layer was followed, which is like no cut of the others
     alone = {path for path, each in kept.items() if each.total is not None and each.total.shape[-1] < 3}
     whole = {path: CoherenceCurve(told.pop(path)[0]) for path in alone}
     if not told:

@@ -1,4 +1,4 @@
-"""How much the network's output changes when a site's output does."""
+"""Sensitivity of the network's output to a site's output."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Whether a site's errors at its positions add up or cancel: by how much a curve's errors are off, at every error.
 
-`tr(G D A Dᵀ)` takes the errors of a sample's positions for independent, of each other and of the gradients. In front of
-a pooling layer they are not: what is common to all of them passes, what differs is averaged away. How a cut's error
-`D_r (x − x̄)` really moves the output of every sample tells, for all ranks at once.
+`tr(G D A Dᵀ)` assumes that the errors of a sample's positions are independent, of each other and of the gradients. In
+front of a pooling layer they are not: the part that is common to all of them passes, the rest is averaged away. So the
+true change of every sample's output by a cut's error `D_r (x − x̄)` is measured, for all ranks at once.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from rankfold.statistics.store import Statistics
 
 @dataclass(eq=False)
 class Followed:
-    """What follows the errors `D_r (x − x̄)` of a site to the network's outputs, for all ranks at once.
+    """Projections that follow the errors `D_r (x − x̄)` of a site to the network's outputs, for all ranks at once.
 
     `D_r = F⁻¹(I − U_r U_rᵀ) F W`, with `FᵀF = G + λI` and `U` that of the whitened SVD of `F W`. So the change of a
     sample's output is `Σ_{i>r} h_i`, `h = Σ (UᵀF (y − ȳ)) ∘ (UᵀF⁻ᵀ g)` over its positions and calls.
 
     Attributes:
-        outputs: `UᵀF`, shape (groups, k, out).
-        gradients: `UᵀF⁻ᵀ`, shape (groups, k, out).
-        mean: `ȳ`, shape (groups, out).
-        energy: `UᵀF W A WᵀFᵀU`, shape (groups, k, k).
-        felt: `f = Σ_s (Σ_{i>r} h_i)²` for every r from 0, and the sum of the squares of these, shape (2, k + 1).
-        gram: Of `UᵀF⁻ᵀ g`, shape (groups, k, k).
-        samples: How many.
+        outputs: Projection `UᵀF` of the outputs, shape (groups, k, out).
+        gradients: Projection `UᵀF⁻ᵀ` of the gradients, shape (groups, k, out).
+        mean: Mean output `ȳ`, shape (groups, out).
+        energy: Second moment `UᵀF W A WᵀFᵀU` of the projected outputs, shape (groups, k, k).
+        felt: Sum `f = Σ_s (Σ_{i>r} h_i)²` for every r from 0, and the sum of its squared terms, shape (2, k + 1).
+        gram: Gram of `UᵀF⁻ᵀ g`, shape (groups, k, k).
+        samples: Number of samples.
     """
 
     outputs: Tensor
@@ -52,7 +52,7 @@ class Followed:
 
     @classmethod
     def of(cls, site: Site, layer: nn.Module, stats: Statistics) -> Followed | None:
-        """Of a site, before any sample; None where moments or gradient Grams were not collected."""
+        """The projections of a site, before any sample; None where moments or gradient Grams were not collected."""
         own, adapter = stats.sites.get(site.path, {}), adapter_for(layer)
         if adapter is None or not all(name in own for name in ("input-gram", "input-mean", "gradient-gram")):
             return None
@@ -70,8 +70,8 @@ class Followed:
         """`h` at every position, shape (positions, k), and the Gram of `UᵀF⁻ᵀ g`.
 
         Args:
-            outputs: `y`, shape (groups, positions, out).
-            gradients: `g`, of that shape.
+            outputs: Outputs `y`, shape (groups, positions, out).
+            gradients: Gradients `g`, of that shape.
         """
         changes = (outputs - self.mean.to(outputs)[:, None]) @ self.outputs.to(outputs).mT
         turned = gradients @ self.gradients.to(gradients).mT
@@ -81,14 +81,14 @@ class Followed:
         """Add samples.
 
         Args:
-            changes: `h`, shape (samples, k).
+            changes: Changes `h`, shape (samples, k).
         """
         squares = changes.to(self.felt).flip(1).cumsum(1).flip(1).square()
         self.felt[:, :-1] += torch.stack([squares.sum(0), squares.square().sum(0)])
         self.samples += len(changes)
 
     def statistic(self) -> Coherence:
-        """What was seen."""
+        """The statistic of the samples that were added."""
         predicted = torch.stack([tail_sums(one) for one in self.energy * self.gram]).sum(0)
         return Coherence(self.samples, torch.stack([self.felt[0], predicted, self.felt[1]])[None])
 
@@ -115,10 +115,11 @@ def add_samples(
     """Add the samples of one batch.
 
     Args:
-        followed: By path; changed.
-        reached: Every call of a site: the site, its layer, and its output.
-        gradients: Of a random projection of the network's outputs, by each of those outputs.
-        samples: In the batch.
+        followed: Projections by path of the site; changed.
+        reached: Calls of the sites, each as the site, its layer, and its output.
+        gradients: Gradients of a random projection of the network's outputs by the output of each call; None where they
+            do not depend on it.
+        samples: Number of samples in the batch.
     """
     changes: dict[str, Tensor] = {}
     for (site, layer, outputs), gradient in zip(reached, gradients, strict=True):

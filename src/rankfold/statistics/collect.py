@@ -43,22 +43,22 @@ def collect(
     progress: Progress | Told = silent,
     world: World = ALONE,
 ) -> Statistics:
-    """Run the model once over the data and sum up what each site sees.
+    """Run the model once over the data and sum up the statistics of each site.
 
     Patches of a convolution exist only in chunks of at most 64 MiB. The model runs in eval mode and is left as it was.
 
     Args:
         model: The model.
         data: A re-iterable of batches.
-        sites: From `find_sites`.
+        sites: Sites from `find_sites`.
         statistics: Registered names of the statistics to keep.
-        positions: Look only at this many positions of each sample (pixels of a feature map, tokens of a sequence),
-            drawn anew for each 128 samples at most; None looks at all.
-        enough: Draw fewer than `positions` where all samples together still have this many positions for each feature
-            of a site, and 16,384 in all. That holds for a list of batches; the samples of a loader cannot be counted
-            beforehand.
+        positions: Maximum number of positions of each sample to look at (pixels of a feature map, tokens of a
+            sequence), drawn anew for each 128 samples at most; None looks at all.
+        enough: Number of positions for each feature of a site that is enough: fewer than `positions` are drawn where
+            all samples together still have this many, and 16,384 in all. That holds for a list of batches; the samples
+            of a loader cannot be counted beforehand.
         seed: Seed of that draw.
-        progress: Told about every batch.
+        progress: Callback for every batch.
         world: The processes that share the data; all read it, each runs its share, all get the sums.
 
     Returns:
@@ -141,13 +141,13 @@ def check_positions(positions: int | None) -> None:
     """Refuse what is no number of positions.
 
     Raises:
-        OptionError: It is no int of at least 1, and not None.
+        OptionError: `positions` is no int of at least 1, and not None.
     """
     check_count("positions", positions, none=True, cure="try 64")
 
 
 def sum_up(statistics: Sequence[Statistic], device: torch.device, world: World) -> None:
-    """Sum statistics over all processes; one that saw no position of a site learns the shape from the others."""
+    """Sum statistics over all processes; a process that saw no position of a site gets the shape from the others."""
     if world.size == 1 or not statistics:
         return
     shapes = torch.zeros(len(statistics), 8, dtype=torch.float64)
@@ -205,11 +205,11 @@ class _Feeder:
         self._first = torch.ones(1, dtype=torch.bool)
 
     def begin(self, piece: int, first: Tensor) -> None:
-        """What comes next is this piece of the data: its draws are its own, whoever walks it.
+        """Begin a piece of the data, whose draws depend on its number, and not on the process that runs it.
 
         Args:
-            piece: Its number.
-            first: Which of its samples are of the first half, shape (samples,).
+            piece: Number of the piece.
+            first: Mask of its samples, shape (samples,): True for those of the first half.
         """
         self._first = first
         if self._positions is not None:
@@ -255,26 +255,26 @@ class _Feeder:
 def tells_apart(rows: int, samples: int, alone: Collection[int]) -> bool:
     """Whether the rows of a layer's input are those of one sample after the other.
 
-    With time in front (`batch_first=False`) they are not, also where they happen to be a multiple of the samples: one
-    sample alone has as many.
+    With time in front (`batch_first=False`) they are not, also where their number happens to be a multiple of that of
+    the samples: one sample alone has as many.
 
     Args:
-        rows: How many rows the layer sees.
-        samples: Of how many samples.
-        alone: How many it sees of one sample alone, in any of its calls; empty where that is not known.
+        rows: Number of rows that the layer sees.
+        samples: Number of samples that they are of.
+        alone: Numbers of rows that it sees of one sample alone, in any of its calls; empty where they are not known.
     """
     return rows % samples == 0 and (not alone or rows // samples in alone)
 
 
 def labels_of_rows(labels: Tensor, rows: int, alone: Collection[int] = ()) -> Tensor:
-    """What samples are told apart by, for the rows of a layer's input: one row a sample, or several in a run.
+    """Labels of samples, repeated for the rows of a layer's input: one row a sample, or several in a run.
 
-    Where nothing tells them apart (`tells_apart`) all rows get the label of the first sample.
+    Where rows cannot be assigned to samples (`tells_apart`), all of them get the label of the first sample.
 
     Args:
-        labels: One a sample.
-        rows: How many rows the layer sees.
-        alone: See `tells_apart`.
+        labels: Labels, one a sample.
+        rows: Number of rows that the layer sees.
+        alone: Numbers of rows that it sees of one sample alone, as for `tells_apart`.
     """
     if not tells_apart(rows, len(labels), alone):
         return labels[:1].expand(rows)
@@ -282,11 +282,11 @@ def labels_of_rows(labels: Tensor, rows: int, alone: Collection[int] = ()) -> Te
 
 
 def of_rows(values: Tensor, chosen: Tensor) -> Tensor:
-    """Those of (groups, rows·positions, …) that belong to some rows.
+    """The entries of a tensor (groups, rows·positions, …) that belong to some rows.
 
     Args:
         values: Patches or outputs, in the order of the rows.
-        chosen: Which rows, shape (rows,).
+        chosen: Mask of the rows, shape (rows,).
     """
     if bool(chosen.all()):
         return values
@@ -299,11 +299,11 @@ def chunks(
     """Patches of a few samples, or of some positions of one, so that no chunk is over `CHUNK_BYTES`.
 
     Args:
-        adapter: Of the layer.
+        adapter: Adapter of the layer.
         layer: The layer.
-        inputs: What it takes.
-        outputs: Any tensors of the shape of its output.
-        positions: Which positions of each sample; None is all.
+        inputs: Inputs of the layer.
+        outputs: Tensors of the shape of its output, of any meaning.
+        positions: Indices of the positions of each sample; None is all.
 
     Yields:
         The samples as a slice, their patches, and each of the outputs in the order of the patches.

@@ -45,27 +45,27 @@ def collect_gradients(
 ) -> str | None:
     """Add a `GradientGram` to the statistics of every site.
 
-    For each sample a random direction `v` in the output is drawn, by what the output is (centred over the classes of
-    logits, since a shift of all changes nothing; across a vector that counts by its direction), and `⟨v, output⟩` is
-    differentiated by every site's output. Every floating tensor of a nested output counts; of several each is divided
-    by its size, so that what is weighted is the relative error of each. No gradient of a parameter is computed. The
-    model is left as it was.
+    For each sample a random direction `v` in the output is drawn, by the kind of the output (centred over the classes
+    of logits, since a shift of all changes nothing; orthogonal to an embedding, which counts by its direction), and
+    `⟨v, output⟩` is differentiated by every site's output. Every floating tensor of a nested output counts; of several
+    tensors each is divided by its size, so that their relative errors are weighted. No gradient of a parameter is
+    computed. The model is left as it was.
 
     A second backward pass, in other directions, follows the errors of every rank to the outputs, and adds a
     `Coherence`: see `rankfold.statistics.coherence`.
 
-    A site that no gradient reaches (before an arg-max, say), while it reaches others, is weighted evenly, by so much
-    that its output counts as that of the others does in the median; the manifest names it under "unreached".
+    A site that no gradient reaches (such as one before an arg-max), while gradients reach others, is weighted evenly,
+    so that its output counts as much as that of the others does in the median; the manifest names it under "unreached".
 
     Args:
         model: The model.
         batches: Calibration inputs; the first `samples` of them are used.
-        stats: Of the same model; changed.
-        sites: Its sites.
-        samples: How many samples.
-        outputs: What the outputs are; None guesses by the first 32 samples (`rankfold.outputs.taken.settle`).
+        stats: Statistics of the same model; changed.
+        sites: Sites of the model.
+        samples: Number of samples.
+        outputs: Kinds of the outputs; None guesses by the first 32 samples (`rankfold.outputs.taken.settle`).
         seed: Seed of the directions.
-        progress: Told about every batch.
+        progress: Callback for every batch.
         world: The processes that share the samples; all get the sums.
 
     Returns:
@@ -73,8 +73,8 @@ def collect_gradients(
 
     Raises:
         NumericsError: A gradient is not finite; the site is named.
-        DataError: There is no batch, or no output that is what it is said to be.
-        OptionError: `outputs` is something else.
+        DataError: There is no batch, or an output is not of the kind that was given.
+        OptionError: `outputs` is no kind of output, nor a dict of kinds by name.
     """
     model = check_module(model)
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -168,7 +168,7 @@ def _differentiated(
 
 
 def _projected(outputs: Sequence[Tensor], kinds: Sequence[Output], draw: torch.Generator) -> Tensor:
-    """`Σ ⟨v, output⟩` over the outputs, `v` as the kind of each draws it; of several, each divided by its size."""
+    """`Σ ⟨v, output⟩` over the outputs, `v` drawn by the kind of each; if several, each is divided by its size."""
     products = []
     for output, kind in zip(outputs, kinds, strict=True):
         here = output.detach()
@@ -183,7 +183,7 @@ def _weight_evenly(grams: dict[str, GradientGram], sizes: dict[str, float]) -> l
     """Give sites without a gradient a multiple of the identity that weighs their output as the others' in the median.
 
     Args:
-        grams: By path; changed.
+        grams: Grams by path; changed.
         sizes: Mean square of an output entry of each site.
 
     Returns:
@@ -197,7 +197,7 @@ def _weight_evenly(grams: dict[str, GradientGram], sizes: dict[str, float]) -> l
     seen = [weight for weight in weights.values() if weight > 0]
     blind = [path for path, weight in weights.items() if not weight > 0]
     if not seen:
-        return []  # nothing is known of any: all are left as they are
+        return []  # no gradient is known: all sites are left as they are
     for path in blind:
         total = grams[path].total
         if total is None or not sizes[path] > 0:
@@ -236,7 +236,7 @@ def _add(
     gradients: Sequence[Tensor | None],
     halves: Tensor,
 ) -> None:
-    """Add a batch, of which `halves` says which samples are of the first half: every other one of the whole data."""
+    """Add a batch; `halves` is True for its samples of the first half, which is every other one of the whole data."""
     counted: set[str] = set()
     for (site, layer, value), gradient in zip(seen, gradients, strict=True):
         adapter = adapter_for(layer)

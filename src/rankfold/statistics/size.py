@@ -1,4 +1,4 @@
-"""What moments of a site's inputs and outputs take in memory, known before the first forward."""
+"""Memory that moments of a site's inputs and outputs take, known before the first forward."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
 
 ELEMENT = 8  # bytes of a float64, in which all moments are kept
-SUMS = 2  # a statistic that tells two halves of the samples apart keeps the sum over all, and over the first
+SUMS = 2  # a statistic that distinguishes two halves of the samples keeps the sum over all, and over the first
 PAIRS = 4  # a repair keeps its moments of two halves, of held-out samples, and of both halves together
 WORKING = 4  # copies of a site's Gram while it is decomposed or solved: shrunk, scaled, its root, its factor
 CHUNK_BYTES = 64 * 2**20  # most bytes of patches in memory at once
-CHUNKS = 3  # of them at once: patches, those drawn for one half of the samples, and outputs
+CHUNKS = 3  # chunks in memory at once: patches, those drawn for one half of the samples, and outputs
 LARGEST_GRAM = 2**30  # most bytes of one Gram without a limit: 11,585 features, and 2 GB for both halves
 SMALL_GRAM = 256 * 2**20  # a Gram up to this is never too large: 5,792 features
 PROPORTION = 512  # a larger one has at most so many times the bytes of its layer's weight
@@ -33,11 +33,12 @@ class SiteSize:
     """Bytes that one site takes.
 
     Attributes:
-        path: Of the site.
-        statistics: Of what is collected at it and kept until the end.
-        repair: Of the moments of both networks while it is solved.
-        working: Of the copies made while it is decomposed or solved.
-        followed: Of what its errors are followed to the outputs with, kept for all sites while gradients are collected.
+        path: Path of the site.
+        statistics: Bytes of the statistics that are collected at it and kept until the end.
+        repair: Bytes of the moments of both networks while it is solved.
+        working: Bytes of the copies made while it is decomposed or solved.
+        followed: Bytes of the projections that follow its errors to the outputs, kept for all sites while gradients are
+            collected.
     """
 
     path: str
@@ -52,8 +53,8 @@ class Sizes:
     """Bytes that a compression takes beside the network and its activations.
 
     Attributes:
-        sites: One a site.
-        chunks: Of patches.
+        sites: Sizes, one a site.
+        chunks: Bytes of chunks of patches.
     """
 
     sites: tuple[SiteSize, ...]
@@ -61,17 +62,17 @@ class Sizes:
 
     @property
     def statistics(self) -> int:
-        """Of what is kept of all sites together."""
+        """Bytes of the statistics that are kept of all sites together."""
         return sum(site.statistics for site in self.sites)
 
     @property
     def solving(self) -> int:
-        """Of the site that takes most while it is decomposed or solved; sites are one after the other."""
+        """Bytes of the site that takes most while it is decomposed or solved; sites are solved one after the other."""
         return max((site.repair + site.working for site in self.sites), default=0)
 
     @property
     def followed(self) -> int:
-        """Of what the errors of all sites are followed with."""
+        """Bytes of the projections that follow the errors of all sites."""
         return sum(site.followed for site in self.sites)
 
     @property
@@ -89,9 +90,9 @@ def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> 
 
     Args:
         site: The site.
-        statistics: Registered names of what is collected; one that the library does not know counts as a Gram of what
-            it reads.
-        repaired: Whether the site is solved again.
+        statistics: Registered names of the statistics that are collected; one that the library does not know counts as
+            a Gram of the inputs or outputs that it reads.
+        repaired: True if the site is solved again.
     """
     groups, features = site.geometry.groups, site.geometry.features
     outputs = site.geometry.canonical_shape[0]
@@ -131,16 +132,16 @@ def bounded(
 
     Without a limit a site is left alone whose largest Gram takes more than 1 GiB (11,585 features), or more than
     256 MiB (5,792 features) and more than 512 times its layer's weight; the limit for all is then half of the machine's
-    memory. The widest sites are left alone until the moments of all others fit the limit: what is kept of all of them,
-    and what the widest takes while it is solved. A limit below 64 MiB, which one chunk of patches may take, counts as
-    that.
+    memory. The widest sites are left alone until the moments of all others fit the limit: the statistics of all of
+    them, and what the widest takes while it is solved. A limit below 64 MiB, which one chunk of patches may take,
+    counts as 64 MiB.
 
     Args:
-        sites: From `find_sites`.
-        statistics: Registered names of what will be collected.
-        repaired: Whether sites are solved again.
-        limit: Most bytes of all moments; None is as said.
-        machine: Bytes of memory where the model is; None where that is not known.
+        sites: Sites from `find_sites`.
+        statistics: Registered names of the statistics that will be collected.
+        repaired: True if sites are solved again.
+        limit: Maximum number of bytes of all moments; None is the rule above.
+        machine: Bytes of memory of the model's device; None where that is not known.
 
     Raises:
         MemoryLimitError: No site is left.
@@ -182,7 +183,7 @@ def bounded(
 
 
 def machine_memory(device: torch.device) -> int | None:
-    """Bytes of memory of a device, in use or not; None where the system does not tell."""
+    """Bytes of memory of a device, in use or not; None where the system does not report them."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -192,10 +193,10 @@ def machine_memory(device: torch.device) -> int | None:
 
 
 def check_fits(sites: Sites, statistics: Sequence[str], *, repaired: bool, limit: int | None) -> None:
-    """Refuse sites whose moments do not fit into a limit; None is none.
+    """Refuse sites whose moments do not fit into a limit; None is no limit.
 
     Raises:
-        MemoryLimitError: As said; the widest site is named.
+        MemoryLimitError: The moments do not fit; the widest site is named.
     """
     sizes = sizes_of(sites, statistics, repaired=repaired)
     if limit is None or sizes.moments <= max(limit, CHUNK_BYTES):
@@ -210,7 +211,7 @@ def check_fits(sites: Sites, statistics: Sequence[str], *, repaired: bool, limit
 
 
 def _too_wide(site: Site, statistics: Sequence[str], *, repaired: bool) -> str | None:
-    """Why a site's largest Gram is out of proportion; None where it is not."""
+    """Reason why a site's largest Gram is out of proportion; None where it is not."""
     geometry, outputs = site.geometry, site.geometry.canonical_shape[0]
     kinds = [cast(type[Statistic], lookup(name, Statistic)).reads_outputs for name in statistics]
     reads = repaired or not all(kinds)
@@ -227,6 +228,6 @@ def _too_wide(site: Site, statistics: Sequence[str], *, repaired: bool) -> str |
 
 
 def _patch(site: Site) -> str:
-    """The width of what a layer reads, in words."""
+    """The width of a layer's input, in words."""
     kind = "patch" if site.geometry.kernel else "row"
     return f"a {kind} of {site.geometry.features:,} features"

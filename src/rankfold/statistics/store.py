@@ -27,17 +27,17 @@ from rankfold.sites.site import Site
 from rankfold.statistics._base import Statistic, merge
 
 VERSION = 2
-READABLE = (1, 2)  # before 2 the halves of the samples were not told apart
+READABLE = (1, 2)  # before 2 the halves of the samples were not distinguished
 
 
 @dataclass(eq=False)
 class Statistics:
-    """What was collected, by site path and name of the statistic.
+    """Collected statistics, by site path and name of the statistic.
 
     Attributes:
-        sites: Site path to the site's statistics by name.
-        manifest: What they were collected over: samples, batches, SHA-256 of the data, seed, positions.
-        fingerprint: Of the model.
+        sites: Statistics by site path, and of a site by name.
+        manifest: Record of what they were collected over: samples, batches, SHA-256 of the data, seed, positions.
+        fingerprint: Fingerprint of the model.
     """
 
     sites: dict[str, dict[str, Statistic]]
@@ -50,9 +50,9 @@ class Statistics:
         Args:
             site: The site.
             group: The group.
-            half: 0 or 1 for a half of the samples; None for all.
-            shrink: Shrink the input Gram for its number of samples (see `shrinkage_of`), as what is fitted on it needs;
-                what is judged on it is judged on the Gram as it is.
+            half: Index of a half of the samples, 0 or 1; None for all.
+            shrink: True to shrink the input Gram for its number of samples (see `shrinkage_of`), which fitting needs;
+                judging uses the Gram as it is.
         """
         own = self.sites.get(site.path, {})
 
@@ -73,7 +73,7 @@ class Statistics:
         )
 
     def has_halves(self, path: str) -> bool:
-        """Whether the input moments of a site tell two halves of the samples apart."""
+        """Whether the input moments of a site distinguish two halves of the samples."""
         own = self.sites.get(path, {})
         return all(name in own and own[name].has_halves for name in ("input-gram", "input-mean"))
 
@@ -82,8 +82,8 @@ class Statistics:
     ) -> torch.Tensor | None:
         """The output weighting of a site, or None where no gradients were collected.
 
-        Shrunk for its number of samples: 256 random directions say little about the 1000 outputs of a classifier, and
-        unshrunk they would make 744 of them free.
+        It is shrunk for its number of samples: 256 random directions carry little information on the 1000 outputs of a
+        classifier, and without shrinkage errors in 744 directions would count as nothing.
         """
         statistic = self.sites.get(path, {}).get("gradient-gram")
         if statistic is None:
@@ -102,7 +102,7 @@ class Statistics:
         """The statistics over the data of both.
 
         Raises:
-            DataError: They are of two models, or hold different sites or statistics.
+            DataError: The statistics are of two models, or hold different sites or statistics.
         """
         mine = {path: set(own) for path, own in self.sites.items()}
         theirs = {path: set(own) for path, own in other.sites.items()}
@@ -204,13 +204,13 @@ class Statistics:
 
 
 def _shrinkage(gram: Statistic, mean: Statistic | None, group: int, half: int | None = None) -> float:
-    """How far a Gram, or the covariance where there is a mean, is shrunk; by a formula where no halves are told apart.
+    """Shrinkage of a Gram, or of the covariance where there is a mean; by a formula where halves are not distinguished.
 
     Args:
-        gram: Of the Gram.
-        mean: Of the mean, or None.
-        group: Which group.
-        half: 0 or 1 for a half of the samples; None for all.
+        gram: Statistic of the Gram.
+        mean: Statistic of the mean, or None.
+        group: Index of the group.
+        half: Index of a half of the samples, 0 or 1; None for all.
     """
 
     def seen(part: int | None) -> torch.Tensor:
@@ -223,7 +223,7 @@ def _shrinkage(gram: Statistic, mean: Statistic | None, group: int, half: int | 
 
 
 def _statistic(name: str, counts: Any, total: torch.Tensor | None, first: torch.Tensor | None) -> Statistic:
-    """A statistic from what is on disk; before version 2 the count was one number."""
+    """A statistic from its tensors and counts on disk; before version 2 the count was one number."""
     count, first_count = counts if isinstance(counts, list) else (counts, 0)
     return cast(type[Statistic], lookup(name, Statistic))(int(count), total, int(first_count), first)
 

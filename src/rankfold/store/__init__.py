@@ -1,1 +1,1 @@
-"""What is kept on disk: checkpoints, and work that was interrupted."""
+"""Files on disk: checkpoints, and work that was interrupted."""

@@ -33,9 +33,9 @@ def save(out: Compressed, path: str | Path, *, overwrite: bool = False) -> None:
     `checksums.json` with the SHA-256 of each.
 
     Args:
-        out: From `compress`.
+        out: Result of `compress`.
         path: A new or empty directory.
-        overwrite: Replace a checkpoint that is there; a directory that holds any other file stays.
+        overwrite: True to replace a checkpoint that is there; a directory that holds any other file stays.
 
     Raises:
         OptionError: `out` is not what `compress` returned, or `path` is no path.
@@ -78,7 +78,7 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
 
     Args:
         path: A directory that `save` wrote.
-        factory: Builds the *original* architecture on a real device; its weights are overwritten.
+        factory: Function that builds the *original* architecture on a real device; its weights are overwritten.
 
     Returns:
         A plain module in eval mode, with the bits that were saved.
@@ -159,7 +159,7 @@ def _load_weights(model: nn.Module, file: Path) -> None:
 
 
 def _place(value: Tensor) -> tuple[object, ...]:
-    """What two names of one tensor have in common."""
+    """Key that two names of one tensor have in common."""
     return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
@@ -198,7 +198,7 @@ def check_path(path: str | Path) -> None:
     """Refuse what is no path.
 
     Raises:
-        OptionError: As said.
+        OptionError: `path` is neither a string nor a path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise OptionError("path", law="the path of a directory", got=shown(path), cure="pass a str or a Path")

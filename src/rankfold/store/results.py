@@ -1,4 +1,4 @@
-"""What became of a plan that was carried out, on disk: the result, or the error by which it dropped out."""
+"""The outcome of a plan that was carried out, on disk: the result, or the error by which the plan dropped out."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 else:
     T = TypeVar("T")
 
-# Of these a candidate drops out, at every run the same; others, such as a failed allocation, may pass the next time.
+# Errors by which a plan drops out in every run; others, such as a failed allocation, may not occur the next time.
 LASTING: dict[str, type[RankfoldError]] = {each.__name__: each for each in (SelfCheckError, PlanError, NumericsError)}
 
 
 def kept_result(file: Path, kind: type[T], work: Callable[[], T]) -> T:
-    """A flat dataclass from its file, or worked out now and written there; a lasting error likewise.
+    """A flat dataclass from its file, or computed now and written there; a lasting error likewise.
 
     Numbers come back with the same bits. A file that is damaged, or of other fields, counts as missing.
 
     Args:
         file: The file.
         kind: The dataclass, of numbers, strings, None, and tuples and string-keyed dicts of these.
-        work: Gives the result.
+        work: Function that computes the result.
 
     Raises:
-        SelfCheckError, PlanError, NumericsError: As `work` raises, now or when the file was written.
+        SelfCheckError, PlanError, NumericsError: Raised by `work`, now or when the file was written.
         TypeError: The result holds something else.
     """
     try:
@@ -75,7 +75,7 @@ def _sha256(content: object) -> str:
 
 
 def _encoded(value: Any) -> Any:
-    """As JSON from which `_decoded` makes an equal value; floats by their bits, since they may be infinite."""
+    """JSON from which `_decoded` makes an equal value; floats are kept by their bits, since they may be infinite."""
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):

@@ -43,7 +43,7 @@ def facts_of(
     positions: int | None,
     seed: int,
 ) -> dict[str, Any]:
-    """All that statistics, gradients and curves depend on; a budget, a selector and a repair are not among it."""
+    """Everything that statistics, gradients and curves depend on, which excludes budget, selector and repair."""
     tensors = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -70,14 +70,14 @@ def facts_of(
 
 
 class Work:
-    """What one model, data set and set of options has given so far. Without a folder nothing is kept.
+    """Store of the finished work on one model, data set and set of options. Without a folder nothing is kept.
 
     Every file appears whole or not at all and is checked when it is read; a damaged one counts as missing. One process
     at a time may use a folder.
 
     Args:
         folder: An existing folder, or None.
-        device: Where the statistics are needed.
+        device: Device on which the statistics are needed.
     """
 
     def __init__(self, folder: Path | None = None, device: torch.device | None = None) -> None:
@@ -89,13 +89,13 @@ class Work:
 
         Args:
             path: A new or empty directory, or one of an earlier run.
-            facts: From `facts_of`.
-            device: Where the statistics are needed.
+            facts: Facts from `facts_of`.
+            device: Device on which the statistics are needed.
 
         Raises:
             WorkDirError: The directory holds other files, or the work of another model, other data or options; what
                 differs is named.
-            WriteError: It cannot be written.
+            WriteError: The directory cannot be written.
         """
         folder = Path(path)
         if folder.exists() and not folder.is_dir():
@@ -109,21 +109,22 @@ class Work:
             if others:
                 raise _refusal(folder, law="work_dir is new, empty, or of an earlier run", got=f"{others[0]!r} in it")
             write_file(folder / HEAD, canonical_json(dict(facts)).encode())
-        for each in [*folder.iterdir(), *folder.glob(f"{RESULTS}/.*")]:  # what a killed run was writing
+        for each in [*folder.iterdir(), *folder.glob(f"{RESULTS}/.*")]:  # files that a killed run was writing
             if _is_scratch(each) or each.parent.name == RESULTS:
                 shutil.rmtree(each) if each.is_dir() else each.unlink()
         return cls(folder, device)
 
     def statistics(self, collect: Callable[[], Statistics]) -> Statistics:
-        """The statistics: those that are there, or collected now."""
+        """The statistics: read from the folder, or collected now."""
         return collect() if self._folder is None else self._kept("statistics", collect)
 
     def gradients(self, stats: Statistics, collect: Callable[[], str | None]) -> str | None:
-        """Add the gradient Grams to the statistics: those that are there, or collected now.
+        """Add the gradient Grams to the statistics: read from the folder, or collected now.
 
         Args:
-            stats: Changed as `collect` changes it.
-            collect: Adds to `stats` what is of gradients; returns why there are none, or None.
+            stats: Statistics, changed as `collect` changes them.
+            collect: Function that adds the statistics of gradients to `stats`; it returns the reason why there are
+                none, or None.
         """
         if self._folder is None:
             return collect()
@@ -146,7 +147,7 @@ class Work:
         return why
 
     def curves(self, sites: Sites, families: Sequence[Decomposition], measure: Callable[[], Curves]) -> Curves:
-        """The curves: those that are there, or measured now."""
+        """The curves: read from the folder, or measured now."""
         if self._folder is None:
             return measure()
         kept = self._read_curves(self._folder / CURVES, sites, families)
@@ -169,7 +170,7 @@ class Work:
         return curves
 
     def sites(self, model: nn.Module, plan: Plan) -> Recall:
-        """How a lockstep pass of a plan solves its sites: those that are there are taken, the others kept."""
+        """The function by which a lockstep pass of a plan gets a solved site: from the folder, or solved and kept."""
         if self._folder is None:
             return always_solve
         text = plan.to_json()
@@ -178,13 +179,13 @@ class Work:
         return SolvedSites(folder, dict(model.named_modules(remove_duplicate=False)), plan)
 
     def result(self, plan: Plan, part: str, kind: type[T], work: Callable[[], T]) -> T:
-        """What became of a plan on some of the samples: what is there, or worked out now; see `kept_result`.
+        """The result of a plan on some of the samples: read from the folder, or computed now; see `kept_result`.
 
         Args:
             plan: The plan.
-            part: Says which samples.
+            part: Name of the set of samples.
             kind: Dataclass of the result.
-            work: Carries the plan out.
+            work: Function that carries the plan out.
         """
         if self._folder is None:
             return work()
@@ -192,7 +193,7 @@ class Work:
         return kept_result(self._folder / RESULTS / f"{key}.json", kind, work)
 
     def _kept(self, name: str, collect: Callable[[], Statistics]) -> Statistics:
-        """Statistics from the folder; what was collected now goes through the folder too, so that both are alike."""
+        """Statistics from the folder; those collected now are written and read too, so that both are alike."""
         if self._folder is None:
             raise TypeError("there is no folder")
         path = self._folder / name
@@ -227,7 +228,7 @@ class Work:
 
 
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Refuse the work of something else."""
+    """Refuse a folder with the work on another model, other data or other options."""
     try:
         old = read_json(folder / HEAD)
     except CheckpointError as cause:

@@ -22,12 +22,12 @@ class DecompositionConformance(WeightLaws, ShellLaws):
     All cases run on the CPU and, where there is one, on a CUDA device.
 
     Attributes:
-        method: An instance of the method; make one class an interesting combination of options.
-        shapes: Canonical shapes that the laws are looked at on; those the method refuses are left out.
-        layers: Names of the toy layers likewise.
-        variations: For an option that is no bool, int or float: another value, for the law that it changes something.
-        idle: Options that this instance is documented not to read.
-        tolerance: What two float64 results of one size may differ by.
+        method: An instance of the method; make one class for each interesting combination of options.
+        shapes: Canonical shapes that the laws are checked on; those the method refuses are left out.
+        layers: Names of the toy layers that the laws are checked on; those the method refuses are left out.
+        variations: Another value of each option that is no bool, int or float, for the law that it changes something.
+        idle: Names of the options that this instance is documented not to read.
+        tolerance: Largest difference allowed between two float64 results, relative to their size.
     """
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

@@ -41,12 +41,13 @@ class WeightLaws:
         """The Gram that the method's `errors` are measured in; override it where yours has another.
 
         Args:
-            moments: Of the inputs.
+            moments: Moments of the inputs.
             features: Length n of a flattened patch.
 
         Returns:
-            Shape (n, n): the identity for a method that does not read "input-gram", else `moments.metric` with the
-            method's `damping` (if it has such an option) times its mean eigenvalue added; the identity if it is zero.
+            The Gram, shape (n, n): the identity for a method that does not read "input-gram", else `moments.metric`
+            with the method's `damping` (if it has such an option) times its mean eigenvalue added; the identity if it
+            is zero.
         """
         identity = torch.eye(features, dtype=torch.float64)
         if "input-gram" not in self.method.needs:
@@ -75,13 +76,13 @@ class WeightLaws:
         assert self.method.form in forms()
 
     def test_it_survives_json(self) -> None:
-        """Its registered name and its options give an equal method back."""
+        """The method's registered name and its options give an equal method back."""
         again = from_json(to_json(self.method), Decomposition, place="test")
         assert again == self.method
         assert type(again) is type(self.method)
 
     def test_it_is_frozen(self) -> None:
-        """Its options cannot be changed after it was made."""
+        """The options of a method cannot be changed after it was made."""
         name = next((field.name for field in dataclasses.fields(self.method)), "anything")  # type: ignore[arg-type]
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(self.method, name, None)
@@ -104,7 +105,7 @@ class WeightLaws:
 
     @pytest.mark.parametrize("bias", [False, True], ids=["bias-free", "bias"])
     def test_errors_equal_the_measured_ones(self, moments_kind: str, bias: bool, device: str) -> None:
-        """`errors()` says what `decompose().reconstruct()` loses in the metric, at every rank looked at."""
+        """`errors()` equals the loss of `decompose().reconstruct()` in the metric, at every rank looked at."""
         for shape in self.cases():
             weight = toy_weight(shape, device=device)
             moments = moments_of_weight(weight, moments_kind, bias=bias)
@@ -116,7 +117,7 @@ class WeightLaws:
                 assert float(errors[index]) == pytest.approx(measured, rel=1e-6, abs=self.tolerance), (shape, index)
 
     def test_error_never_grows_with_rank(self, device: str) -> None:
-        """Neither the announced nor the measured error does; it is 1 at most and ends at 0.
+        """Neither the announced nor the measured error grows; each is 1 at most and ends at 0.
 
         Of two ranks that are tuples, the larger is the one that is larger or equal in every part.
         """
@@ -133,7 +134,7 @@ class WeightLaws:
                 assert curve[ranks[-1]] == pytest.approx(0, abs=self.tolerance), shape
 
     def test_factors_have_the_form_and_rank_asked_for(self, device: str) -> None:
-        """Their stages have the shapes of the layers that the shell is built of."""
+        """The stages of the factors have the shapes of the layers that the shell is built of."""
         for shape in self.cases():
             weight = toy_weight(shape, device=device)
             moments = moments_of_weight(weight)
@@ -172,7 +173,7 @@ class WeightLaws:
             assert all(torch.equal(tensor, copy) for tensor, copy in zip(kept, copies, strict=True)), shape
 
     def test_same_input_gives_same_bits(self, device: str) -> None:
-        """Twice the same, and the global generators are not touched."""
+        """Two calls give the same bits, and the global generators are not touched."""
         for shape in self.cases():
             weight = toy_weight(shape, device=device)
             moments = moments_of_weight(weight)
@@ -185,7 +186,7 @@ class WeightLaws:
             assert torch.equal(*errors), shape
 
     def test_finite_on_hard_inputs(self, weight_kind: str, device: str) -> None:
-        """Zero, rank-deficient, scaled, half, flat and ill-conditioned weights, on every kind of moments."""
+        """Zero, rank-deficient, scaled, half, flat and ill-conditioned weights give finite factors on all moments."""
         for shape in self.cases():
             weight = hard_weight(weight_kind, shape, device=device)
             if self.method.refuses(weight.shape) is not None:
@@ -203,14 +204,14 @@ class WeightLaws:
 
     @pytest.mark.parametrize("rank", [0, -1, 10**6, True, 1.5, None], ids=str)
     def test_a_rank_that_is_no_candidate_is_refused(self, rank: Any, device: str) -> None:
-        """With an error of rankfold's that names the range."""
+        """The method refuses the rank with an error of rankfold's that names the range."""
         shape = self.cases()[0]
         weight = toy_weight(shape, device=device)
         with pytest.raises(RankfoldError):
             self.method.decompose(weight, rank, moments_of_weight(weight))
 
     def test_missing_moments_are_named(self, device: str) -> None:
-        """A method that reads moments says so where there are none; one that does not works without."""
+        """A method that reads moments raises an error where there are none; one that does not works without."""
         shape = self.cases()[0]
         weight = toy_weight(shape, device=device)
         rank = self.method.ranks(shape)[0]

@@ -1,4 +1,4 @@
-"""On which devices the conformance cases run."""
+"""Devices on which the conformance cases run."""
 
 from __future__ import annotations
 

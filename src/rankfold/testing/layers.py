@@ -63,10 +63,10 @@ def toy_layer(
     """A layer and a batch of inputs for it, the same numbers every time.
 
     Args:
-        name: One of `LAYERS`.
-        bias: Whether the layer has a bias; not read by those of `ALWAYS_BIASED`.
-        dtype: Of both.
-        device: Of both.
+        name: Name of the layer, one of `LAYERS`.
+        bias: True if the layer has a bias; not read by those of `ALWAYS_BIASED`.
+        dtype: Dtype of the layer and the inputs.
+        device: Device of the layer and the inputs.
 
     Returns:
         The layer in eval mode, and its inputs.

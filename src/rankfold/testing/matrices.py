@@ -78,12 +78,12 @@ def hard_weight(name: str, shape: Sequence[int], *, device: str = "cpu") -> Tens
     """A hard canonical weight.
 
     Args:
-        name: One of `HARD_WEIGHTS`.
+        name: Name of the weight, one of `HARD_WEIGHTS`.
         shape: Canonical shape; "flat" takes only its kernel and a multiple of its inputs.
-        device: Where it is.
+        device: Device of the weight.
 
     Returns:
-        In float64, but "half" and "bfloat16" in their dtypes.
+        The weight in float64, but "half" and "bfloat16" in their dtypes.
     """
     return _WEIGHTS[name](shape, device)
 
@@ -99,10 +99,10 @@ def moments_of_weight(
 
     Args:
         weight: Canonical weight, shape (out, in, kernel…).
-        kind: One of `MOMENTS`.
-        bias: Whether the layer has a bias, so that the covariance is the metric.
-        seed: Of the inputs.
-        positions: How many inputs are drawn; by default enough for a Gram of full rank.
+        kind: Kind of the inputs, one of `MOMENTS`.
+        bias: True if the layer has a bias, so that the covariance is the metric.
+        seed: Seed of the inputs.
+        positions: Number of inputs that are drawn; None is enough for a Gram of full rank.
 
     Returns:
         All moments of `Moments`, on the weight's device.

@@ -31,7 +31,7 @@ class Twice(nn.Module):
         self.shared = shared
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Both applications."""
+        """The result of both applications."""
         result: Tensor = self.shared(self.shared(inputs))
         return result
 

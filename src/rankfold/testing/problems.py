@@ -41,7 +41,7 @@ def random_options(
 ) -> tuple[Option, ...]:
     """The dense option and those of the families that cost less in one of the resources, with drawn falling errors.
 
-    How much a site's errors weigh is drawn too: errors are comparable across sites, but need not end at 1.
+    The weight of a site's errors is drawn too: errors are comparable across sites, but need not end at 1.
     """
     weight = 10 ** draw.uniform(-2, 2)
     dense = Option(None, None, dense_cost(site), 0.0)
@@ -71,12 +71,12 @@ def random_problem(
     """A problem that has a solution, since its bounds are the cost of a drawn choice.
 
     Args:
-        seed: Of everything drawn.
-        sites: How many.
-        resources: Which are bounded.
-        families: Whose options there are.
-        allowed: Called with (all options of a site, one of them): whether the drawn choice may hold that one.
-        tight: Draw the cheapest choice in the first resource instead of any.
+        seed: Seed of everything that is drawn.
+        sites: Number of sites.
+        resources: Names of the bounded resources.
+        families: Methods that the options are of.
+        allowed: Function of (all options of a site, one of them): True if the drawn choice may hold that one.
+        tight: True to draw the cheapest choice in the first resource instead of any.
 
     Returns:
         The problem.

@@ -28,7 +28,7 @@ class SelectorConformance:
 
     Attributes:
         selector: An instance of the selector.
-        variations: For every option of the selector: another value, for the law that it changes something.
+        variations: Another value of every option of the selector, for the law that it changes something.
     """
 
     selector: ClassVar[RankSelector]
@@ -51,7 +51,7 @@ class SelectorConformance:
         return [random_problem(seed, resources=resources, allowed=self.allowed, **options) for seed in _SEEDS]
 
     def test_it_takes_one_allowed_option_of_each_site(self, resources: tuple[str, ...]) -> None:
-        """In the order of the sites."""
+        """The choice has one allowed option for each site, in the order of the sites."""
         for problem in self.problems(resources):
             chosen = self.selector.select(problem)
             assert len(chosen) == len(problem.options)
@@ -60,7 +60,7 @@ class SelectorConformance:
                 assert self.allowed(options, option)
 
     def test_no_bound_is_exceeded(self, resources: tuple[str, ...]) -> None:
-        """Not by one parameter, MAC or byte."""
+        """No bound is exceeded by even one parameter, MAC or byte."""
         for problem in self.problems(resources):
             total = problem.total(self.selector.select(problem)).amounts()
             assert all(total[name] <= bound for name, bound in problem.bounds.items())
@@ -78,7 +78,7 @@ class SelectorConformance:
             assert sum(option.error for option in self.selector.select(roomy)) == 0
 
     def test_nothing_that_fits_and_lowers_the_error_is_left(self, resources: tuple[str, ...]) -> None:
-        """So the result lies as near below the budget as one more step allows."""
+        """The result lies as near below the budget as one more step allows."""
         for problem in self.problems(resources):
             chosen = self.selector.select(problem)
             total = problem.total(chosen)
@@ -88,7 +88,7 @@ class SelectorConformance:
                     assert not (better and problem.fits(total - option.cost + other.cost)), (option, other)
 
     def test_same_problem_same_choice(self, resources: tuple[str, ...]) -> None:
-        """Twice the same, and the global generators are not touched."""
+        """Two calls give the same choice, and the global generators are not touched."""
         before, state = generator_states(), random.getstate()
         for problem in self.problems(resources):
             assert self.selector.select(problem) == self.selector.select(problem)
@@ -96,7 +96,7 @@ class SelectorConformance:
         assert random.getstate() == state
 
     def test_bounds_that_exclude_each_other_are_an_error(self) -> None:
-        """Each can be met alone, both cannot: `BudgetError`, never an overshoot."""
+        """Of two bounds each can be met alone, but not both: the selector raises `BudgetError` and never overshoots."""
         site = Site("layer", (), "conv", Geometry(8, 8, (3, 3), (1, 1), (1, 1), (1, 1)), (((8, 8), 1),), 4)
         options = (
             Option(None, None, Cost(100, 100, 400), 0.0),
@@ -108,11 +108,11 @@ class SelectorConformance:
             self.selector.select(problem)
 
     def test_a_model_without_sites_is_no_error(self) -> None:
-        """There is nothing to choose."""
+        """The choice is empty, since there is nothing to choose."""
         assert self.selector.select(Problem((), (), {"params": 0}, Cost(5, 5, 5), Cost(5, 5, 5))) == ()
 
     def test_it_survives_json(self) -> None:
-        """Its registered name and its options give an equal selector back."""
+        """The selector's registered name and its options give an equal selector back."""
         assert from_json(to_json(self.selector), RankSelector, place="test") == self.selector
 
     def test_every_option_changes_something(self, option: str) -> None:
@@ -122,7 +122,7 @@ class SelectorConformance:
 
 
 def _choice(selector: RankSelector, problem: Problem) -> tuple[Option, ...] | str:
-    """What a selector takes; where its own restrictions leave nothing, the error's text."""
+    """The choice of a selector; where its own restrictions leave nothing, the error's text."""
     try:
         return selector.select(problem)
     except BudgetError as infeasible:

@@ -59,7 +59,7 @@ class ShellLaws:
         return install_shells(copied(layer), plan, filler(_statistics(self.method, layer, inputs)))
 
     def ranks(self, layer: nn.Module) -> list[Rank]:
-        """First, middle and last candidate."""
+        """First, middle and last candidate of the ranks."""
         ranks = self.method.ranks(_adapter(layer).geometry(layer).canonical_shape)
         return [ranks[index] for index in sorted({0, len(ranks) // 2, len(ranks) - 1})]
 
@@ -69,7 +69,7 @@ class ShellLaws:
 
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bias-free"])
     def test_shell_equals_the_dense_layer_of_the_product(self, bias: bool, device: str) -> None:
-        """`shell(fill(F))(x)` is what the original layer gives with `F.reconstruct()` as its weight."""
+        """`shell(fill(F))(x)` equals the output of the original layer with `F.reconstruct()` as its weight."""
         for name, layer, inputs in self.served(bias=bias, device=device):
             adapter = _adapter(layer)
             weight = adapter.canonical(layer)
@@ -84,7 +84,7 @@ class ShellLaws:
                     _assert_close(shell(inputs), dense(inputs), 1e-9, name)
 
     def test_merging_gives_the_outputs_of_the_shell(self, device: str) -> None:
-        """Multiplied out to one dense layer again, in double precision."""
+        """A shell multiplied out to one dense layer again gives the same outputs, in double precision."""
         for name, layer, inputs in self.served(device=device):
             for rank in self.ranks(layer):
                 plan = Plan((Decision("", self.method, rank),), (), fingerprint(layer))
@@ -93,13 +93,13 @@ class ShellLaws:
                     _assert_close(merge(shell, plan)(inputs), shell(inputs), 1e-8, name)
 
     def test_full_rank_gives_the_layer_back(self, device: str) -> None:
-        """In double precision the compressed layer at its last candidate is the layer."""
+        """In double precision the compressed layer at its last candidate equals the original layer."""
         for name, layer, inputs in self.served(device=device):
             with torch.no_grad():
                 _assert_close(self.compressed(layer, inputs, self.ranks(layer)[-1])(inputs), layer(inputs), 1e-7, name)
 
     def test_predicted_cost_equals_the_counted_one(self, device: str) -> None:
-        """Parameters, MACs per sample (against torch's own counter) and bytes of the live shell."""
+        """Parameters, MACs per sample (by torch's own counter) and bytes of the live shell are as predicted."""
         for name, layer, inputs in self.served(dtype=torch.float32, device=device):
             adapter = _adapter(layer)
             site = Site("", (), adapter.kind, adapter.geometry(layer), (adapter.sample_size(layer, inputs[:1]),), 4)
@@ -109,7 +109,7 @@ class ShellLaws:
 
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bias-free"])
     def test_bias_is_neither_lost_nor_added(self, bias: bool, device: str) -> None:
-        """Only the last stage has one, and only where the layer has one."""
+        """Only the last stage has a bias, and only where the layer has one."""
         for name, layer, inputs in self.served(bias=bias, device=device):
             parts = list(self.compressed(layer, inputs, self.ranks(layer)[0]).children())
             assert [part.bias is not None for part in parts] == [False] * (len(parts) - 1) + [bias], name
@@ -125,7 +125,7 @@ class ShellLaws:
                 _assert_close(found, adapter.outputs(layer, layer(inputs)).mean(1), 1e-9, name)
 
     def test_no_storage_is_shared_with_the_original(self, device: str) -> None:
-        """Neither weights nor bias; and the original keeps its bits."""
+        """Neither weights nor bias share storage with the original, which keeps its bits."""
         for name, layer, inputs in self.served(device=device):
             before = [parameter.detach().clone() for parameter in layer.parameters()]
             shell = self.compressed(layer, inputs, self.ranks(layer)[-1])
@@ -162,7 +162,7 @@ class ShellLaws:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("scale", [1.0, 1e-4, 1e3], ids=str)
     def test_half_layers_stay_finite(self, dtype: torch.dtype, scale: float, device: str) -> None:
-        """Wherever the original's outputs are finite; and full rank gives them back up to the dtype's rounding."""
+        """Outputs are finite where the original's are; and full rank gives these back up to the dtype's rounding."""
         for name, layer, inputs in self.served(dtype=dtype, device=device):
             with torch.no_grad():
                 expected = layer(inputs * scale).float()
@@ -174,7 +174,7 @@ class ShellLaws:
 
     @pytest.mark.parametrize("scale", [1e20, 1e-20], ids=str)
     def test_scaled_layers_stay_finite(self, scale: float, device: str) -> None:
-        """In float32, weights of scale 1e±20 on inputs of scale 1e∓20, the intermediate results included."""
+        """In float32, weights of scale 1e±20 on inputs of scale 1e∓20 give finite results, intermediate ones too."""
         for name, layer, inputs in self.served(dtype=torch.float32, device=device):
             with torch.no_grad():
                 _adapter(layer).canonical(layer).mul_(scale)
@@ -184,7 +184,7 @@ class ShellLaws:
                 _assert_close(shell(inputs / scale), expected, 1e-4 if device == "cpu" else 1e-2, name)
 
     def test_no_budget_is_exceeded_and_predictions_hold(self, device: str) -> None:
-        """On a whole network: what is counted is what was predicted, and within the bound."""
+        """On a whole network, the counted cost equals the predicted one and is within the bound."""
         network, inputs, sites = _sites(device)
         statistics = collect(network, inputs, sites=sites, statistics=list(self.method.needs))
         curves = measure(network, statistics, sites=sites, families=[self.method])
@@ -208,7 +208,7 @@ def _sites(device: str) -> tuple[nn.Module, Tensor, Sites]:
 
 
 def _assert_close(found: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Equal up to a tolerance relative to the largest value."""
+    """Assert that two tensors are equal up to a tolerance relative to the largest value."""
     assert found.shape == expected.shape, name
     assert float((found - expected).abs().max()) <= tolerance * float(expected.abs().max()), name
 
@@ -229,7 +229,7 @@ def _adapter(layer: nn.Module) -> Adapter:
 
 
 def _statistics(method: Decomposition, layer: nn.Module, inputs: Tensor) -> Statistics:
-    """What the method needs, collected over one batch of inputs."""
+    """The statistics that a method needs, collected over one batch of inputs."""
     adapter = _adapter(layer)
     own: dict[str, Statistic] = {}
     with torch.no_grad():

@@ -23,8 +23,8 @@ class StatisticConformance:
     """Every law a statistic keeps. Inherit it, name your class, and run pytest.
 
     Attributes:
-        statistic: The class.
-        tolerance: What sums of float64 numbers in another order may differ by, relative to the largest.
+        statistic: Class of the statistic.
+        tolerance: Largest difference allowed between float64 sums in different order, relative to the largest.
     """
 
     statistic: ClassVar[type[Statistic]]
@@ -43,7 +43,7 @@ class StatisticConformance:
         return result
 
     def assert_close(self, first: Statistic, second: Statistic) -> None:
-        """Equal counts, and sums equal up to the order of addition."""
+        """Assert that counts are equal, and sums equal up to the order of addition."""
         assert first.count == second.count
         assert first.total is not None
         assert second.total is not None
@@ -51,7 +51,7 @@ class StatisticConformance:
         torch.testing.assert_close(first.total, second.total, rtol=0, atol=self.tolerance * scale)
 
     def test_it_is_registered(self) -> None:
-        """Under the name it bears, so that it can be asked for and read back."""
+        """The statistic is registered under its name, so that it can be requested and read back."""
         assert self.statistic.name in names(Statistic)
 
     def test_merge_equals_collecting_over_both(self, device: str) -> None:
@@ -77,13 +77,13 @@ class StatisticConformance:
             merge(self.statistic(), other())
 
     def test_chunks_do_not_matter(self, device: str) -> None:
-        """One position at a time gives what all at once give."""
+        """Adding one position at a time gives the same as adding all at once."""
         inputs, outputs = _chunk(13, seed=3, device=device)
         singly = [(inputs[:, i : i + 1], outputs[:, i : i + 1]) for i in range(13)]
         self.assert_close(self.collected(singly), self.collected([(inputs, outputs)]))
 
     def test_it_counts_positions(self, device: str) -> None:
-        """Per group, over all chunks; the sum has the groups first, the work dtype and the inputs' device."""
+        """Positions are counted per group; the sum has the groups first, the work dtype and the inputs' device."""
         found = self.collected([_chunk(9, seed=1, device=device), _chunk(4, seed=2, device=device)])
         assert found.count == 13
         assert found.total is not None
@@ -101,7 +101,7 @@ class StatisticConformance:
             torch.testing.assert_close(whole[part], alone, rtol=1e-9, atol=self.tolerance)
 
     def test_inputs_are_not_kept(self, device: str) -> None:
-        """What is done to a chunk afterwards changes nothing, and the chunk is not changed."""
+        """Later changes of a chunk do not change the statistic, and the chunk itself is not changed."""
         inputs, outputs = _chunk(9, seed=5, device=device)
         copies = inputs.clone(), outputs.clone()
         found = self.collected([(inputs, outputs)])
@@ -133,12 +133,12 @@ class StatisticConformance:
         assert float(found.abs().max()) > 0
 
     def test_zeros_give_zeros(self, device: str) -> None:
-        """Of finite numbers."""
+        """The statistic of zeros is zero."""
         inputs, outputs = (torch.zeros_like(part) for part in _chunk(9, seed=8, device=device))
         assert float(self.collected([(inputs, outputs)]).mean().abs().max()) == 0
 
     def test_saved_and_loaded_it_has_the_same_bits(self, device: str, tmp_path: Path) -> None:
-        """Through safetensors and JSON."""
+        """The statistic keeps its bits through safetensors and JSON."""
         found = self.collected([_chunk(9, seed=9, device=device)])
         Statistics({"layer": {found.name: found}}, {"samples": 9}, "abc").save(tmp_path / "statistics")
         again = Statistics.load(tmp_path / "statistics").sites["layer"][found.name]

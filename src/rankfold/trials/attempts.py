@@ -1,4 +1,4 @@
-"""What comes of carrying out a plan, and how long it took."""
+"""The result of carrying out a plan, and its measured latency."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Attempt:
     """One plan carried out.
 
     Attributes:
-        comparison: On the held-out samples.
+        comparison: Comparison on the held-out samples.
         model: The compressed model.
         plan: The plan.
-        details: Of the report.
-        cost: Counted on the compressed model; None for a trial on a part of the samples, which nobody gets.
-        errors: Of the sites that a repair solved, on held-out samples: without it, and as installed.
+        details: Remarks on the repair, for the report.
+        cost: Cost counted on the compressed model; None for a trial on a part of the samples, which is never returned.
+        errors: Errors of the sites that a repair solved, on held-out samples, (without it, as installed), by path.
     """
 
     comparison: Comparison
@@ -41,18 +41,18 @@ class Attempt:
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def told(self, name: str, samples: int | None = None) -> Candidate:
-        """For the report: by name, and how many samples it was carried out on where these are not all."""
+        """The candidate for the report, with a name, and the number of samples it was carried out on if not all."""
         return Candidate(name, self.comparison.divergence, self.comparison.agreement, False, samples)
 
 
 def one_latency(original: nn.Module, compressed: nn.Module, example: Batch, samples: int | None) -> Latency:
-    """Measured by the first process while all others wait, so that none disturbs it.
+    """Latency, measured by the first process while all others wait, so that none disturbs the measurement.
 
     Args:
         original: The original.
         compressed: The compressed model.
         example: One batch.
-        samples: At most so many of it are timed; None is all, where the model may take no other size.
+        samples: Maximum number of samples of it that are timed; None is all, where the model may take no other size.
     """
     if samples is not None:
         example = take(example, torch.arange(min(batch_size(example), samples)))
@@ -66,7 +66,7 @@ def one_latency(original: nn.Module, compressed: nn.Module, example: Batch, samp
 
 
 def uncalled(sites: Sites, plan: Plan) -> list[str]:
-    """A remark on layers that the forward does not reach, where channels went that such a layer may read."""
+    """A remark on layers that the forward does not reach, where removed channels may be read by such a layer."""
     left = [skip.path for skip in sites.skips if skip.reason.startswith("not called")]
     if not left or not plan.cuts:
         return []

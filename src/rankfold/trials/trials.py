@@ -33,31 +33,31 @@ from rankfold.store.work import Work
 from rankfold.trials.attempts import Attempt
 from rankfold.trials.limits import Limit
 
-FINALISTS = 2  # so many of the plans tried on a part are carried out on all samples
-FEWEST = 64  # samples of the part on which the others are
+FINALISTS = 2  # number of the plans tried on a part of the samples that are carried out on all
+FEWEST = 64  # least number of samples of that part
 SPARSEST = 8  # the part has at least one sample in so many
 LARGEST_BATCH = 128  # small batches of the part are put together up to this: a trial costs calls more than samples
-DENSER = 2  # on a part of the samples so many times the positions of each are looked at
+DENSER = 2  # factor by which more positions of each sample are looked at on the part
 
 
 @dataclass(eq=False)
 class Trials:
-    """What carries plans out on a copy of one model and judges them.
+    """Carries plans out on copies of one model and judges them.
 
     Attributes:
         model: The original.
         batches: The calibration data.
-        sites: Its sites.
-        judged: The held-out samples, or all where none are.
-        stats: Its statistics.
-        every: One sample in so many is held out.
-        outputs: What the model's outputs are.
-        work: Keeps what is finished.
-        clock: Adds up the seconds of each stage.
-        progress: Told about every step.
-        spill: Where a repair keeps its values.
+        sites: Sites of the model.
+        judged: The held-out samples, or all where none are held out.
+        stats: Statistics of the model.
+        every: Number of samples of which one is held out.
+        outputs: Kinds of the model's outputs.
+        work: Store of finished work.
+        clock: Clock that adds up the seconds of each stage.
+        progress: Callback for every step.
+        spill: Store of the values of a repair.
         notes: Remarks for the report: plans that dropped out.
-        limits: That what comes of a plan has to keep, too.
+        limits: Limits that the result of a plan has to keep beside the budget.
     """
 
     model: nn.Module
@@ -115,7 +115,7 @@ class Trials:
 
     @cached_property
     def part(self) -> list[Batch] | None:
-        """The samples that many plans are tried on; None where they are too few for that, or all have to be there."""
+        """The samples that many plans are tried on; None where these would be too few, or all have to be there."""
         if self.sites.graph.static_batch is not None:
             return None
         return part_of(self.batches, self.stats.manifest["samples"], held_out=self.every, processes=world().size)
@@ -132,14 +132,14 @@ class Trials:
         return self._scores[key]
 
     def best(self, proposals: Sequence[Proposal], budget: Budget) -> tuple[Attempt, list[Candidate]]:
-        """The plan closest to the original on held-out samples, and how all of them did.
+        """The plan closest to the original on held-out samples, and the candidates of all plans.
 
-        With a repair, where there are many, all are carried out on a part of the samples first, and the best on all;
-        these are told of twice.
+        With a repair and many plans, all of them are carried out on a part of the samples first, and the best on all;
+        the best have two candidates each.
 
         Args:
-            proposals: Of plans.
-            budget: Their budget.
+            proposals: Proposals of plans.
+            budget: Budget of the plans.
         """
         part = self.part
         chosen = [proposal for proposal in proposals if proposal.always or part is not None]
@@ -159,7 +159,7 @@ class Trials:
                     best[:] = [attempt]  # one compressed model at a time is kept
                 return attempt.told(name)
 
-            if self.limits:  # what an earlier run judged is not known to keep to them
+            if self.limits:  # the results of an earlier run are not known to keep to them
                 return replace(work(), selector=name)
             return replace(self.work.result(plan, "all", Candidate, work), selector=name)
 
@@ -197,14 +197,14 @@ class Trials:
         wanted: int | None = None,
         others: Sequence[Candidate] = (),
     ) -> list[Candidate]:
-        """Some work for every plan, or for as many as are wanted; one that fails drops out while another is left.
+        """Do some work for every plan, or for a number of them; a plan that fails drops out while another is left.
 
         Args:
-            stage: For the progress.
-            plans: By name.
-            work: What is done for each.
-            wanted: How many; None is all.
-            others: What is done already, and left where all of these fail.
+            stage: Name of the stage, for the progress.
+            plans: Plans by name.
+            work: Function that makes the candidate of a plan.
+            wanted: Number of candidates; None is all.
+            others: Candidates that exist already, and are left where all of these fail.
         """
         done: list[Candidate] = []
         failures: list[SelfCheckError | PlanError | NumericsError | BudgetError] = []
@@ -228,13 +228,14 @@ class Trials:
 
 
 def part_of(batches: Iterable[Batch], samples: int, *, held_out: int, processes: int) -> list[Batch] | None:
-    """A part of the samples to try many plans on, or None where they are too few for that, and for many plans.
+    """A part of the samples to try many plans on, or None where they are too few for that.
 
     Args:
-        batches: All samples.
-        samples: How many of those are fitted on.
-        held_out: One sample in this many is not.
-        processes: That share the batches; each needs one, so batches are cut where they are too few.
+        batches: Batches of all samples.
+        samples: Number of samples that are fitted on.
+        held_out: Number of samples of which one is held out.
+        processes: Number of processes that share the batches; each needs one, so batches are cut where they are too
+            few.
     """
     every = min(SPARSEST, samples // FEWEST)
     if every < 2:
