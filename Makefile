@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests run side by side, each on one thread; those of one file stay together, since they share what they measured.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: venv demo test test-shown test-sample test-slow check bench docs clean
 
@@ -19,16 +21,16 @@ demo: venv
 	$(BIN)/rankfold demo
 
 test: check
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-shown: venv # what users see first: the examples, the commands of the README, the demo with its figures
-	$(BIN)/python -m pytest -m slow tests/test_examples.py tests/digits/test_demo.py tests/cli/test_demo.py
+	$(PYTEST) -m slow tests/test_examples.py tests/digits/test_demo.py tests/cli/test_demo.py
 
 test-sample: venv # one in ten of the random networks with random budgets
-	$(BIN)/python -m pytest -m slow tests/allocation/test_random_networks.py -k "0]"
+	$(PYTEST) -m slow tests/allocation/test_random_networks.py -k "0]"
 
 test-slow: venv
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 check: venv
 	$(BIN)/ruff format --check .
