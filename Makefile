@@ -24,7 +24,7 @@ test: check
 	$(PYTEST) -m 'not slow'
 
 test-shown: venv # what users see first: the examples, the commands of the README, the demo with its figures
-	$(PYTEST) -m slow tests/test_examples.py tests/digits/test_demo.py tests/cli/test_demo.py
+	$(BIN)/python -m pytest -m slow tests/test_examples.py tests/digits/test_demo.py tests/cli/test_demo.py
 
 test-sample: venv # one in ten of the random networks with random budgets
 	$(PYTEST) -m slow tests/allocation/test_random_networks.py -k "0]"
