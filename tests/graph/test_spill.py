@@ -16,6 +16,7 @@ import rankfold as rf
 from rankfold.errors import OptionError, WriteError
 from rankfold.graph.spill import Spill, parse_memory
 from rankfold.graph.walk import Arrival, Walk
+from rankfold.graph.weights import weights_of
 from rankfold.sites.finding import find_sites
 
 
@@ -56,7 +57,7 @@ def _walked(limit: int | None) -> tuple[list[Tensor], Spill, list[int]]:
         return lambda x: layer(x) + 0.5  # type: ignore[return-value]
 
     calls = sites.in_graph()
-    output = Walk(sites.graph.program, model, calls, images(), on_site, {}, spill).run()
+    output = Walk(sites.graph.program, weights_of(model), calls, images(), on_site, {}, spill).run()
     return [compressed[0] for _, compressed in output], spill, held
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rankfold.data.batches import micro_batches
+from rankfold.errors import DataError
 from rankfold.graph.regions import schedule
 from rankfold.graph.walk import Arrival, Walk
+from rankfold.graph.weights import StoredWeights, weights_of
 from rankfold.sites.finding import find_sites
 
 
@@ -43,7 +49,7 @@ def _walk(model: nn.Module, batches: list[Tensor], change: float = 0.0) -> tuple
         layer = modules[arrival.call.path]
         return lambda x: layer(x) + change  # type: ignore[return-value]
 
-    outputs = Walk(program, model, calls, batches, on_site, {}).run()
+    outputs = Walk(program, weights_of(model), calls, batches, on_site, {}).run()
     original, compressed = (torch.cat([both[side][0] for both in outputs]) for side in (0, 1))
     return original, compressed, seen
 
@@ -92,3 +98,30 @@ def test_micro_batches_cover_every_sample_once_in_order() -> None:
     assert torch.equal(torch.cat([part for part, _ in parts]), x)  # type: ignore[misc]
     assert [row for _, rows in parts for row in rows] == list(range(23))
     assert max(len(rows) for _, rows in parts) <= 4
+
+
+def test_the_original_can_be_walked_from_files(tmp_path: Path) -> None:
+    """Shards that are read tensor by tensor give the bits of the modules."""
+    model, x = Late().eval(), torch.randn(6, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    names = sorted(state)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({name: state[name] for name in part}, tmp_path / f"{number}.safetensors")
+    stored = StoredWeights(sorted(tmp_path.iterdir()))
+    assert set(stored) == set(names)
+    assert len(stored) == len(names)
+    sites, modules = find_sites(model, x), dict(model.named_modules())
+    assert sites.graph.program is not None
+    walks = [
+        Walk(sites.graph.program, weights, sites.in_graph(), [x], lambda arrival: modules[arrival.call.path], {}).run()
+        for weights in (weights_of(model), stored)
+    ]
+    for mine, theirs in zip(*(walk[0] for walk in walks), strict=True):
+        assert torch.equal(mine[0], theirs[0])
+
+
+def test_a_name_in_two_files_is_refused(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"weight": torch.zeros(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(DataError, match=r"'weight' · each name is in one file · got .*a\.safetensors and .*b\."):
+        StoredWeights(sorted(tmp_path.iterdir()))

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from rankfold.data.batches import Batch, split_batch
 from rankfold.graph.regions import Call, schedule, tensor_names
 from rankfold.graph.spill import Spill, Values
+from rankfold.graph.weights import Weights
 
 
 @dataclass(eq=False)
@@ -67,7 +68,7 @@ class Walk:
 
     Args:
         program: The functional program.
-        model: The original; parameters are fetched from it by name when their node is reached.
+        weights: Tensors of the original by name; each is fetched when its node is reached.
         calls: Calls of the sites to solve, from `find_calls`.
         batches: The calibration set in micro-batches.
         on_site: Function called once at every site; returns the layer for the compressed network.
@@ -79,7 +80,7 @@ class Walk:
     def __init__(
         self,
         program: ExportedProgram,
-        model: nn.Module,
+        weights: Weights,
         calls: Sequence[Call],
         batches: Sequence[Batch],
         on_site: OnSite,
@@ -93,10 +94,8 @@ class Walk:
         self._overrides = overrides
         self._batches = batches
         self._spill = Spill() if spill is None else spill
-        self._tensors = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
+        self._weights = weights
+        self._own: dict[str, Tensor] = {}  # what the original held where an override may be written into it
         self._order = schedule(program, list(calls))
         self._layers: dict[str, nn.Module] = {}
         self._live: dict[Node, Pair] = {}
@@ -130,8 +129,8 @@ class Walk:
                 for dead in [each for each in self._live if last[each] <= step]:
                     del self._live[dead]
                 self._spill.tidy()
-        for name in self._overrides.keys() & self._tensors.keys():
-            self._tensors[name] = self._tensors[name].clone()  # installing the override may change the original's
+        for name in self._overrides.keys() & self._weights.keys():
+            self._own[name] = self._weights[name].clone()
         return Returned(self, self._piece(start, self._order.index(output) + 1, site, last), output)
 
     def _solve(self, call: Call) -> None:
@@ -254,8 +253,10 @@ class Walk:
 
     def _tensor(self, node: Node) -> Tensor:
         name = self._names[node]
-        if name in self._tensors:
-            return self._tensors[name]
+        if name in self._own:
+            return self._own[name]
+        if name in self._weights:
+            return self._weights[name]
         constant: Tensor = self._program.constants[name]
         return constant
 

@@ -20,6 +20,7 @@ from rankfold.errors import DistributedError, NumericsError, SelfCheckError, Tra
 from rankfold.graph.spill import Spill
 from rankfold.graph.trace import followed_output
 from rankfold.graph.walk import Arrival, Returned, Walk
+from rankfold.graph.weights import weights_of
 from rankfold.install.swap import swap, train_as_
 from rankfold.plan import Plan
 from rankfold.plan.repair import Lockstep
@@ -171,7 +172,7 @@ def lockstep_pass(
                 return solved.layer
             return Widened(solved.layer, originals[path], kept[path])
 
-        result.outputs = Walk(program, model, calls, result.parts, solve, overrides, spill).run()
+        result.outputs = Walk(program, weights_of(model), calls, result.parts, solve, overrides, spill).run()
     return result
 
 
