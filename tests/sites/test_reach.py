@@ -174,3 +174,16 @@ def test_the_report_says_nothing_of_it_where_nearly_all_can_be_cut() -> None:
     model, data = _stock(wide=64), [torch.randn(40, 16)]
     out = rf.compress(model, data, budget=rf.Budget(params=0.8), repair=None, weighting=False)
     assert "of what can be cut" not in out.report.text()
+
+
+def test_norms_that_lose_channels_are_not_said_to_stay() -> None:
+    """What stays, all together, is no more than the smallest model."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)).eval()
+    data = [torch.randn(64, 3, 8, 8)]
+    with pytest.raises(BudgetError) as caught:
+        rf.compress(model, data, budget=rf.Budget(params=0.001), families=[rf.Interpolative()])
+    assert "BatchNorm" not in str(caught.value)
+    assert caught.value.smallest["params"] < 100

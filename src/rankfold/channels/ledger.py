@@ -112,12 +112,14 @@ class Widths:
         """The error for bounds that are broken where no step is left."""
         reached = self.cost.amounts()
         touched = {path for curve in self.curves for path in (*curve.group.made, *curve.group.read)}
+        touched |= {name.rpartition(".")[0] for curve in self.curves for name in curve.group.carried}
         return unreachable(
             self._sites.whole,
             self.bounds,
             {name: reached[name] for name in self.bounds},
             sites=self._sites,
             frozen={site.path: NO_CHANNELS for site in self._sites if site.path not in touched},
+            reduced=touched,
             cure="allow families that shrink layers without channel groups, or ask for no multiples",
         )
 

@@ -50,9 +50,7 @@ def reach_of(model: nn.Module, sites: Sites, foretold: Sequence[Foretold]) -> Re
     return Reach(
         {name: min(way.amounts()[name] for way in ways) for name in RESOURCES},
         {name: min(part[name] / max(total[name], 1), 1.0) for name in RESOURCES},
-        tuple(each for each in blockers(sites, "params", most=None, frozen=stays) if each.path not in reduced - known)[
-            :SHOWN
-        ],
+        blockers(sites, "params", most=SHOWN, frozen=stays, reduced=reduced),
     )
 
 

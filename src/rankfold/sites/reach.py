@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from rankfold.cost.formula import dense_cost
@@ -52,7 +52,12 @@ def reach(sites: Sites) -> dict[str, float]:
 
 
 def blockers(
-    sites: Sites, resource: str, *, most: int | None = 5, frozen: Mapping[str, str] | None = None
+    sites: Sites,
+    resource: str,
+    *,
+    most: int | None = 5,
+    frozen: Mapping[str, str] | None = None,
+    reduced: Collection[str] = (),
 ) -> tuple[Blocker, ...]:
     """The modules that hold most of a resource and that no compression makes smaller, largest first.
 
@@ -61,11 +66,12 @@ def blockers(
         resource: Name of the resource: "params", "macs" or "bytes".
         most: Maximum number of modules; None is all.
         frozen: Sites that the given families cannot cut, each with the reason.
+        reduced: Paths of modules that are no sites and get smaller with them, such as norms.
     """
     frozen = frozen or {}
     whole = max(sites.whole.amounts()[resource], 1)
     skips = {skip.path: skip.reason for skip in sites.skips}
-    cut = {site.path for site in sites} - set(frozen)
+    cut = ({site.path for site in sites} | set(reduced)) - set(frozen)
     found = []
     for holding in sites.holdings:
         amount = holding.cost.amounts()[resource]
@@ -91,6 +97,7 @@ def unreachable(
     *,
     sites: Sites | None,
     frozen: Mapping[str, str] | None = None,
+    reduced: Collection[str] = (),
     cure: str = "",
 ) -> BudgetError:
     """The error for bounds that the smallest reachable model exceeds.
@@ -101,6 +108,7 @@ def unreachable(
         smallest: Smallest reachable value of each resource.
         sites: Sites of the model, whose blockers are named; None where there is no model.
         frozen: Sites that the given families cannot cut, as for `blockers`.
+        reduced: Modules as for `blockers`.
         cure: Advice beside a larger bound; "" is to allow more families.
     """
     whole = original.amounts()
@@ -109,7 +117,7 @@ def unreachable(
     for name in broken:
         text = f"{name} at most {bounds[name]} where the smallest is {smallest[name]}"
         text += f" ({smallest[name] / max(whole[name], 1):.4f} of {whole[name]})"
-        left = () if sites is None else blockers(sites, name, most=None, frozen=frozen)
+        left = () if sites is None else blockers(sites, name, most=None, frozen=frozen, reduced=reduced)
         if left:
             few, more = left[:5], left[5:]
             text += f"; what stays: {', '.join(map(str, few))}"
