@@ -94,7 +94,7 @@ def test_the_commands_of_the_readme_run_and_their_checkpoint_loads(tmp_path: Pat
     for command in commands:
         done = run("-m", "rankfold", *command.split(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert rf.load(tmp_path / "small", factory=make_model).training is False
+    assert rf.load(tmp_path / "small-cli", factory=make_model).training is False
 
 
 @pytest.mark.slow
