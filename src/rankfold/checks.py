@@ -1,4 +1,4 @@
-"""Checks of options: what is no flag, no whole number or no number of a range is refused by its place."""
+"""Checks of options: a value that is no flag, no whole number or no number of a range is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_flag(place: str, value: object, cure: str = "pass a bool") -> None:
     """Refuse anything but True and False.
 
     Raises:
-        OptionError: As said.
+        OptionError: The value is no bool.
     """
     if not isinstance(value, bool):
         raise OptionError(place, law="True or False", got=shown(value), cure=cure)
@@ -32,13 +32,13 @@ def check_count(place: str, value: Any, *, none: bool = False, cure: str = "leav
     """Refuse what is no whole number of at least 1.
 
     Args:
-        place: The option.
-        value: Its value.
-        none: Whether None will do.
-        cure: What to do.
+        place: Name of the option.
+        value: Value of the option.
+        none: True if None is allowed as well.
+        cure: Advice for the message.
 
     Raises:
-        OptionError: As said.
+        OptionError: The value is no whole number of at least 1.
     """
     if none and value is None:
         return
@@ -53,16 +53,16 @@ def check_number(
     """Refuse what is no number of a range.
 
     Args:
-        place: The option.
-        value: Its value.
-        law: The range in words.
-        cure: What to do.
-        low: The least.
-        high: The most; no number is infinite.
-        open_low: Whether the least itself is refused.
+        place: Name of the option.
+        value: Value of the option.
+        law: Range in words, for the message.
+        cure: Advice for the message.
+        low: Least number.
+        high: Greatest number; infinity is always refused.
+        open_low: True if the least number itself is refused.
 
     Raises:
-        OptionError: As said.
+        OptionError: The value is no number of the range.
     """
     if not is_number(value) or not low <= value <= high or value == math.inf or (open_low and value == low):
         raise OptionError(place, law=law, got=shown(value), cure=cure)

@@ -1,4 +1,4 @@
-"""Seconds by stage."""
+"""Wall-clock seconds by stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Clock:
     """Wall-clock seconds a stage.
 
     Args:
-        after: Called after each stage.
+        after: Function called after each stage.
     """
 
     def __init__(self, after: Callable[[], None]) -> None:
@@ -23,7 +23,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
 
     def taken(self) -> dict[str, float]:
-        """What was added up since this was last asked for."""
+        """Seconds by stage since the last call of this method."""
         seconds, self.seconds = self.seconds, {}
         return seconds
 

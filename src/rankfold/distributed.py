@@ -27,11 +27,11 @@ class World:
     """The processes that work on one compression, and which of them this is.
 
     All methods but `owns` are collective: every process calls them in the same order, with tensors of the same shapes.
-    Each begins with a round in which all say that they are well, so that one that failed ends the others.
+    Each begins with a round in which all report that they are well, so that one that failed ends the others.
 
     Attributes:
-        size: How many processes; with one of them every method does nothing.
-        rank: Number of this one.
+        size: Number of processes; with one of them every method does nothing.
+        rank: Number of this process, from 0.
     """
 
     size: int = 1
@@ -53,8 +53,8 @@ class World:
         """Replace tensors, of any dtype, by those of one process, bit by bit.
 
         Args:
-            tensors: Changed in place.
-            source: Number of the piece of work; the process that owns it gives.
+            tensors: Tensors that are changed in place.
+            source: Number of a piece of work; the tensors of the process that owns it are sent.
         """
         self._each(tensors, lambda value: dist.broadcast(value.view(-1).view(torch.uint8), source % self.size))
 
@@ -62,7 +62,7 @@ class World:
         """Make sure that a text is the same in every process.
 
         Raises:
-            DistributedError: It is not; in every process.
+            DistributedError: The texts differ; this is raised in every process.
         """
         if self.size == 1:
             return
@@ -80,7 +80,7 @@ class World:
             )
 
     def check_in(self, *, failed: bool = False) -> None:
-        """Tell all others whether this process is well, and learn it of them.
+        """Report to all others whether this process is well, and learn the same of them.
 
         Raises:
             DistributedError: Another process failed, or is gone.
@@ -156,10 +156,10 @@ def together(function: Callable[P, T]) -> Callable[P, T]:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """Join the processes that `torchrun` started, by what it says in the environment; does nothing without it.
+    """Join the processes that `torchrun` started, by the environment that it set; does nothing without it.
 
     Args:
-        device: What the model is on: CUDA devices talk by NCCL, one device a process; all others by Gloo.
+        device: Device that the model is on: CUDA devices communicate by NCCL, one device a process; all others by Gloo.
 
     Raises:
         DistributedError: The others cannot be reached.
@@ -186,5 +186,5 @@ def joined(device: torch.device) -> Iterator[World]:
 
 
 def _device() -> torch.device:
-    """Where tensors must lie to be sent."""
+    """Device that tensors must be on to be sent."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

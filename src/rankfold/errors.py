@@ -14,9 +14,9 @@ class RankfoldError(Exception):
 
     Args:
         place: Site path, file or argument at which the law is broken.
-        law: What must hold there.
-        got: The values that break it.
-        cure: What the reader can do about it.
+        law: Condition that must hold there.
+        got: Values that break it.
+        cure: Action that the reader can take.
     """
 
     def __init__(self, place: str, *, law: str, got: str, cure: str) -> None:
@@ -48,7 +48,7 @@ class BudgetError(RankfoldError, ValueError):
     """A budget that cannot be met.
 
     Attributes:
-        smallest: For each budgeted resource, the smallest whole-model value that can be reached.
+        smallest: Smallest value of the whole model that can be reached, for each budgeted resource.
     """
 
     def __init__(self, place: str, *, law: str, got: str, cure: str, smallest: dict[str, int] | None = None) -> None:
@@ -97,10 +97,10 @@ class DependencyError(RankfoldError, ImportError):
 
 
 def is_out_of_memory(cause: BaseException) -> bool:
-    """Whether an error says that memory could not be had: Python's, a device's, or that of torch's CPU allocator."""
+    """Whether an error means that memory could not be had: Python's, a device's, or that of torch's CPU allocator."""
     if isinstance(cause, MemoryError) or "OutOfMemory" in type(cause).__name__:
         return True
-    if isinstance(cause, RankfoldError):  # it has been looked at, whatever words it quotes
+    if isinstance(cause, RankfoldError):  # such an error has been classified before, whatever words it quotes
         return False
     text = str(cause) if isinstance(cause, RuntimeError) else ""
     return any(words in text for words in ("not enough memory", "DefaultCPUAllocator", "out of memory"))
@@ -112,7 +112,7 @@ def allocating(place: str, doing: str, *, needs: int | None = None) -> Iterator[
 
     Args:
         place: Stage or site path.
-        doing: What the memory is for.
+        doing: Purpose of the memory, for the message.
         needs: Predicted bytes, where known.
 
     Raises:

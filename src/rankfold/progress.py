@@ -1,4 +1,4 @@
-"""How long work tells how far it is: a function that opens a stage and gives back a step. The library is silent."""
+"""Progress of long work: a function that opens a stage and returns a step to call. The default shows nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankfold.errors import OptionError, shown
 Progress: TypeAlias = Callable[[str, "int | None"], AbstractContextManager[Callable[[], None]]]
 Told: TypeAlias = Callable[[str, int, "int | None"], object]
 
-# About how a whole compression's time is shared out, in order. What is left of a run is read off it, in the run's own
+# Approximate shares of a whole compression's time, in order. The time left of a run is read off them, at the run's own
 # pace; a stage that is passed over drops out.
 SHARES: Mapping[str, float] = {
     "load": 0.03,
@@ -40,20 +40,20 @@ def silent(stage: str, steps: int | None) -> AbstractContextManager[Callable[[],
 
     Args:
         stage: Name of the stage.
-        steps: How many steps it has, or None where that is not known.
+        steps: Number of its steps, or None where that is not known.
     """
     return nullcontext(_nothing)
 
 
 def as_progress(progress: Progress | Told) -> Progress:
-    """A `Progress` of what was given as one.
+    """The argument `progress` of a function of the library, as a `Progress`.
 
     Args:
-        progress: A function of a stage's name and its number of steps that returns a context with a step to call; or a
+        progress: Function of a stage's name and its number of steps that returns a context with a step to call; or a
             plain function `f(stage, done, total)`, which is called once as a stage begins and after each step.
 
     Raises:
-        OptionError: It is no function, or takes other arguments; or, when the first stage begins, it returns no
+        OptionError: `progress` is no function, or takes other arguments; or, when the first stage begins, it returns no
             context.
     """
     if not callable(progress):
@@ -115,10 +115,10 @@ class _Stage:
 
 @dataclass(eq=False)
 class WholeRun:
-    """How far a whole run is, and about how many seconds are left of it, from what its stages tell.
+    """Progress of a whole run, and about how many seconds are left of it, from the steps of its stages.
 
     Attributes:
-        clock: Seconds that only grow.
+        clock: Function that returns seconds, which only grow.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -177,14 +177,15 @@ def progress_bar(*, wanted: bool = True) -> Iterator[Progress]:
         out = rf.compress(model, data, budget=rf.Budget(params=0.5), progress=progress)
     ```
 
-    The time left of the run is about: measured on what is done, and shared out over what is to come as in a usual run.
+    The time left of the run is approximate: measured on what is done, and shared out over what is to come as in a
+    usual run.
     Whatever ends the context, Ctrl-C too, the bars are taken away and the cursor is shown again.
 
     Args:
-        wanted: False shows nothing.
+        wanted: Switch of the bars; False shows nothing.
 
     Yields:
-        What to pass as `progress`.
+        The function to pass as `progress`.
     """
     from rich.console import Console
 

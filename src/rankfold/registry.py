@@ -64,7 +64,7 @@ def added(default: Any) -> Any:
     """The field of an option that a method got after plans that name it were written; see `to_json`.
 
     Args:
-        default: Its default, under which the method is what it was before.
+        default: Default of the option, under which the method is what it was before.
     """
     return dataclasses.field(default=default, metadata={LATER: True})
 
@@ -136,11 +136,11 @@ def from_json(value: Any, base: type, *, place: str) -> Any:
 
     Args:
         value: A dict with the key ``"name"`` and one key an option; missing options take their defaults.
-        base: What the class must derive from.
-        place: Named in the message.
+        base: Class that the class of the instance must derive from.
+        place: Place that is named in the message.
 
     Raises:
-        PlanError: Not such a dict, an unknown option, or an option the class refuses.
+        PlanError: The value is no such dict, names an unknown option, or has an option that the class refuses.
     """
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise PlanError(

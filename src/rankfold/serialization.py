@@ -23,7 +23,7 @@ from rankfold.errors import CheckpointError, RankfoldError, WriteError, near_mat
 T = TypeVar("T")
 MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
-# Half of a pair, which is no character alone: escaped, or as it is.
+# One half of a surrogate pair, which is no character alone: escaped, or as it is.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
@@ -47,8 +47,8 @@ def parse_json(text: str, *, place: str, error: type[RankfoldError] = Checkpoint
 
     Args:
         text: The JSON text, already bounded in size.
-        place: Named in the message.
-        error: The class to raise.
+        place: Place that is named in the message.
+        error: Class of the error to raise.
 
     Returns:
         The parsed value.
@@ -108,14 +108,15 @@ def converted(
     """A dataclass or struct from JSON values, every field of the type that it is annotated with.
 
     Args:
-        value: What `parse_json` gave.
-        kind: The class; whether unknown keys are left out or refused is its own affair.
-        place: Named in the message.
-        error: The class to raise.
-        cure: What to do, for the message.
+        value: Value that `parse_json` returned.
+        kind: Class of the result; its own options decide whether unknown keys are left out or refused.
+        place: Place that is named in the message.
+        error: Class of the error to raise.
+        cure: Advice for the message.
 
     Raises:
-        RankfoldError: Of that class, naming the place inside the value, what has to stand there, and what does.
+        RankfoldError: An error of the class `error`, naming the place inside the value, what is expected there, and
+            what is found.
     """
     try:
         return msgspec.convert(value, kind, strict=True)
@@ -134,7 +135,7 @@ def converted(
 
 
 def _at(value: Any, path: str) -> Any:
-    """What stands at a path such as `.decisions[0].site`; where it goes through any key of an object, that object."""
+    """Value at a path such as `.decisions[0].site`; where it goes through any key of an object, that object."""
     for key, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
         if index == "...":
             return value
@@ -179,7 +180,7 @@ def read_json(path: Path, *, error: type[RankfoldError] = CheckpointError) -> An
 
     Args:
         path: The file.
-        error: The class to raise.
+        error: Class of the error to raise.
 
     Returns:
         The parsed value.
@@ -201,7 +202,7 @@ def check_json_size(path: Path, *, error: type[RankfoldError] = CheckpointError)
 
     Args:
         path: The file; one that is not there passes.
-        error: The class to raise.
+        error: Class of the error to raise.
     """
     if path.exists() and not path.is_file():
         kind = "a directory" if path.is_dir() else "a device or pipe"
@@ -230,9 +231,9 @@ def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *
 
     Args:
         path: The directory to create. It must not exist, or be empty, unless `overwrite`.
-        writers: File name to a function that writes the file it is given.
-        overwrite: Replace an existing directory (moved aside first, removed last), if it holds nothing but files of
-            the names in `writers`: nobody's other files are lost.
+        writers: Functions that write the file they are given, by file name.
+        overwrite: True if an existing directory is replaced (moved aside first, removed last), provided it holds
+            nothing but files of the names in `writers`: nobody's other files are lost.
 
     Raises:
         WriteError: The directory is taken, or cannot be written (read-only, full disk).
@@ -302,7 +303,7 @@ def write_file(path: Path, content: bytes) -> None:
     A process killed on the way leaves at most a hidden sibling (`.NAME.…`).
 
     Raises:
-        WriteError: It cannot be written.
+        WriteError: The file cannot be written.
     """
     scratch: Path | None = None
     try:

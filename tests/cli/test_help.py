@@ -45,7 +45,7 @@ def test_list_methods_says_what_the_docstrings_say(cli: Any) -> None:
     done = cli("compress", "--list-methods")
     assert done.code == 0
     assert "whitened-svd" in done.out
-    assert "damping=1e-06: Added to `A`, as a fraction of its mean eigenvalue." in done.out
+    assert "damping=1e-06: Ridge added to `A`, as a fraction of its mean eigenvalue." in done.out
     assert "selector=lagrangian: The selector that chooses." in done.out
 
 

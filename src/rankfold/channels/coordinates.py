@@ -12,14 +12,14 @@ STAYS = -1  # number of an element that is no channel of any layer
 
 @dataclass(eq=False)
 class Flow:
-    """What the walk found.
+    """Result of the walk: numbers for the channels, which of them go together, and which must stay.
 
     Attributes:
-        made: For every layer that makes channels, the numbers of its outputs.
-        read: For every layer that reads channels, the numbers of its input channels (features of a linear layer).
-        carried: For every parameter or buffer that goes along with channels, axis → numbers.
-        attended: For every attention the number of each head and the MACs of a head, per sample.
-        mixed: For numbers that an operator mixes with others, so that all go together, its name.
+        made: Numbers of the output channels of every layer that makes channels.
+        read: Numbers of the input channels (features of a linear layer) of every layer that reads channels.
+        carried: Numbers of every parameter or buffer that goes along with channels: name → axis → numbers.
+        attended: Pairs, one for every attention: the number of each head, and the MACs of a head per sample.
+        mixed: Text naming the operator, for every number that an operator mixes with others, so that all go together.
     """
 
     made: dict[str, Tensor] = field(default_factory=dict)
@@ -53,13 +53,13 @@ class Flow:
         return torch.arange(start, start + count)
 
     def freeze(self, numbers: Tensor | None, reason: str) -> None:
-        """Say that channels must stay; the first reason holds."""
+        """Record that channels must stay; the first reason is kept."""
         for number in [] if numbers is None else torch.unique(numbers).tolist():
             if number != STAYS:
                 self._frozen.setdefault(self.root(number), reason)
 
     def unite(self, first: Tensor, second: Tensor, reason: str) -> None:
-        """Say that channels at the same places must go together; one that meets none is frozen."""
+        """Record that channels at the same places must go together; a channel that meets none is frozen."""
         one, other = broadcast(first, second)
         for a, b in sorted(set(zip(one.flatten().tolist(), other.flatten().tolist(), strict=True))):
             if a == STAYS or b == STAYS:
@@ -75,18 +75,18 @@ class Flow:
 
 
 def broadcast(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Both at the shape that they have together."""
+    """Both tensors, expanded to their common shape."""
     shape = (first + second).shape
     return first.expand(shape), second.expand(shape)
 
 
 def along(numbers: Tensor, axis: int, rank: int) -> Tensor:
-    """Numbers of one axis, ready to broadcast."""
+    """Numbers of one axis, reshaped to broadcast against a tensor of some rank."""
     return numbers.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
 
 
 def spread(numbers: Tensor, axis: int, size: int) -> Tensor:
-    """Numbers along an axis, where all are one too."""
+    """Numbers with one axis expanded to its full size, where they may be the same all along it."""
     return numbers.expand([size if i == axis % numbers.ndim else -1 for i in range(numbers.ndim)])
 
 

@@ -25,16 +25,16 @@ USUAL = 0.1  # relative error at which a reader's coherence is taken: what a rem
 
 @dataclass(frozen=True, eq=False)
 class RemovalCurve:
-    """What removing the units of a group costs.
+    """Cost of removing the units of a group.
 
     Attributes:
         group: The group.
         order: Units in the order in which they go, shape (units,).
         errors: Summed squared error of the readers, refitted, with the first m units gone, shape (units + 1,), in the
             metric of their gradient Grams.
-        relative: The same, each reader's relative to the energy of its own output, where it was asked for.
+        relative: Errors likewise, each reader's relative to the energy of its own output; None unless asked for.
         gram: Second moment of the units, shape (units, units), where the rule exchanges pivots.
-        remainders: `|R_kk|` of the pivoted QR of the units' activations, shape (units,), where they were asked for.
+        remainders: Values `|R_kk|` of the pivoted QR of the units' activations, shape (units,); None unless asked for.
     """
 
     group: ChannelGroup
@@ -45,7 +45,7 @@ class RemovalCurve:
     remainders: Tensor | None = None
 
     def kept(self, count: int, method: Interpolative) -> tuple[int, ...]:
-        """The units that stay when so many do."""
+        """The units that stay when `count` of them do."""
         chosen = self.order[len(self.order) - count :]
         if self.gram is not None:
             chosen = strong_rrqr(self.gram, chosen)
@@ -64,21 +64,21 @@ def removal_curves(
     relative: bool = False,
     seed: int = 0,
 ) -> list[RemovalCurve]:
-    """For every group the order of removal by a method's rule, and what it costs the readers when they are refitted.
+    """Order of removal by a method's rule, and its cost to the refitted readers, for every group.
 
     The error of a reader is `tr(G D A Dᵀ)`, `G` the Gram of its output gradients where they were collected, so errors
     of different groups can be summed; without them it is relative to the energy of the reader's output.
 
     Args:
-        model: The original.
-        groups: Its groups.
-        stats: With input Grams and means.
-        sites: From `find_sites`.
-        method: Says the rule.
-        norms: Running mean of the batch norm that can absorb a layer's bias, by path.
-        remainders: Whether the curves hold those of the pivoted QR, whatever the rule.
-        relative: Whether they hold relative errors.
-        seed: Of the rule "random".
+        model: The original model.
+        groups: Channel groups of the model.
+        stats: Statistics of the model, with input Grams and means.
+        sites: Sites of the model, from `find_sites`.
+        method: Method whose rule sets the order.
+        norms: Name of the running mean of the batch norm that can absorb a layer's bias, by path of the layer.
+        remainders: True if the curves hold the `|R_kk|` of the pivoted QR, whatever the rule.
+        relative: True if the curves hold relative errors.
+        seed: Seed of the rule "random".
 
     Raises:
         DataError: The input Grams were not collected.
@@ -119,7 +119,7 @@ def even(group: ChannelGroup) -> bool:
 
 
 def _places(units: Units, taps: int) -> tuple[Tensor, Tensor]:
-    """Features of a patch by unit, unit after unit, and the features of no unit."""
+    """Features of a patch that belong to units, unit after unit, and those that belong to none."""
     own = torch.tensor(units)
     order = torch.argsort(own, stable=True)
     inside = order[own[order] >= 0]

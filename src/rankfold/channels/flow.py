@@ -47,7 +47,7 @@ def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, 
     Args:
         program: The functional program.
         layers: Path of the site by the name of its weight parameter; other layers freeze what they read.
-        left: Why, by the name of its weight parameter, a layer is left alone.
+        left: Reason why a layer is left alone, by the name of its weight parameter.
     """
     walk = _Walk(program, layers, left)
     for node in program.graph.nodes:
@@ -57,19 +57,19 @@ def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, 
 
 
 class _Walk:
-    """The walk: numbers of every node's value, a tensor that broadcasts against it, a list of such, or None."""
+    """The walk. The numbers of a node's value are a tensor that broadcasts against it, a list of such, or None."""
 
     def __init__(self, program: ExportedProgram, layers: dict[str, str], left: Mapping[str, str]) -> None:
         self.flow = Flow()
         self._layers, self._left = layers, left
         self._names, self._operators = tensor_names(program), layer_operators()
         self._numbers: dict[Node, Any] = {}
-        self._blind: set[str] = set()  # layers that were called on what is not followed
-        self._values: set[str] = set()  # tensors that something else than their layer or norm reads
+        self._blind: set[str] = set()  # layers that were called on an input that is not followed
+        self._values: set[str] = set()  # tensors that an operator other than their layer or norm reads
         self._flat: dict[Node, Tensor] = {}  # numbers of heads that constants were made for
 
     def step(self, node: Node) -> None:
-        """Take one node."""
+        """Follow channels through one node."""
         if node.op == "output":
             for argument in node.all_input_nodes:
                 self._freeze_all(argument, "it is in the output of the model")
@@ -115,13 +115,13 @@ class _Walk:
                 self._freeze_all(argument, f"{name} is no operator that channels are followed through")
 
     def _looked_at(self, node: Node, name: str) -> None:
-        """An operator that reads parameters alone: what it makes of them depends on the channels that are there."""
+        """An operator that reads parameters alone: its result depends on which channels these have."""
         if name == "getitem" or name in CONSTANT:
             return
         self._values |= {self._names[argument] for argument in node.all_input_nodes if argument in self._names}
 
     def finish(self) -> None:
-        """Freeze the channels of tensors whose values are read by something else than their layer or norm."""
+        """Freeze the channels of tensors whose values are read by an operator other than their layer or norm."""
         for name in sorted(self._values):
             path, reason = self._layers.get(name), f"the values of {name} are read elsewhere"
             for table in (self.flow.made, self.flow.read):
@@ -229,7 +229,7 @@ class _Walk:
         return numbers
 
     def _elementwise(self, node: Node) -> Tensor | None:
-        """Element by element: what meets goes together."""
+        """An operator that works element by element: channels that meet go together."""
         rank = len(shape_of(node))
         tracked: Tensor | None = None
         others = []
@@ -255,7 +255,7 @@ class _Walk:
         return tracked
 
     def _meets(self, argument: Node, numbers: Tensor) -> None:
-        """A tensor without numbers meets channels: a parameter goes along, anything else must not tell them apart."""
+        """A tensor without numbers meets channels: a parameter goes along, anything else must not distinguish them."""
         shape = shape_of(argument)
         sizes = numbers.shape[numbers.ndim - len(shape) :]
         varying = [axis for axis, size in enumerate(sizes) if size > 1 and shape[axis] > 1]
@@ -350,7 +350,7 @@ class _Walk:
         return compressed(torch.nn.functional.pad(numbers.expand(shape_of(data)), amounts, value=STAYS))
 
     def _without(self, argument: Node, axes: Iterable[int], name: str) -> Tensor | None:
-        """An operator that reads along some axes what it cannot do without, and keeps the others apart."""
+        """An operator that mixes values along some axes only: channels along these are frozen, others pass."""
         numbers = self._numbers[argument]
         if any(numbers.shape[axis] > 1 for axis in axes):
             self.flow.freeze(numbers, f"{name} mixes channels")
@@ -358,7 +358,7 @@ class _Walk:
         return numbers if isinstance(numbers, Tensor) else None
 
     def _mixing(self, argument: Node, axes: Iterable[int], name: str) -> Tensor:
-        """An operator whose result depends on all along some axes, and on nothing else: they go together."""
+        """An operator whose result depends on all channels along some axes, and on no others: these go together."""
         numbers: Tensor = self._numbers[argument]
         for axis in axes:
             first = numbers.narrow(axis, 0, 1)
@@ -380,7 +380,7 @@ class _Walk:
         return numbers.reshape(kept)
 
     def _note(self, table: dict[str, Tensor], path: str, numbers: Tensor) -> None:
-        """Note what a layer reads or makes; at a second call both go together."""
+        """Note the channels that a layer reads or makes; at a second call those of both calls go together."""
         if path in table:
             self.flow.unite(table[path], numbers, f"{path} is also called on what is not followed")
         else:

@@ -1,4 +1,4 @@
-"""Which channels must be removed together, what carries them, and who reads them."""
+"""Groups of channels that must be removed together, the tensors that carry them, and the layers that read them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rankfold.errors import SiteError, near_matches
 from rankfold.sites.finding import check_sites
 from rankfold.sites.site import Sites, Skip
 
-Units = tuple[int, ...]  # for every index along an axis the number of its unit in the group; -1 for none
+Units = tuple[int, ...]  # number of the unit, in the group, of every index along an axis; -1 for none
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class ChannelGroup:
     """Channels that are removed together. A unit is the least that can go: one channel, or all that hang on it.
 
     Attributes:
-        name: Path of the first layer that makes them.
-        units: How many units there are.
+        name: Path of the first layer that makes the channels.
+        units: Number of units.
         made: Layers that make the channels: path → unit of every output channel.
         carried: Parameters and buffers that go along: name → axis → unit of every index.
-        read: Layers that read them: path → unit of every input channel (feature of a linear layer).
+        read: Layers that read the channels: path → unit of every input channel (feature of a linear layer).
         macs: MACs per sample that go with each unit beside those of the layers: attention of a head.
         attributes: Numbers that modules keep and that shrink along: path of the module → attribute → its whole value.
     """
@@ -41,7 +41,7 @@ class ChannelGroup:
     attributes: dict[str, dict[str, int]] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        """One line a role."""
+        """Text with one line for each role."""
         lines = [f"{self.name}: {self.units} units"]
         lines.append(f"  made by {', '.join(self.made)}")
         if self.carried:
@@ -52,10 +52,10 @@ class ChannelGroup:
 
 @dataclass(frozen=True, eq=False)
 class Channels(Sequence[ChannelGroup]):
-    """What `find_channels` found.
+    """Result of `find_channels`.
 
     Attributes:
-        groups: In the order of the graph.
+        groups: Groups in the order of the graph.
         skips: Layers whose output channels must stay, with the reason.
     """
 
@@ -82,7 +82,7 @@ class Channels(Sequence[ChannelGroup]):
         """The group of a name, or of any layer that makes its channels.
 
         Raises:
-            SiteError: There is none; near matches are named.
+            SiteError: There is no such group; near matches are named.
         """
         for group in self.groups:
             if name == group.name or name in group.made:
@@ -101,7 +101,7 @@ def find_channels(model: nn.Module, sites: Sites) -> Channels:
 
     Args:
         model: The model.
-        sites: From `find_sites`; layers that are neither sites nor fixed freeze what they read.
+        sites: Sites of the model, from `find_sites`; layers that are neither sites nor fixed freeze what they read.
 
     Returns:
         The groups and skips; without a graph there is no group.
@@ -109,7 +109,7 @@ def find_channels(model: nn.Module, sites: Sites) -> Channels:
     Raises:
         ModelError: The model is no module, or has tensors on meta.
         OptionError: The sites are not what `find_sites` returns.
-        SiteError: They are of another model.
+        SiteError: The sites are of another model.
     """
     check_sites(model, sites)
     program = sites.graph.program
@@ -193,8 +193,8 @@ def kept_indices(units: Sequence[Units], kept: Sequence[Tensor]) -> Tensor:
     """Indices that stay along an axis, given which units of each group stay.
 
     Args:
-        units: For every group that touches the axis, its unit of every index.
-        kept: For each of them a mask over its units.
+        units: Unit of every index along the axis, for every group that touches it.
+        kept: Mask over the units of each of these groups: True stays.
     """
     stays = torch.ones(len(units[0]), dtype=torch.bool)
     for own, mask in zip(units, kept, strict=True):

@@ -14,16 +14,16 @@ HEADS = (
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_local_heads", "n_local_kv_heads"),
     *("split_size", "all_head_size", "inner_dim", "attn_dim", "kv_dim", "q_size", "kv_size"),  # widths of all heads
 )
-EMBEDDINGS = ("embed_dim", "hidden_size", "d_model", "dim")  # of the stream in most modules, of the heads in some
+EMBEDDINGS = ("embed_dim", "hidden_size", "d_model", "dim")  # widths of the stream in most modules, of heads in some
 
 
 def with_attributes(model: nn.Module, group: ChannelGroup, names: Sequence[str]) -> ChannelGroup:
     """A group of heads with the numbers that the modules around its layers keep about them.
 
     Args:
-        model: The original.
-        group: Any group; one without attention stays as it is.
-        names: Attributes to look for. Whole multiples of the group's units shrink along with them.
+        model: The original model.
+        group: Channel group; one without attention stays as it is.
+        names: Names of attributes to look for; values that are whole multiples of the group's units shrink along.
     """
     if not any(group.macs):
         return group

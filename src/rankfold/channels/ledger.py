@@ -1,4 +1,4 @@
-"""What a model costs while units of its channel groups go, step by step."""
+"""Cost of a model while units of its channel groups are removed, step by step."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Stack:
     """Groups that keep equally many units.
 
     Attributes:
-        members: Their places among the groups.
-        allowed: How many units they may keep, ascending; the last is all.
+        members: Indices of the groups in the list of all groups.
+        allowed: Numbers of units that each group may keep, ascending; the last is all.
     """
 
     members: tuple[int, ...]
@@ -35,14 +35,14 @@ class Stack:
 
 
 class Widths:
-    """Groups on their way to a budget: how many units of each are left, and what the model then costs.
+    """Numbers of units left of each group on the way to a budget, and what the model then costs.
 
     Args:
-        model: The original.
-        curves: One a group.
-        sites: From `find_sites`.
+        model: The original model.
+        curves: Removal curves, one for each group.
+        sites: Sites of the model, from `find_sites`.
         bounds: Absolute bounds on the whole model, by resource.
-        stacks: Which groups go together, and how far.
+        stacks: Groups that go together, with the numbers of units they may keep.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Widths:
 
     @property
     def cost(self) -> Cost:
-        """Of the whole model."""
+        """Cost of the whole model."""
         return self._ledger.cost
 
     def broken(self) -> list[str]:
@@ -81,7 +81,7 @@ class Widths:
         return allowed[max(0, bisect_right(allowed, wanted) - 1)]
 
     def saved(self, stack: int, after: int) -> Cost:
-        """About what going down to some units saves."""
+        """Approximate saving when the groups of a stack go down to `after` units."""
         return sum((self._ledger.saved(i, self.left[stack], after) for i in self.stacks[stack].members), Cost())
 
     def work(self, stack: int) -> int:
@@ -89,7 +89,7 @@ class Widths:
         return sum(self._ledger.work(i) for i in self.stacks[stack].members)
 
     def set(self, stack: int, after: int) -> None:
-        """Go to some units, down or back up."""
+        """Set the units left of each group of a stack, down or back up."""
         for i in self.stacks[stack].members:
             self._ledger.take(i, self.left[stack], after)
         self.left[stack] = after
@@ -131,13 +131,14 @@ def stacks_of(
     uniform: bool = False,
     allowed: Callable[[Sequence[ChannelGroup]], Collection[int]] | None = None,
 ) -> tuple[Stack, ...]:
-    """Which groups go together, and how far.
+    """Groups that go together, with the numbers of units they may keep.
 
     Args:
         groups: All groups.
-        multiple_of: Kept units are multiples of this, where a group has so many.
-        uniform: Whether groups at the same place of like layers go together.
-        allowed: For groups that go together, which numbers of units smaller than the whole there may be; None is all.
+        multiple_of: Number of which kept units are a multiple, where a group has so many.
+        uniform: True if groups at the same place of like layers go together.
+        allowed: Function of the groups that go together, which returns the numbers of units below the whole that they
+            may keep; None allows all.
     """
     numbers: dict[object, list[int]] = {}
     for i, group in enumerate(groups):
@@ -153,18 +154,18 @@ def stacks_of(
 
 
 def _place_of(group: ChannelGroup) -> tuple[object, ...]:
-    """What groups at the same place of like layers have in common: their paths but for the numbers, and their size."""
+    """Key that groups at the same place of like layers share: their size, and their paths but for the numbers."""
     paths = [re.sub(r"\d+", "*", path) for path in (group.name, *group.made, *group.read)]
     return (group.units, *paths)
 
 
 class _Ledger:
-    """Channels left of every layer, and what the whole costs.
+    """Channels left of every layer, and the cost of the whole model.
 
     Args:
-        model: The original.
-        curves: One a group.
-        sites: From `find_sites`.
+        model: The original model.
+        curves: Removal curves, one for each group.
+        sites: Sites of the model, from `find_sites`.
     """
 
     def __init__(self, model: nn.Module, curves: Sequence[RemovalCurve], sites: Sites) -> None:
@@ -207,7 +208,7 @@ class _Ledger:
             self._carried.append(carried)
 
     def saved(self, group: int, left: int, after: int) -> Cost:
-        """What a step saves."""
+        """Saving of a step."""
         total = Cost()
         units = self._carried[group].shape[1] - 1
         for path, (inputs, outputs) in self._changes[group].items():

@@ -1,4 +1,4 @@
-"""Which channels stay → a narrower model: plain modules with smaller tensors, and corrections folded into who reads."""
+"""Channels that stay → a narrower model: plain modules with smaller tensors, and corrections folded into readers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FOLD_DAMPING = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What stays of a layer.
+    """Channels of a layer that stay.
 
     Attributes:
         inputs: Input channels (features of a linear layer) that stay; None for all.
@@ -35,17 +35,17 @@ class Kept:
     outputs: Tensor | None = None
 
     def __bool__(self) -> bool:
-        """Whether anything goes."""
+        """Whether any channel goes."""
         return self.inputs is not None or self.outputs is not None
 
 
 def cuts_of(model: nn.Module, groups: Sequence[ChannelGroup], masks: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Which indices stay of every tensor, given which units of each group stay.
+    """Indices that stay of every tensor, given which units of each group stay.
 
     Args:
-        model: The original.
-        groups: Its channel groups.
-        masks: For some groups by name, a mask over the units: True stays.
+        model: The original model.
+        groups: Channel groups of the model.
+        masks: Mask over the units of some groups, by name of the group: True stays.
     """
     touched: dict[tuple[str, int], tuple[list[Any], list[Tensor]]] = {}
 
@@ -73,7 +73,7 @@ def cuts_of(model: nn.Module, groups: Sequence[ChannelGroup], masks: Mapping[str
 
 
 def kept_of(path: str, layer: nn.Module, cuts: Cuts) -> Kept:
-    """What the cuts leave of a layer."""
+    """Channels that the cuts leave of a layer."""
     own = cuts.get(f"{path}.weight" if path else "weight", {})
     out_axis, in_axis = _weight_axes(layer)
 
@@ -94,7 +94,7 @@ def _weight_axes(layer: nn.Module) -> tuple[int, int]:
 
 
 def narrowed_geometry(geometry: Geometry, kept: Kept) -> Geometry:
-    """The geometry of what stays of a layer."""
+    """The geometry of a layer with the channels that stay."""
     inputs = geometry.inputs if kept.inputs is None else len(kept.inputs)
     outputs = geometry.outputs if kept.outputs is None else len(kept.outputs)
     groups = inputs if geometry.groups > 1 and kept else geometry.groups
@@ -102,11 +102,11 @@ def narrowed_geometry(geometry: Geometry, kept: Kept) -> Geometry:
 
 
 def attributes_of(groups: Sequence[ChannelGroup], masks: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    """The numbers that modules keep, as they are when some units are gone.
+    """New values of the numbers that modules keep, when some units are gone.
 
     Args:
         groups: Channel groups.
-        masks: For some of them by name, a mask over the units: True stays.
+        masks: Mask over the units of some groups, by name of the group: True stays.
     """
     changed: dict[str, dict[str, int]] = {}
     for group in groups:
@@ -120,11 +120,11 @@ def attributes_of(groups: Sequence[ChannelGroup], masks: Mapping[str, Tensor]) -
 
 
 def narrow_(model: nn.Module, cuts: Cuts, attributes: Attributes | None = None) -> nn.Module:
-    """Cut the tensors of a model, and set the attributes of its modules that say their sizes.
+    """Cut the tensors of a model, and set the attributes of its modules that hold their sizes.
 
     Args:
-        model: Changed in place; parameters are replaced by new ones.
-        cuts: What stays.
+        model: Model that is changed in place; its parameters are replaced by new ones.
+        cuts: Indices that stay, by tensor and axis.
         attributes: New values of numbers that modules keep.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -163,22 +163,22 @@ def narrowed_sites(model: nn.Module, sites: Sites, cuts: Cuts) -> tuple[Site, ..
     """The sites as the cuts leave them.
 
     Args:
-        model: The original.
-        sites: Its sites.
-        cuts: What stays.
+        model: The original model.
+        sites: Sites of the original.
+        cuts: Indices that stay, by tensor and axis.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     return tuple(narrowed_site(site, kept_of(site.path, modules[site.path], cuts)) for site in sites)
 
 
 def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts: Cuts, print_of: str) -> Statistics:
-    """The statistics of what stays.
+    """The statistics of the channels that stay.
 
     Args:
-        stats: Of the original.
-        model: The original.
-        sites: Its sites.
-        cuts: What stays.
+        stats: Statistics of the original.
+        model: The original model.
+        sites: Sites of the original.
+        cuts: Indices that stay, by tensor and axis.
         print_of: Fingerprint of the narrowed model.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -201,7 +201,7 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
 
 
 def _cut_sum(total: Tensor | None, kept: Tensor | None, axis: int) -> Tensor | None:
-    """A sum of what stays: of some groups (axis 0), or of some features of every group, on both sides of a Gram."""
+    """A sum cut to what stays: some groups (axis 0), or some features of every group, on both sides of a Gram."""
     if total is None or kept is None:
         return total
     place = kept.to(total.device)
@@ -238,11 +238,11 @@ def fold_(
     moments otherwise. The columns of removed channels become zero, so that cutting them afterwards changes nothing.
 
     Args:
-        model: Changed in place; not yet cut.
-        sites: Of the model.
-        cuts: What stays.
-        stats: Of the original, with input Grams and means.
-        norms: Running mean of the batch norm that can absorb a layer's bias, by path of the layer.
+        model: Model that is changed in place; not yet cut.
+        sites: Sites of the model.
+        cuts: Indices that stay, by tensor and axis.
+        stats: Statistics of the original, with input Grams and means.
+        norms: Name of the running mean of the batch norm that can absorb a layer's bias, by path of the layer.
         damping: Relative damping of `A_JJ`.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -282,15 +282,15 @@ def fold_and_cut_(
 
     Args:
         target: The copy.
-        model: The original.
-        sites: Of the original.
-        cuts: What stays.
-        stats: Of the original.
-        norms: As for `fold_`; None folds nothing.
-        attributes: As for `narrow_`.
+        model: The original model.
+        sites: Sites of the original.
+        cuts: Indices that stay, by tensor and axis.
+        stats: Statistics of the original.
+        norms: Names of running means, as for `fold_`; None folds nothing.
+        attributes: New values of numbers that modules keep, as for `narrow_`.
 
     Returns:
-        The statistics of what stays.
+        The statistics of the channels that stay; None without statistics.
     """
     if stats is not None and norms is not None:
         fold_(target, sites, cuts, stats, norms)

@@ -24,7 +24,7 @@ ELEMENTWISE = _names(
 LAYOUT = _names(
     "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand repeat slice select"
     " narrow split split_with_sizes chunk unbind cat stack flip movedim pixel_shuffle channel_shuffle"
-    " native_channel_shuffle repeat_interleave swapaxes"  # roll moves others into a place than are left there
+    " native_channel_shuffle repeat_interleave swapaxes"  # not roll: a cut changes which channels it moves to a place
 )
 SPATIAL = _names(
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d max_pool1d"

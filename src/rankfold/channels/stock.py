@@ -1,4 +1,4 @@
-"""Which entries of a transformers configuration say the sizes of a model that lost channels, found by trying."""
+"""Entries of a transformers configuration that hold the sizes of a model that lost channels, found by trying."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def is_stock(model: nn.Module) -> bool:
 
 
 def stock_units(model: Any, groups: Sequence[ChannelGroup]) -> Collection[int]:
-    """To how many units groups may go down together so that a configuration of the model's class says it.
+    """Numbers of units that groups may go down to together so that a configuration of the model's class can hold them.
 
     Args:
         model: A model of transformers, whole.
         groups: Groups at the same place of like layers, of equally many units.
 
     Returns:
-        Numbers below the whole; empty where no configuration says fewer.
+        Numbers below the whole; empty where no configuration can hold fewer.
     """
     units = groups[0].units
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
@@ -66,7 +66,7 @@ def entries_of(model: Any, wanted: Shapes, kept: Kept) -> dict[str, tuple[int, .
     Args:
         model: A model of transformers; its configuration is the one before channels were removed.
         wanted: Shape of every tensor.
-        kept: What stays of every group that lost units.
+        kept: Numbers of units before and after, for every group that lost units.
 
     Returns:
         The entries; or, where there are none, a tensor that then has another shape, and that shape.
@@ -89,7 +89,7 @@ def entries_of(model: Any, wanted: Shapes, kept: Kept) -> dict[str, tuple[int, .
 
 
 def _choices(config: Any, kept: Kept) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Entries that may say the sizes of groups: whole multiples of their units, shrunk as the groups were."""
+    """Entries that may hold the sizes of groups: whole multiples of their units, shrunk as the groups were."""
     layers = getattr(config, "num_hidden_layers", 1)
     stacks: dict[tuple[str, int], dict[int, int]] = {}
     for name, (units, left) in kept.items():
@@ -113,7 +113,7 @@ def _off(model: Any, wanted: Shapes, changes: Entries) -> dict[str, Any] | None:
     """Tensors whose shapes differ from the wanted ones, with their shapes; None where no model can be built so.
 
     A model that was built without one of its heads (`add_pooling_layer=False`) has fewer tensors than its configuration
-    says; the others are what is compared.
+    describes; only the tensors that it has are compared.
     """
     try:
         with torch.device("meta"), warnings.catch_warnings():

@@ -18,7 +18,7 @@ from rankfold.errors import is_out_of_memory
 from rankfold.layers import adapter_for
 from rankfold.sites.copies import copied
 
-FEW = 4  # samples of all trials but the first, where the model takes a batch of any size
+FEW = 4  # samples in all trials but the first, where the model takes a batch of any size
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -33,10 +33,10 @@ def removable(
     A model in half precision is tried in single, where it runs in that: half hides a fault behind its rounding.
 
     Args:
-        model: The original.
-        groups: Candidates.
+        model: The original model.
+        groups: Candidate groups.
         example: One batch.
-        any_batch: Whether the model takes a batch of any size.
+        any_batch: True if the model takes a batch of any size.
 
     Returns:
         The groups, and by name the reason for each other one.
@@ -59,7 +59,7 @@ def removable(
             why = why or reason
         else:
             skips[group.name] = f"frozen: the model fails without some of them ({why})"
-    if found and why_not(model, found, example, any_batch=any_batch) is not None:  # one by one, but not together
+    if found and why_not(model, found, example, any_batch=any_batch) is not None:  # each alone, but not all
         together: list[ChannelGroup] = []
         for group in found:
             why = why_not(model, [*together, group], example, any_batch=any_batch)
@@ -72,15 +72,15 @@ def removable(
 
 
 def why_not(model: nn.Module, groups: Sequence[ChannelGroup], example: Batch, *, any_batch: bool = True) -> str | None:
-    """What is wrong with a model that lost some units of some groups; None where it is right.
+    """Fault of a model that lost some units of some groups; None where it is right.
 
     Args:
-        model: The original.
+        model: The original model.
         groups: The groups that lose units: the first one, every other one, all but the first.
         example: One batch, where the model is.
-        any_batch: Whether the model takes a batch of any size.
+        any_batch: True if the model takes a batch of any size.
     """
-    batch = example  # the whole at first: some layers are reached by that alone
+    batch = example  # the whole batch at first: some layers are reached by that alone
     before: list[Tensor] | None = None
     for masks in _trials(groups):
         try:
@@ -132,7 +132,7 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def _in_single(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
-    """The model and its batch with float32 for half precision, where the model runs in that; else as they are."""
+    """The model and its batch with float32 for half precision, where the model runs in float32; else as they are."""
     if not any(parameter.dtype in HALF for parameter in model.parameters()):
         return model, batch
     wide = _pytree.tree_map_only(Tensor, lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, batch)

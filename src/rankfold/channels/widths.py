@@ -20,20 +20,20 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 class WidthSelector(Selector, ABC):
-    """How many units of each channel group stay. A subclass is a frozen, registered dataclass."""
+    """Choice of how many units of each channel group stay. A subclass is a frozen, registered dataclass."""
 
     chooses: ClassVar[str] = "widths"
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """What of `RemovalCurve` it needs that is not there unless it is asked for: "relative", "remainders"."""
+        """Optional fields of `RemovalCurve` that the selector reads: "relative", "remainders"."""
         return ()
 
     def select(self, widths: Widths) -> dict[str, int]:
         """Choose how many units of each group stay, so that every bound holds.
 
         Args:
-            widths: All groups, whole; changed.
+            widths: Widths of all groups, still whole; changed in place.
 
         Returns:
             Units that stay by name of the group.
@@ -49,7 +49,7 @@ class WidthSelector(Selector, ABC):
         """Take units away until every bound holds.
 
         Args:
-            widths: All groups, whole; changed.
+            widths: Widths of all groups, still whole; changed in place.
 
         Raises:
             BudgetError: The bounds are not met with the least of every group.
@@ -59,17 +59,17 @@ class WidthSelector(Selector, ABC):
 @register("removal-greedy")
 @dataclass(frozen=True)
 class RemovalGreedy(WidthSelector):
-    """The cheapest step first, until every bound holds.
+    """Takes the cheapest step first, until every bound holds.
 
     A step removes the next few units of one group; its price is the error it adds over the cost it saves, as shares of
     the bounds that do not hold yet. What a step saves depends on what is left of the layers on both sides, so prices
     are set anew after each.
 
     Attributes:
-        relative: How much errors relative to each reader's own output count beside those weighted by what the model's
-            output feels, in [0, 1]; both are scaled so that losing every group costs 1.
-        evenness: How far the sizes are drawn towards those of `SameShare`, in [0, 1]. Prices of single groups do not
-            add up where many are cut: on ResNet-56 at half and 0.3 of the parameters, and on MiniLM-L6 at 0.7,
+        relative: Weight, in [0, 1], of errors relative to each reader's own output, beside errors weighted by the
+            gradients of the model's output; both are scaled so that losing every group costs 1.
+        evenness: Degree, in [0, 1], to which sizes are drawn towards those of `SameShare`. Prices of single groups do
+            not add up where many are cut: on ResNet-56 at half and 0.3 of the parameters, and on MiniLM-L6 at 0.7,
             half-way was better than either end; on MiniLM-L6 at half, the cheapest steps were.
     """
 
@@ -126,7 +126,7 @@ class RemovalGreedy(WidthSelector):
 @register("same-share")
 @dataclass(frozen=True)
 class SameShare(WidthSelector):
-    """The same share of every group, as large as the bounds let it be.
+    """Keeps the same share of every group, as large as the bounds allow.
 
     A stream that several layers write stays whole, unless the bounds cannot be met without it.
     """
@@ -149,7 +149,7 @@ class SameShare(WidthSelector):
 @register("interpolative-greedy")
 @dataclass(frozen=True)
 class InterpolativeGreedy(WidthSelector):
-    """The seed's iterative rule: of all groups the one whose next cut loses least per operation, again and again.
+    """The iterative rule of Chee et al.: the group whose next cut loses least per operation is cut, again and again.
 
     With `C_i` units left of group i and `k_i = ⌊κ C_i⌋`, the group of least
     `(|R_i[k_i, k_i]| / |R_i[0, 0]|) / (FLOPs_i + FLOPs_{i+1})` goes down to `k_i`, until every bound holds. `R_i` is
@@ -157,7 +157,7 @@ class InterpolativeGreedy(WidthSelector):
     are by then.
 
     Attributes:
-        kappa: `κ`, in (0, 1); the authors use 0.90, 0.95 and 0.98.
+        kappa: Factor `κ`, in (0, 1); the authors use 0.90, 0.95 and 0.98.
 
     References:
         Chee, Flynn, Damle, De Sa, NeurIPS 2022, arXiv 2108.00065. We differ in reading `R` once, from the original's
@@ -198,7 +198,7 @@ class InterpolativeGreedy(WidthSelector):
 
 
 def _shrink(widths: Widths, wanted: Sequence[float]) -> None:
-    """Go to the largest multiple of some sizes that the bounds let be."""
+    """Go to the largest multiple of some sizes that the bounds allow."""
     for percent in range(110, -1, -1):
         for s in _all(widths):
             widths.set(s, widths.rounded(s, max(1, int(wanted[s] * percent / 100))))
@@ -212,7 +212,7 @@ def _all(widths: Widths) -> range:
 
 
 def _known(value: torch.Tensor | None) -> torch.Tensor:
-    """What a selector reads of a curve: a programmer's error where `reads` did not ask for it."""
+    """An optional field of a curve that a selector reads; a programmer's error where `reads` did not ask for it."""
     if value is None:
         raise TypeError("the curves lack what the selector reads")
     return value

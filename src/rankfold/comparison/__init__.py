@@ -1,1 +1,1 @@
-"""Original against compressed, on data."""
+"""Comparison of the original with the compressed model, on data."""

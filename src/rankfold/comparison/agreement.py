@@ -1,4 +1,4 @@
-"""Original against compressed, example by example: which decisions changed, how sure they were, and how stable."""
+"""Decisions of the original and the compressed model compared, example by example: changes, margins, stability."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Change:
     """An example on which the two models decide otherwise.
 
     Attributes:
-        index: In the order of the data.
-        original: The original's class.
-        compressed: The compressed model's class.
-        margin: By how much the original's two largest probabilities differ, in [0, 1]: how sure it was.
-        compressed_margin: The same of the compressed model.
-        label: The label, where there is one.
+        index: Index of the example in the order of the data.
+        original: Class that the original decides for.
+        compressed: Class that the compressed model decides for.
+        margin: Difference of the original's two largest probabilities, in [0, 1]: how sure it was.
+        compressed_margin: Margin of the compressed model, likewise.
+        label: Label of the example; None where there is none.
     """
 
     index: int
@@ -45,14 +45,14 @@ class Change:
 
 @dataclass(frozen=True)
 class ClassChange:
-    """What became of one class.
+    """Changes of one class.
 
     Attributes:
-        name: The class, as the original decides.
-        examples: How many examples the original gives it.
-        lost: How many of them the compressed model gives another class.
-        gained: How many of other classes the compressed model gives this one.
-        top1: Fraction of the examples labelled so that are found, (original, compressed); None without labels.
+        name: Index of the class in the logits.
+        examples: Number of examples that the original decides for the class.
+        lost: Number of these that the compressed model decides for another class.
+        gained: Number of examples of other classes that the compressed model decides for this one.
+        top1: Fraction of the examples with this label that get it, (original, compressed); None without labels.
     """
 
     name: int
@@ -64,16 +64,16 @@ class ClassChange:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Whether decisions are kept, example by example.
+    """How often the two models decide alike, example by example.
 
     Attributes:
-        examples: Examples looked at.
-        agreement: Fraction decided alike.
-        changes: Those that are not.
-        classes: One a class that either model gives, ascending.
+        examples: Number of examples compared.
+        agreement: Fraction of examples decided alike.
+        changes: Examples that are decided otherwise.
+        classes: Changes of each class that either model decides for, ascending.
         margin: Median margin of the original over all examples.
-        changed_margin: The same over the changed ones; None where none changed. Far below `margin`, only what was in
-            doubt has changed.
+        changed_margin: Median margin over the changed examples; None where none changed. Far below `margin`, only
+            doubtful decisions have changed.
         corrupted: Agreement of the two models on corrupted inputs, by name of the corruption.
         adversarial: Agreement on inputs moved by L∞ FGSM against the original, and against the compressed model; None
             where not asked for. An attack raises the cross-entropy of the attacked model's own decision.
@@ -108,12 +108,12 @@ def agreement(
     """Compare two classifiers example by example, also on corrupted inputs and under attack.
 
     Args:
-        original: The original.
-        compressed: Its compression; outputs of both are samples × classes.
+        original: The original model.
+        compressed: The compressed model; outputs of both are samples × classes.
         data: A re-iterable of batches, as for `compare`; labels are used where there are any.
         corruptions: Changes of the inputs to be tried; empty for none, which inputs of whole numbers need.
         fgsm: Largest change of an input element by an attack, in the units of the inputs; None attacks nothing.
-        seed: Of the corruptions that draw; each is the same in every run.
+        seed: Seed of the corruptions that draw; each is the same in every run.
 
     Returns:
         The agreement.
@@ -225,7 +225,7 @@ def _attack(model: nn.Module, batch: Batch, size: float, number: int) -> Any:
 
     def watched(inputs: Tensor) -> Tensor:
         leaf.append(inputs.detach().clone().requires_grad_())
-        return leaf[0].clone()  # which the forward may write into
+        return leaf[0].clone()  # a copy, which the forward may write into
 
     with evaluating(model), torch.enable_grad():
         moved = _with_inputs(to_device(batch, device_of(model)), watched)
@@ -244,7 +244,7 @@ def _attack(model: nn.Module, batch: Batch, size: float, number: int) -> Any:
 
 
 class _Tally:
-    """Running sums."""
+    """Decisions and margins so far."""
 
     def __init__(self) -> None:
         self.first: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""Original against compressed, on data."""
+"""Comparison of the original with the compressed model, on data."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def compare(
 
     Args:
         original: The original model.
-        compressed: Another with outputs of the same shape.
+        compressed: Another model, with outputs of the same shape.
         data: A re-iterable of batches, as for `compress`; labels, where there are any, give top-1 and top-5.
-        outputs: What the outputs are: `Logits()`, `Values()` or `Embedding()`, or a dict of them by name (None leaves
+        outputs: Kind of the outputs: `Logits()`, `Values()` or `Embedding()`, or a dict of them by name (None leaves
             one out). None guesses: see `rankfold.outputs.taken.settle`.
         at_once: Samples that run at once, where a batch may be cut into parts; None runs each batch as it is.
         world: The processes that share the data, sample by sample; all get the whole comparison.
@@ -52,7 +52,7 @@ def compare(
     Raises:
         ModelError: One of the two is no module, or has tensors on meta.
         DataError: No data, outputs of different shapes, labels that are no class of the output, or not one a sample.
-        OptionError: `outputs` is something else.
+        OptionError: `outputs` is not one of these.
         TraceError: A model does not run on a batch; the batch is named.
         NumericsError: An output of either model is not finite; the batch is named.
     """
@@ -98,7 +98,7 @@ def _head(pairs: Iterator[_Pair]) -> list[_Pair]:
 
 
 def _settle(pairs: Sequence[_Pair], outputs: Outputs) -> Taken:
-    """What the outputs are, by their first 32 samples, as `settled` has it."""
+    """Kinds of the outputs, judged by their first 32 samples, as in `settled`."""
     seen, labels, left = [], [], LOOKED_AT
     for _, batch, output, _ in pairs:
         found = opened(output)

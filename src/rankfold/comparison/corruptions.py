@@ -20,7 +20,7 @@ class Corruption(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What it is called in a comparison."""
+        """Name of the corruption in a comparison."""
 
     @abstractmethod
     def apply(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -28,16 +28,16 @@ class Corruption(ABC):
 
         Args:
             inputs: The inputs of a batch.
-            generator: What a corruption that draws draws from.
+            generator: Source of the random numbers of a corruption that draws.
         """
 
 
 @dataclass(frozen=True)
 class Noise(Corruption):
-    """Gaussian noise: `x + strength · std(x) · n`, the standard deviation that of the batch.
+    """Gaussian noise: `x + strength · std(x) · n`, with the standard deviation of the batch.
 
     Attributes:
-        strength: Relative to the standard deviation of the inputs, above 0.
+        strength: Standard deviation of the noise, relative to that of the inputs; above 0.
     """
 
     strength: float = 0.1
@@ -61,7 +61,7 @@ class Blur(Corruption):
     """Gaussian blur over the last two axes of images, edges repeated.
 
     Attributes:
-        sigma: Standard deviation of the kernel in pixels, above 0; it reaches 3 of them.
+        sigma: Standard deviation of the kernel in pixels, above 0; the kernel reaches 3 of them to each side.
     """
 
     sigma: float = 1.0
@@ -98,10 +98,10 @@ class Blur(Corruption):
 
 @dataclass(frozen=True)
 class Brightness(Corruption):
-    """Brighter (or darker): `x + shift · std(x)`, the standard deviation that of the batch.
+    """Brighter (or darker): `x + shift · std(x)`, with the standard deviation of the batch.
 
     Attributes:
-        shift: Relative to the standard deviation of the inputs; not 0.
+        shift: Change of every element, relative to the standard deviation of the inputs; not 0.
     """
 
     shift: float = 0.3

@@ -1,4 +1,4 @@
-"""Whether two outputs that should be the same are, up to rounding."""
+"""Test whether two outputs that should be the same are so, up to rounding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-TOLERANCE = 1e-4  # of a whole output, relative, float32
-LOCAL = 1e-2  # of one entry, relative to how far it moves
-STEPS = 64  # of the dtype, in half precision
+TOLERANCE = 1e-4  # relative difference that rounding explains in a whole output, float32
+LOCAL = 1e-2  # error that is allowed in one entry, relative to how far it moves
+STEPS = 64  # `eps` of the dtype that rounding explains in a whole output, where these are more
 LOOKED_AT = 1 << 20  # entries of which a quartile is taken
-LARGE = 1 << 23  # entries that are looked at at once
+LARGE = 1 << 23  # entries that are compared at once
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Misfit:
     """How far an output is from what it should be.
 
     Attributes:
-        difference: `‖g − e‖ / ‖e‖` over all entries.
-        allowed: What rounding explains of that.
-        local: The error of the worst entry, over what rounding explains there (`local_misfit`).
+        difference: Relative difference `‖g − e‖ / ‖e‖` over all entries.
+        allowed: Largest relative difference that rounding explains.
+        local: Error of the worst entry, over what rounding explains there (`local_misfit`).
     """
 
     difference: float = 0.0
@@ -40,9 +40,9 @@ def misfit(got: Tensor, expected: Tensor, before: Tensor) -> Misfit:
     """Compare an output with what it should be, as a whole and entry by entry, in float64.
 
     Args:
-        got: `g`, shape (samples, …).
-        expected: `e`, of the same shape.
-        before: The same output of the unchanged model.
+        got: Output `g`, shape (samples, …).
+        expected: Expected output `e`, of the same shape.
+        before: Output of the unchanged model, of the same shape.
     """
     return Misfit(relative_difference(got, expected), tolerance(expected.dtype), local_misfit(got, expected, before))
 
@@ -73,14 +73,14 @@ def local_misfit(got: Tensor, expected: Tensor, before: Tensor) -> float:
     """The largest error of one entry, over what rounding explains there: above 1 the outputs are not the same.
 
     `max |g − e|_ij / (0.01 m_j + t (q + |e_ij|))`, where `m_j` is the root mean square over samples of `e − before`
-    at entry j, `t` the `tolerance` and `q` the lower quartile of `|e|`. Entries that neither differ nor move say
-    nothing and are left out of all of it. So a fault shows beside entries a billion times larger, such as masked
-    logits or boxes in pixels, to which `relative_difference` is blind.
+    at entry j, `t` the `tolerance` and `q` the lower quartile of `|e|`. Entries that neither differ nor move
+    carry no information and are left out of all of it. So a fault shows beside entries a billion times larger, such as
+    masked logits or boxes in pixels, to which `relative_difference` is blind.
 
     Args:
-        got: `g`, shape (samples, …).
-        expected: `e`.
-        before: The same output of the unchanged model.
+        got: Output `g`, shape (samples, …).
+        expected: Expected output `e`, of the same shape.
+        before: Output of the unchanged model, of the same shape.
     """
     every = max(1, expected.numel() // LOOKED_AT)
     seen = [wide.abs()[_moving(mine, wide, old)][::every] for mine, wide, old in _columns(got, expected, before)]

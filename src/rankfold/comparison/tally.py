@@ -1,4 +1,4 @@
-"""What a comparison of two models says, and the running sums behind it."""
+"""Result of a comparison of two models, and the running sums behind it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class OutputComparison:
     """How alike one output of two models is.
 
     Attributes:
-        name: The way to the tensor: "output" where it is the only one, "logits", "feats[0]".
-        kind: What it is taken for: "logits", "values" or "embedding".
-        guessed: Whether that was guessed.
-        divergence: By what it is taken for: of logits the relative error in the softened Fisher metric of the softmax
-            (see `Logits`), where a shift of all counts nothing; of values the relative error; of embeddings the mean
-            of 1 − cos.
-        relative_error: `‖compressed − original‖² / ‖original‖²`.
-        agreement: Fraction of rows with the same arg-max over the classes; None where it is no logits.
-        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` a row, in nats; None likewise.
-        cosine: Mean cosine; None where it is no embedding.
+        name: Path to the tensor in the output: "output" where it is the only one, "logits", "feats[0]".
+        kind: Kind that the output is taken for: "logits", "values" or "embedding".
+        guessed: True if the kind was guessed.
+        divergence: Distance by the kind: of logits the relative error in the softened Fisher metric of the softmax (see
+            `Logits`), where a shift of all counts nothing; of values the relative error; of embeddings the mean of
+            1 − cos.
+        relative_error: Relative squared error `‖compressed − original‖² / ‖original‖²`.
+        agreement: Fraction of rows with the same arg-max over the classes; None where the output is no logits.
+        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` a row, in nats; None where the output is no logits.
+        cosine: Mean cosine; None where the output is no embedding.
     """
 
     name: str
@@ -53,20 +53,21 @@ class Comparison:
     one row of the first output.
 
     Attributes:
-        samples: Samples looked at.
-        examples: Examples looked at.
+        samples: Number of samples compared.
+        examples: Number of examples compared.
         agreement: Fraction of examples with the same arg-max over the classes; None where no output is logits.
-        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` an example, in nats; None likewise.
-        relative_error: `‖compressed − original‖² / ‖original‖²`; the mean of it over the output tensors.
+        kl: Mean `KL(softmax(original) ‖ softmax(compressed))` an example, in nats; None where no output is logits.
+        relative_error: Mean of `‖compressed − original‖² / ‖original‖²` over the output tensors.
         max_difference: Largest absolute difference of an output.
         top1: Fraction of labelled examples whose arg-max is the label, (original, compressed); None without labels.
-        top5: The same for the five largest.
-        perplexity: `exp` of the mean cross-entropy against the labels, (original, compressed), for sequence outputs;
-            labels that are the input tokens themselves are predicted from the position before. At most e^700.
+        top5: Fraction of labelled examples whose label is among the five largest, (original, compressed); None
+            without labels, or with five classes or fewer.
+        perplexity: Exponential of the mean cross-entropy against the labels, (original, compressed), for sequence
+            outputs; labels that are the input tokens themselves are predicted from the position before. At most e^700.
         changed: Indices of the examples whose arg-max differs, in the order of the data.
-        logits: Whether an output is logits; agreement, KL and the labels are about the first that is.
-        outputs: Every output tensor that counts.
-        passed: Of the original's outputs what was not looked at, with the reason.
+        logits: True if an output is logits; agreement, KL and the labels are about the first that is.
+        outputs: Comparisons of all output tensors that count.
+        passed: Names of the original's outputs that were not compared, with the reason.
     """
 
     samples: int
@@ -85,9 +86,10 @@ class Comparison:
 
     @property
     def divergence(self) -> float:
-        """What candidates are ranked by: the mean over the outputs of the divergence of each.
+        """Mean of the divergences of the outputs, by which candidates are ranked.
 
-        Not the KL: a network is so sure of the images it was trained on that their KL says little about others.
+        The KL is not used: a network is so sure of the images it was trained on that their KL predicts little about
+        others.
         """
         if not self.outputs:
             return self.relative_error
@@ -95,7 +97,7 @@ class Comparison:
 
     @property
     def taken_for(self) -> str:
-        """What the outputs were taken for, in words, such as `logits (guessed)`."""
+        """Kinds that the outputs were taken for, in words, such as `logits (guessed)`."""
         parts = {each.name: each.kind + " (guessed)" * each.guessed for each in self.outputs}
         return next(iter(parts.values())) if len(parts) == 1 else ", ".join(f"{n}: {part}" for n, part in parts.items())
 
@@ -171,7 +173,7 @@ def check_finite(whose: str, output: Tensor, number: int) -> None:
     """Refuse an output with NaN or infinity.
 
     Raises:
-        NumericsError: Naming the model and the batch.
+        NumericsError: The output is not finite; the model and the batch are named.
     """
     if not bool(torch.isfinite(output).all()):
         here = whose == "original"
@@ -187,8 +189,8 @@ class Tally:
     """Running sums of a comparison.
 
     Args:
-        taken: What the outputs are.
-        parts: Examples of each part of the data, where several processes share it; others add parts.
+        taken: Outputs that count, and their kinds.
+        parts: Numbers of examples of each part of the data, where several processes share it; the caller appends parts.
     """
 
     def __init__(self, taken: Taken, parts: list[int]) -> None:
@@ -198,10 +200,10 @@ class Tally:
         self.decided = next((i for i, kind in enumerate(kinds) if isinstance(kind, Logits)), None)
         self.samples = self.examples = self.labelled = 0
         self.largest = 0.0
-        self.squares = torch.zeros(count, 2, dtype=torch.float64)  # of the error and of the original
-        self.own = torch.zeros(count, 2, dtype=torch.float64)  # the same by what the output is
+        self.squares = torch.zeros(count, 2, dtype=torch.float64)  # sums of squares of the error and of the original
+        self.own = torch.zeros(count, 2, dtype=torch.float64)  # the same, in the metric of the output's kind
         self.alike = torch.zeros(count, 3, dtype=torch.float64)  # rows, rows of equal arg-max, KL
-        self.hits = [[0, 0], [0, 0]]  # top-1, top-5 of original, compressed
+        self.hits = [[0, 0], [0, 0]]  # top-1 and top-5, each of the original and the compressed model
         self.cross_entropy = [0.0, 0.0]
         self.changed: list[int] = []
         self.sequence, self.wide = False, True
@@ -241,12 +243,12 @@ class Tally:
             self.parts[-1] += count
 
     def _labels(self, number: int, batch: Batch, kind: Logits, output: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Labels of a batch, and the rows of its logits that they are of; None where it has none.
+        """Labels of a batch, and the rows of its logits that they belong to; None where it has none.
 
         Args:
-            number: Of the batch.
+            number: Number of the batch.
             batch: The batch.
-            kind: Of the output.
+            kind: Kind of the output.
             output: The logits.
         """
         labels, shape = labels_of(batch), kind.example_shape(output)
@@ -269,8 +271,8 @@ class Tally:
         """Add some rows of the first logits of a batch.
 
         Args:
-            same: Whether the arg-max is the same, a row.
-            labels: Of the batch, with the rows they are of; see `_labels`.
+            same: Mask over the rows: True where the arg-max is the same.
+            labels: Labels of the batch, with the rows that they belong to; see `_labels`.
             start: Number of the first row in the batch.
             logs: Logarithms of the probabilities, rows × classes, of both models.
         """
@@ -294,7 +296,7 @@ class Tally:
             self.cross_entropy[which] -= float(chosen.gather(1, labels[:, None]).sum())
 
     def sum_over(self, world: World) -> None:
-        """Take in what all other processes added."""
+        """Add the sums of all other processes."""
         if world.size == 1:
             return
         examples = torch.tensor(self.parts, dtype=torch.int64)
@@ -366,5 +368,5 @@ class Tally:
 
 
 def _ratio(lost: float, whole: float) -> float:
-    """Of what was there, what was lost; 1 where there was nothing and there is something now."""
+    """Share of the whole that was lost; 1 where the whole is zero and the loss is not."""
     return lost / whole if whole > 0 else float(lost > 0)

@@ -44,11 +44,11 @@ def _new_bytes(tensor: Any, seen: set[tuple[int, int]]) -> int:
 
 
 def holdings(model: nn.Module, macs: Mapping[str, int]) -> tuple[Holding, ...]:
-    """What each module has of its own; a shared tensor counts at the module that comes first.
+    """Cost of what each module has of its own; a shared tensor counts at the module that comes first.
 
     Args:
         model: The model.
-        macs: By module; see `Counted`.
+        macs: Multiply-accumulates by path of the module; see `Counted`.
     """
     seen: set[tuple[int, int]] = set()
     counted_already: set[int] = set()
@@ -75,8 +75,8 @@ class Counted:
     """Multiply-accumulates of one forward.
 
     Attributes:
-        macs: Per sample.
-        by_module: Of them, those done by the code of each module itself, by its path, per sample; "" is the model.
+        macs: Multiply-accumulates per sample.
+        by_module: Part of them that the code of each module itself does, per sample, by its path; "" is the model.
         missed: Operators that multiply matrices, or may, and that nothing counts, each with the path of a module whose
             code calls it.
     """
@@ -87,8 +87,8 @@ class Counted:
 
 
 class _Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees, below torch's counter, the operators that it takes a forward apart into: whose they are, and whether any
-    formula knows them.
+    """Mode below torch's counter, which sees the operators that a forward is taken apart into. It notes which module
+    calls each, and whether any formula covers it.
     """
 
     supports_higher_order_operators = True
@@ -110,7 +110,7 @@ class _Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _path(self) -> str:
-        """Of the module whose code runs: the deepest of those entered. The counter's names begin with a class."""
+        """Path of the module whose code runs: the deepest of those entered. The counter's names begin with a class."""
         paths = (name.partition(".") for name in self.counter.mod_tracker.parents)
         own = [path for root, _, path in paths if root == self.root]
         return max(own, key=lambda path: len(path.split(".")) if path else 0, default="")
@@ -118,7 +118,7 @@ class _Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def counted(model: nn.Module, example: Batch) -> Counted:
     """Multiply-accumulates per sample: half the FLOPs that torch's own counter sees, with formulas for what it leaves
-    out (recurrent layers in one kernel, `nn.Bilinear`, products with a vector; see `metrics.operators`).
+    out (recurrent layers in one kernel, `nn.Bilinear`, products with a vector; see `cost.operators`).
 
     Matrix products of attention count too. The model runs once on one sample, or, where it cannot, on the batch. Fused
     kernels (attention, `nn.TransformerEncoderLayer`) that the counter cannot see into are switched off meanwhile.
@@ -157,10 +157,10 @@ def run_one(
     Args:
         model: The model.
         example: One batch.
-        watched: Entered anew for each try, so that one that fails leaves nothing behind in what is counted.
+        watched: Function that makes a context for each try, so that a failed try leaves nothing in what is counted.
 
     Returns:
-        How many samples were run.
+        Number of samples that were run.
     """
     example = to_device(example, device_of(model))
     try:

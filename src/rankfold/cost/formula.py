@@ -20,7 +20,7 @@ class Priced(Protocol):
 
     @property
     def calls(self) -> tuple[tuple[tuple[int, ...], int], ...]:
-        """For every call on one sample the spatial size of the input, and how often the layer is applied there."""
+        """Spatial size of the input, and how often the layer is applied there, for every call on one sample."""
 
     @property
     def element_size(self) -> int:
@@ -28,7 +28,7 @@ class Priced(Protocol):
 
 
 Runs: TypeAlias = tuple[tuple[tuple[int, ...], int], ...]  # sizes of inputs, and how often a layer is applied there
-Price: TypeAlias = Callable[[Geometry, Runs, int], int]  # of a layer, its runs and the bytes of one of its numbers
+Price: TypeAlias = Callable[[Geometry, Runs, int], int]  # price of a layer, its runs and the bytes of a number
 
 PRICES: dict[str, Price] = {
     "params": lambda layer, runs, element: layer.n_params,
@@ -38,12 +38,12 @@ PRICES: dict[str, Price] = {
 
 
 def dense_cost(site: Priced) -> Cost:
-    """What the site costs as it is."""
+    """Cost of the site as it is."""
     return _cost((site.geometry,), site.calls, site.element_size)
 
 
 def site_cost(site: Priced, form: str, rank: Rank) -> Cost:
-    """What the site costs in a form at a rank: every stage at the sizes it runs at."""
+    """Cost of the site in a form at a rank: every stage at the sizes it runs at."""
     return _at_rank(site.geometry, site.calls, site.element_size, form, rank)
 
 
@@ -53,7 +53,7 @@ def _at_rank(geometry: Geometry, calls: Runs, element: int, form: str, rank: Ran
 
 
 def _cost(parts: tuple[Geometry, ...], runs: Runs, element: int) -> Cost:
-    """Of layers one after the other, the first of which has some runs."""
+    """Cost of layers one after the other, the first of which has some runs."""
     totals = dict.fromkeys(RESOURCES, 0)
     for part in parts:
         for name in RESOURCES:

@@ -19,8 +19,8 @@ class Latency:
 
     Attributes:
         ratio: Median of the pairwise ratios.
-        lower: Their lower quartile: above 1, three pairs in four were slower.
-        upper: Their upper quartile.
+        lower: Lower quartile of these ratios: above 1, three pairs in four were slower.
+        upper: Upper quartile of these ratios.
     """
 
     ratio: float
@@ -31,14 +31,14 @@ class Latency:
 def latency_ratio(original: nn.Module, compressed: nn.Module, batch: Batch, *, seconds: float = 1.0) -> Latency:
     """Kept fraction of the latency, with its spread.
 
-    The two run in turn on one batch, so that a machine that slows down slows both, and take turns in going first, since
-    what runs second finds another cache.
+    The two models run in turn on one batch, so that a machine that slows down slows both, and take turns in going
+    first, since what runs second finds another cache.
 
     Args:
-        original: The original.
+        original: The original model.
         compressed: The compressed model, on the same device.
-        batch: What both run on.
-        seconds: About how long to measure; at least three pairs are run.
+        batch: Batch that both models run on.
+        seconds: Approximate duration of the measurement; at least three pairs are run.
     """
     device = device_of(original)
     moved = cloned(to_device(batch, device))

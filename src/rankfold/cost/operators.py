@@ -96,7 +96,7 @@ def missed(operator: Any, counted: Mapping[Any, Any]) -> str | None:
 
     Args:
         operator: An overload of an operator, as a dispatch mode sees it; or a higher-order operator.
-        counted: By overload packet, the formulas.
+        counted: Formulas by overload packet.
     """
     if not isinstance(operator, torch._ops.OpOverload) or operator._overloadpacket in counted:
         return None
@@ -195,5 +195,5 @@ _OWN: Mapping[str, Callable[..., int]] = {
     "_cudnn_rnn": _fused_rnn,
     "miopen_rnn": _fused_rnn,
 }
-# By overload packet, FLOPs from the shapes of the arguments, as torch's counter wants them.
+# Formulas by overload packet: FLOPs from the shapes of the arguments, as torch's counter takes them.
 FORMULAS: Mapping[Any, Callable[..., int]] = {getattr(torch.ops.aten, name): formula for name, formula in _OWN.items()}

@@ -1,4 +1,4 @@
-"""How fast this machine does what a compression is made of, measured in a few tenths of a second."""
+"""Speed of this machine at the steps of a compression, measured in a few tenths of a second."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from rankfold.linalg.interpolative import backward_elimination
 from rankfold.linalg.precision import work_dtype
 
 WIDEST = 320  # features and outputs of a weight that a method is timed on
-WIDTH = 256  # of the matrices whose products and factors are timed
+WIDTH = 256  # features of the matrices whose products and factors are timed
 FLATTEST, STEEPEST = 1.0, 2.0  # powers of a weight's size that its time grows with: elements, and cubes of its sides
-ROWS = 4096  # of the product that is timed
-REPEATS = 2  # after one to warm up; the fastest counts
+ROWS = 4096  # rows of the product that is timed
+REPEATS = 2  # timed runs after one to warm up; the fastest counts
 
 Maker: TypeAlias = Callable[[tuple[int, ...]], Callable[[], object]]  # a shape → the work that is timed
 
 
 class Rates:
-    """Measured seconds, each once.
+    """Seconds of the steps of a compression, each measured once.
 
     Args:
-        device: Where the compression runs.
+        device: Device that the compression runs on.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a budget can bound: its resources, amounts of them, and bounds on the whole model.
+"""Resources that a budget can bound, amounts of them, and bounds on the whole model.
 
 These are the *priced* resources: what any plan takes of them is known before it is carried out, by formula
 (`cost/formula.py`), and is counted on the live model afterwards (`cost/counted.py`). What is known only by measuring
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from rankfold.checks import is_number
 from rankfold.errors import BudgetError, shown
 
-# By name what it is, for the command line; a resource has a field of its name in `Cost` and in `Budget`.
+# Description by name, for the command line; a resource has a field of its name in `Cost` and in `Budget`.
 RESOURCES = {
     "params": "Parameters",
     "macs": "Multiply-accumulates a sample",
@@ -44,19 +44,19 @@ class Cost:
         return Cost(*(getattr(self, name) - getattr(other, name) for name in RESOURCES))
 
     def amounts(self) -> dict[str, int]:
-        """By name of the resource."""
+        """Amounts by name of the resource."""
         return {name: getattr(self, name) for name in RESOURCES}
 
 
 @dataclass(frozen=True)
 class Holding:
-    """What one module has of its own, its children left out.
+    """Cost of what one module has of its own, its children left out.
 
     Attributes:
-        path: Dotted path of the module, its first.
+        path: Dotted path of the module, the first of them.
         kind: Name of its class.
-        cost: Its parameters and persistent buffers, a shared one at the module that comes first, and the MACs that its
-            own code does, all calls together.
+        cost: Cost of its parameters and persistent buffers, a shared one at the module that comes first, and the MACs
+            that its own code does, all calls together.
     """
 
     path: str
@@ -66,10 +66,10 @@ class Holding:
 
 @dataclass(frozen=True)
 class Budget:
-    """How large the whole model may be at most; several bounds hold together.
+    """Upper bounds on the size of the whole model; several bounds hold together.
 
-    A float in (0, 1] is the kept fraction of the whole original model, an int an absolute bound. Never a target that
-    may be overshot: what comes out is at most this large.
+    A float in (0, 1] is the kept fraction of the whole original model, an int an absolute bound. It is never a
+    target that may be overshot: the compressed model is at most this large.
 
     Attributes:
         params: Parameters; shared ones count once.
@@ -121,7 +121,7 @@ class Budget:
             missed: Operators of the model that nothing counts.
 
         Raises:
-            BudgetError: Naming them.
+            BudgetError: There are such operators; they are named.
         """
         if self.macs is None or not missed:
             return
@@ -136,11 +136,11 @@ class Budget:
         """Refuse a compressed model that is over a bound.
 
         Args:
-            counted: On the live compressed model.
+            counted: Cost counted on the live compressed model.
             original: Cost of the whole original model.
 
         Raises:
-            BudgetError: It is over; each resource is named with its bound and count.
+            BudgetError: The model is over a bound; each resource is named with its bound and count.
         """
         got, before = counted.amounts(), original.amounts()
         over = {name: bound for name, bound in self.bounds(original).items() if got[name] > bound}

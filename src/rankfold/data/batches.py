@@ -1,4 +1,4 @@
-"""Batches of calibration data: what of them the model is given, and samples of them."""
+"""Batches of calibration data: the inputs that the model gets of them, and samples of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def split_batch(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     keyword arguments.
 
     Raises:
-        DataError: Anything else.
+        DataError: The batch is anything else.
     """
     if isinstance(batch, Tensor):
         return (batch,), {}

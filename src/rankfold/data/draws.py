@@ -1,4 +1,4 @@
-"""Generators that depend on what is drawn for, not on what was drawn before."""
+"""Random generators that depend on the purpose of a draw, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from rankfold.checks import is_whole
 from rankfold.errors import OptionError, shown
 
-LEAST_POSITIONS = 16384  # of all samples together
+LEAST_POSITIONS = 16384  # positions of all samples together
 LARGEST_SEED = 2**63 - 1
 SEED_LAW = "an int from 0 to 2**63 - 1"
 
@@ -19,8 +19,8 @@ def enough_positions(features: int, per_feature: int, samples: int) -> int:
 
     Args:
         features: Length of a patch.
-        per_feature: How many for each; at least 16,384 positions in all.
-        samples: How many samples share them.
+        per_feature: Number of positions for each feature; at least 16,384 positions in all.
+        samples: Number of samples that share them.
     """
     return -(-max(LEAST_POSITIONS, per_feature * features) // samples)
 
@@ -43,7 +43,7 @@ def check_seed(seed: int) -> None:
     """Refuse what is no seed.
 
     Raises:
-        OptionError: It is no int from 0 to 2⁶³ − 1.
+        OptionError: The seed is no int from 0 to 2⁶³ − 1.
     """
     if not is_seed(seed):
         raise OptionError("seed", law=SEED_LAW, got=shown(seed), cure="leave it out, or pass an int such as 0")

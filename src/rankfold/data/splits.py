@@ -24,8 +24,8 @@ class Split:
 
     Attributes:
         data: The data.
-        every: One sample in this many is held out.
-        held_out: Which of the two parts this is.
+        every: Period of the held-out samples: one sample in this many is held out.
+        held_out: True if this is the held-out part.
     """
 
     data: Iterable[Batch]
@@ -49,10 +49,10 @@ class Split:
 
 
 def held_out_of(data: Iterable[Batch]) -> int:
-    """One sample in how many is held out: from 10 with 500 samples and more down to 5 with 250 and fewer.
+    """Period of the held-out samples: from one in 10 with 500 samples and more down to one in 5 with 250 and fewer.
 
-    Held-out samples choose between candidates and say what the result is worth: 25 of 250 tell 70 from 88 % agreement,
-    50 tell 70 from 83 (1.96 standard errors).
+    Candidates are chosen and the result is measured on held-out samples: 25 of 250 distinguish 70 from 88 % agreement,
+    50 distinguish 70 from 83 (1.96 standard errors).
 
     Args:
         data: The calibration data; read until it is known that it has many samples.
@@ -66,7 +66,7 @@ def held_out_of(data: Iterable[Batch]) -> int:
 
 
 def held_out_among(samples: int) -> int:
-    """One sample in how many is held out of so many; see `held_out_of`."""
+    """Period of the held-out samples among so many; see `held_out_of`."""
     return min(HELD_OUT, max(MOST_HELD_OUT, samples // ENOUGH_HELD_OUT))
 
 
@@ -78,8 +78,8 @@ class Part:
 
     Attributes:
         data: The data.
-        every: One block in this many is in the part.
-        block: Samples in a block: one in so many is held out.
+        every: Period of the blocks in the part: one block in this many.
+        block: Number of samples in a block, one of which is held out.
     """
 
     data: Iterable[Batch]
@@ -140,7 +140,7 @@ def numbered(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
 
 
 def _looked_at(data: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-    """Each batch with its number; one that is none, or empty, is refused by it."""
+    """Each batch with its number; what is no batch, or an empty one, is refused by its number."""
     for number, batch in enumerate(data, start=1):
         try:
             batch_size(batch)
@@ -161,7 +161,7 @@ def sample_count(data: Iterable[Batch]) -> int | None:
         return None
     try:
         return sum(batch_size(batch) for batch in data)
-    except DataError:  # whoever comes to that batch names it
+    except DataError:  # the pass that comes to that batch names it
         return None
 
 
@@ -169,7 +169,8 @@ def as_batches(data: Any) -> Iterable[Batch]:
     """Data as a re-iterable of batches; a bare tensor or dict of tensors is one batch.
 
     Raises:
-        DataError: Not iterable, exhausted after one pass (a generator), empty, or without a sample in its first batch.
+        DataError: The data is not iterable, exhausted after one pass (a generator), empty, or without a sample in its
+            first batch.
     """
     if isinstance(data, (Tensor, dict)):
         batch_size(data)
@@ -192,7 +193,7 @@ def first_of(data: Iterable[Batch]) -> Batch:
     """The first batch.
 
     Raises:
-        DataError: There is none.
+        DataError: There is no batch.
     """
     for batch in data:
         return batch

@@ -25,15 +25,15 @@ CONSTANT = 1e-6  # share of the second moment below which a covariance is nothin
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """What calibration inputs say about one group of a site, as plain tensors in the work dtype.
+    """Moments of the calibration inputs of one group of a site, as plain tensors in the work dtype.
 
     Attributes:
         gram: Mean second moment `A = E[x xᵀ]` of the flattened inputs (patches `in·k…`), shape (n, n), or None.
         mean: Mean input `E[x]`, shape (n,), or None.
         output_gram: Mean second moment `E[y yᵀ]` of the outputs, shape (out, out), or None.
-        bias: Whether the layer has a bias, which can absorb a change of the mean output.
-        gradient_gram: Gram of output gradients, shape (out, out): how much the network's output feels a change of
-            this site's; or None.
+        bias: True if the layer has a bias, which can absorb a change of the mean output.
+        gradient_gram: Gram of output gradients, shape (out, out): how strongly the network's output responds to
+            a change of this site's; or None.
     """
 
     gram: Tensor | None = None
@@ -70,9 +70,9 @@ class Spectrum:
     """Singular values of a matrix that a method truncates, for selectors that look at them.
 
     Attributes:
-        values: Descending, shape (min(rows, columns),).
-        rows: Of the matrix.
-        columns: Of the matrix.
+        values: Singular values, descending, shape (min(rows, columns),).
+        rows: Number of rows of the matrix.
+        columns: Number of columns of the matrix.
     """
 
     values: Tensor
@@ -81,14 +81,14 @@ class Spectrum:
 
 
 class Family:
-    """What `families=` may hold: a way to make layers smaller.
+    """A way to make layers smaller, as `families=` takes it.
 
-    What plans the families of one kind propose under a budget stands in `rankfold.proposals`.
+    The plans that families of one kind propose under a budget are made in `rankfold.proposals`.
 
     Attributes:
-        needs: Names of the statistics it reads.
-        sized_by: What a selector has to choose for it: "ranks", or "widths" (how many channels stay).
-        cuts_fixed: Whether it also makes layers smaller whose place no other module can take.
+        needs: Names of the statistics that the family reads.
+        sized_by: Quantity that a selector chooses for the family: "ranks", or "widths" (how many channels stay).
+        cuts_fixed: True if the family also makes layers smaller whose place no other module can take.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
@@ -112,7 +112,7 @@ class Decomposition(Family, ABC):
         """Name of the form of its factors: "matrix", "mirrored", "spatial", …"""
 
     def refuses(self, shape: Sequence[int]) -> str | None:
-        """Why a canonical weight of this shape is no case for the method; None where it is one."""
+        """Reason why the method cannot decompose a canonical weight of this shape; None where it can."""
         return None
 
     @abstractmethod
@@ -126,12 +126,12 @@ class Decomposition(Family, ABC):
 
     @abstractmethod
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
-        """Factorise.
+        """Factorise a weight.
 
         Args:
             weight: Canonical weight of one group, shape (out, in, kernel…), in the work dtype.
             rank: One of `ranks`.
-            moments: Of the same group.
+            moments: Moments of the same group.
 
         Returns:
             Factors in the weight's dtype, sharing no storage with it.
@@ -145,7 +145,7 @@ class Decomposition(Family, ABC):
         damped metric.
 
         Returns:
-            Shape (len(ranks),), in the order of `ranks`, never growing.
+            Errors of shape (len(ranks),), in the order of `ranks`, never growing.
         """
         ranks = self.ranks(weight.shape)
         weight = widen(weight)
@@ -153,7 +153,8 @@ class Decomposition(Family, ABC):
         reads = "input-gram" in self.needs
         eye = torch.eye(flat.shape[1]).to(flat)
         metric = moments.metric(self).to(flat) if reads else eye
-        metric = eye if float(weighted_energy(flat, metric)) <= 0 else metric  # inputs without any energy tell nothing
+        # Inputs without any energy define no metric.
+        metric = eye if float(weighted_energy(flat, metric)) <= 0 else metric
         total = weighted_energy(flat, metric)
         rest = [
             weighted_energy(flat - self.decompose(weight, rank, moments).reconstruct().flatten(1), metric)
@@ -163,23 +164,23 @@ class Decomposition(Family, ABC):
         return torch.cummin(errors.clamp(0, 1), 0).values
 
     def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
-        """Relative squared output error at each of `ranks` of what is fitted on some moments, in others.
+        """Relative squared output error at each of `ranks` of factors fitted on some moments, measured in others.
 
         `e_r = tr(G D B Dᵀ) / tr(G W B Wᵀ)`, `D = W − reconstruct` of the factors made with `moments`, `B` the metric of
         `judge` (`I` without an input Gram) and `G` its gradient Gram (`I` without one). With moments of two halves of
         the samples that is what a rank loses on samples it was not fitted on; and methods that look at other moments,
         or at none, are measured in one metric.
 
-        By decomposing at a few ranks: between them the ratio to `errors` is interpolated, in logarithms, over the
-        logarithm of `errors`. A method that knows it in closed form overrides this.
+        The weight is decomposed at a few ranks: between them the ratio to `errors` is interpolated, in logarithms, over
+        the logarithm of `errors`. A method that knows the error in closed form overrides this.
 
         Args:
             weight: Canonical weight of one group.
-            moments: What the factors are made with.
-            judge: What the error is measured in.
+            moments: Moments that the factors are made with.
+            judge: Moments that the error is measured in.
 
         Returns:
-            Shape (len(ranks),), in the order of `ranks`; it may be above 1.
+            Errors of shape (len(ranks),), in the order of `ranks`; it may be above 1.
         """
         ranks = self.ranks(weight.shape)
         weight = widen(weight)
@@ -189,7 +190,7 @@ class Decomposition(Family, ABC):
         if float(total) <= 0:
             return own.new_zeros(len(own))
         order = own.argsort()
-        order = order[min(int((own <= NOTHING).sum()), len(own) - 1) :]  # exact ranks say nothing of the others
+        order = order[min(int((own <= NOTHING).sum()), len(own) - 1) :]  # exact ranks predict nothing about the others
         places = order[torch.linspace(0, len(order) - 1, min(len(order), ANCHORS)).round().long()]
         seen = torch.stack(
             [
@@ -203,24 +204,24 @@ class Decomposition(Family, ABC):
         return own * torch.from_numpy(between).to(own).exp()
 
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
-        """Singular values of each matrix whose rank it chooses, in the order of the parts of a rank; () for none.
+        """Singular values of each matrix whose rank the method sets, in the order of the parts of a rank; () for none.
 
         Args:
             weight: Canonical weight of one group.
-            moments: Of the same group.
+            moments: Moments of the same group.
         """
         return ()
 
     def at_multiples(self, multiple: int) -> Decomposition:
         """This method with ranks that are multiples among its `ranks`.
 
-        Itself where it lists every rank, of which a selector can leave out what is no multiple; a method on a grid puts
-        its grid there.
+        This is the method itself where it lists every rank, of which a selector can leave out what is no multiple; a
+        method on a grid returns one whose grid consists of multiples.
         """
         return self
 
     def __str__(self) -> str:
-        """The name it bears in JSON with the options that are not at their defaults."""
+        """The name of the method in JSON, with the options that are not at their defaults."""
         changed = [
             f"{field.name}={getattr(self, field.name)}"
             for field in fields(self)  # type: ignore[arg-type]
@@ -241,7 +242,7 @@ def canonical(weight: Tensor, rank: Rank, method: Decomposition) -> Tensor:
     """The weight in the work dtype, after checking that the method admits the rank.
 
     Raises:
-        OptionError: It does not.
+        OptionError: The method does not admit it.
     """
     if not method.admits(weight.shape, rank):
         ranks = method.ranks(weight.shape)

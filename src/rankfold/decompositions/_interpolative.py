@@ -22,14 +22,14 @@ class Interpolative(Family):
     `J` stay; every layer that reads them gets the least-squares weight on `Z_J`, from its own inputs.
 
     Attributes:
-        rule: Which channels stay. "backward": elimination with refit, the cheapest channels first, exact for what their
-            removal costs the layers that read them. "pivoted-qr": the first pivots of the activations. "strong-rrqr":
-            those, with exchanges until no coefficient is above 2. "magnitude": the largest rows of the layers that make
-            them. "random".
-        fold: Whether the readers are corrected; without it channels are only cut.
-        multiple_of: Numbers of kept units are rounded to multiples of this, where a group has so many.
-        uniform: Whether groups at the same place of like layers keep equally many units: every block of a stack the
-            same width, as configurations of stock architectures ask for.
+        rule: Rule that chooses the channels that stay. "backward": elimination with refit, the cheapest channels first,
+            exact for what their removal costs the layers that read them. "pivoted-qr": the first pivots of the
+            activations. "strong-rrqr": those, with exchanges until no coefficient is above 2. "magnitude": the largest
+            rows of the layers that make them. "random": a random choice.
+        fold: True if the layers that read the channels are corrected; False only cuts channels.
+        multiple_of: Number to whose multiples the kept units are rounded, where a group has so many.
+        uniform: True if groups at the same place of like layers keep equally many units: every block of a stack has the
+            same width, as configurations of stock architectures require.
 
     References:
         Chee, Flynn, Damle, De Sa, NeurIPS 2022, arXiv 2108.00065 (pivoted QR, `W ← W Tᵀ`). We differ in choosing by

@@ -28,8 +28,8 @@ class SpatialSVD(Decomposition):
     patches (the joint problem has no closed form).
 
     Attributes:
-        whitened: Use the input moments.
-        damping: Added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
+        whitened: True if the input moments are used.
+        damping: Ridge added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
 
     References:
         Jaderberg, Vedaldi, Zisserman, arXiv 1405.3866, scheme 2. We differ in solving in closed form, and in the
@@ -45,7 +45,7 @@ class SpatialSVD(Decomposition):
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Input moments when whitened."""
+        """Names of the input moments when whitened; none otherwise."""
         return ("input-gram", "input-mean") if self.whitened else ()
 
     @property
@@ -104,7 +104,7 @@ class SpatialSVD(Decomposition):
         return torch.cat([errors, errors.new_zeros(1)])
 
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
-        """Of the weight as (out·kw) × (in·kh)."""
+        """Singular values of the weight as (out·kw) × (in·kh)."""
         out, inputs, height, width = weight.shape
         matrix = _columns(widen(weight).reshape(out, inputs * height, width))
         return (Spectrum(svd(matrix)[1], *matrix.shape),)

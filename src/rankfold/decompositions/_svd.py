@@ -26,11 +26,11 @@ class SVD(Decomposition):
     (out·k…) × in. Work is done in float64; a zero weight gives zero factors; half precision is widened.
 
     Attributes:
-        mirrored: Put the kernel into the second stage: `1×1 → r`, then `k×k → out`. No case for linear layers, where
-            both forms are the same.
+        mirrored: True if the kernel is in the second stage: `1×1 → r`, then `k×k → out`. Linear layers are refused,
+            since both forms are the same for them.
 
     References:
-        Eckart and Young, Psychometrika 1, 1936. As the baseline of arXiv 2505.24469, whose exact unfolding is not
+        Eckart and Young, Psychometrika 1, 1936. This is the baseline of arXiv 2505.24469, whose exact unfolding is not
         known to us: we offer both.
     """
 
@@ -45,7 +45,7 @@ class SVD(Decomposition):
         return "mirrored" if self.mirrored else "matrix"
 
     def refuses(self, shape: Sequence[int]) -> str | None:
-        """Mirrored needs a kernel."""
+        """The mirrored form needs a kernel."""
         return refuses_mirrored(shape) if self.mirrored else None
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
@@ -65,12 +65,12 @@ class SVD(Decomposition):
         return tail_energy(svd(unfold(weight, mirrored=self.mirrored))[1])[1:]
 
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
-        """Of the unfolded weight."""
+        """Singular values of the unfolded weight."""
         matrix = unfold(weight, mirrored=self.mirrored)
         return (Spectrum(svd(matrix)[1], *matrix.shape),)
 
     def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
-        """In closed form for the matrix form."""
+        """See `Decomposition.judged_errors`; in closed form for the matrix form."""
         if self.mirrored:
             return super().judged_errors(weight, moments, judge)
         flat = widen(weight).flatten(1)

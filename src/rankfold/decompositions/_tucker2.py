@@ -31,9 +31,9 @@ class Tucker2(Decomposition):
     moment of a pixel, and what remains is the best rank-b map of the projected patches, in closed form.
 
     Attributes:
-        whitened: Use the input moments.
-        damping: Added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
-        multiple_of: Widths of the grid of ranks are multiples of this, but for the exact ones.
+        whitened: True if the input moments are used.
+        damping: Ridge added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
+        multiple_of: Number of which the widths of the grid of ranks are multiples, but for the exact ones.
 
     References:
         Tucker, Psychometrika 31, 1966; Kim et al., arXiv 1511.06530, for convolutions. We differ in the metric of the
@@ -51,7 +51,7 @@ class Tucker2(Decomposition):
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Input moments when whitened."""
+        """Names of the input moments when whitened; none otherwise."""
         return ("input-gram", "input-mean") if self.whitened else ()
 
     @property
@@ -72,11 +72,11 @@ class Tucker2(Decomposition):
         return [(a, b) for a in widths[0] for b in widths[1] if self.admits(shape, (a, b))]
 
     def at_multiples(self, multiple: int) -> Tucker2:
-        """With a grid of multiples."""
+        """This method with a grid of multiples."""
         return replace(self, multiple_of=math.lcm(self.multiple_of, multiple))
 
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
-        """Of the unfoldings along the input and the output channels."""
+        """Singular values of the unfoldings along the input and the output channels."""
         work = widen(weight).flatten(2)
         matrices = work.movedim(1, 0).flatten(1), work.flatten(1)
         return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in matrices)
@@ -113,7 +113,7 @@ class Tucker2(Decomposition):
         return TuckerFactors(output, middle, first)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """One projection for all pairs (whitened); one HOOI a pair (plain)."""
+        """Errors by one projection for all pairs (whitened), or by one HOOI for each pair (plain)."""
         work = widen(weight).flatten(2)
         pairs = [rank for rank in self.ranks(weight.shape) if isinstance(rank, tuple)]
         if self.whitened:

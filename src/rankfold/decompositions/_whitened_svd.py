@@ -31,8 +31,8 @@ class WhitenedSVD(Decomposition):
     marginal moment of a pixel, and its second stage is then refitted by least squares on the projected patches.
 
     Attributes:
-        mirrored: `1×1 → r`, then `k×k → out`.
-        damping: Added to `A`, as a fraction of its mean eigenvalue.
+        mirrored: True if the kernel is in the second stage: `1×1 → r`, then `k×k → out`.
+        damping: Ridge added to `A`, as a fraction of its mean eigenvalue.
 
     References:
         SVD-LLM (arXiv 2403.07378) whitens by a Cholesky factor, which throws on rank-deficient moments; BALF whitens
@@ -54,7 +54,7 @@ class WhitenedSVD(Decomposition):
         return "mirrored" if self.mirrored else "matrix"
 
     def refuses(self, shape: Sequence[int]) -> str | None:
-        """Mirrored needs a kernel."""
+        """The mirrored form needs a kernel."""
         return refuses_mirrored(shape) if self.mirrored else None
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
@@ -77,7 +77,7 @@ class WhitenedSVD(Decomposition):
         return pair(u[:, :rank], u[:, :rank].mT @ flat, work.shape, mirrored=False, dtype=weight.dtype)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """In the damped metric: closed form for the matrix form, one Cholesky for the mirrored one."""
+        """Errors in the damped metric: closed form for the matrix form, one Cholesky for the mirrored one."""
         weight = widen(weight)
         metric = moments.metric(self).to(weight)
         if self.mirrored:
@@ -88,7 +88,7 @@ class WhitenedSVD(Decomposition):
         return tail_energy(left_spectrum(weight.flatten(1), metric, damping=self.damping)[1])[1:]
 
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
-        """Of `W A^{1/2}`; () for the mirrored form, which truncates another matrix and refits."""
+        """Singular values of `W A^{1/2}`; () for the mirrored form, which truncates another matrix and refits."""
         if self.mirrored:
             return ()
         flat = widen(weight).flatten(1)
@@ -96,7 +96,7 @@ class WhitenedSVD(Decomposition):
         return (Spectrum(values, *flat.shape),)
 
     def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
-        """In closed form for the matrix form."""
+        """See `Decomposition.judged_errors`; in closed form for the matrix form."""
         if self.mirrored:
             return super().judged_errors(weight, moments, judge)
         flat = widen(weight).flatten(1)

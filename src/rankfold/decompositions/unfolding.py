@@ -16,10 +16,10 @@ def judged_projections(basis: Tensor, flat: Tensor, judge: Moments, method: Deco
     """`judged_errors` of factors `U_r`, `U_rᵀ W`.
 
     Args:
-        basis: `U`, shape (out, k).
-        flat: `W`, shape (out, n).
-        judge: What the error is measured in.
-        method: Whose errors these are.
+        basis: Basis `U`, shape (out, k).
+        flat: Weight `W`, shape (out, n).
+        judge: Moments that the error is measured in.
+        method: Method whose errors these are.
     """
     metric = None if judge.gram is None else judge.metric(method).to(flat)
     gradients = None if judge.gradient_gram is None else judge.gradient_gram.to(flat)
@@ -38,11 +38,11 @@ def pair(
     """Fold the two factors of an unfolded weight back into stages.
 
     Args:
-        left: Shape (out, r), or mirrored (out·k…, r).
-        right: Shape (r, in·k…), or mirrored (r, in).
-        shape: Of the canonical weight.
-        mirrored: Which unfolding.
-        dtype: Of the result.
+        left: Left factor, shape (out, r), or mirrored (out·k…, r).
+        right: Right factor, shape (r, in·k…), or mirrored (r, in).
+        shape: Shape of the canonical weight.
+        mirrored: True for the factors of the mirrored unfolding.
+        dtype: Dtype of the result.
     """
     out, inputs, *kernel = shape
     ones = [1] * len(kernel)

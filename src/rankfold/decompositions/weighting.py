@@ -1,4 +1,4 @@
-"""Output weighting: any method, in the metric in which the network's output feels a site's error."""
+"""Output weighting: any method, in the metric in which a site's error changes the network's output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rankfold.factors import Factors, Rank
 from rankfold.linalg.precision import widen
 from rankfold.linalg.whitening import cholesky, damped_gram
 
-OUTPUT_DAMPING = 0.05  # of the gradient Gram: no output direction is free
+OUTPUT_DAMPING = 0.05  # relative damping of the gradient Gram: no output direction is free
 
 
 def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
@@ -26,7 +26,7 @@ def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moment
         method: The method.
         weight: Canonical weight of one group, shape (out, in, kernel…).
         rank: The rank.
-        moments: Of the same group.
+        moments: Moments of the same group.
     """
     if moments.gradient_gram is None or not method.needs:
         return method.decompose(weight, rank, moments)
@@ -44,12 +44,12 @@ def output_errors(
     Args:
         method: The method.
         weight: Canonical weight of one group.
-        moments: What the method reads.
-        judge: What the errors are measured in; None is `moments`, of which `G` is also taken where it has none.
+        moments: Moments that the method reads.
+        judge: Moments that the errors are measured in; None is `moments`, whose `G` is also used where it has none.
 
     Returns:
-        Shape (ranks,), and `tr(G W A Wᵀ)`, `A` the metric of the judge; without a gradient Gram `G = I`, without
-        an input Gram `A = I`. Whatever moments a method reads, all are measured in that one metric.
+        Errors of shape (ranks,), and `tr(G W A Wᵀ)`, `A` the metric of the judge; without a gradient Gram `G = I`,
+        without an input Gram `A = I`. Whatever moments a method reads, all are measured in that one metric.
     """
     weight = widen(weight)
     fitted = None if moments.gradient_gram is None else moments.gradient_gram.to(weight)

@@ -328,7 +328,7 @@ class Returned(Sequence[tuple[Any, Any]]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[tuple[Any, Any]]: ...
     def __getitem__(self, index: int | slice) -> tuple[Any, Any] | Sequence[tuple[Any, Any]]:
-        """(original's, compressed network's)."""
+        """The outputs of a micro-batch, (original's, compressed network's)."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):

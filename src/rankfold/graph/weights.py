@@ -29,7 +29,7 @@ class StoredWeights(Mapping[str, Tensor]):
         device: Device that tensors are read to.
 
     Raises:
-        DataError: A name stands in two of them.
+        DataError: A name stands in two of the files.
     """
 
     def __init__(self, files: Iterable[str | Path], device: torch.device | None = None) -> None:
