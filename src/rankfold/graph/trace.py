@@ -91,7 +91,7 @@ def trace(model: nn.Module, example: Batch) -> Graph:
         args, kwargs = split_batch(cloned(batch))  # the exporter marks its inputs
         shapes: Any = (tuple(_free_batch(args)) if args else _free_batch(kwargs)) if free else None
         try:
-            with evaluating(model), _tensor_outputs(model), _quiet():
+            with evaluating(model), _attributes_kept(model), _tensor_outputs(model), _quiet():
                 program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
                 if not _is_functional(program):
                     program = program.run_decompositions({})
@@ -151,6 +151,23 @@ def _runs(model: nn.Module, batch: Batch) -> bool:
             raise
         return False
     return True
+
+
+@contextmanager
+def _attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards tensors that modules hold as plain attributes, such as a computed weight, are those of before.
+
+    A hook that sets one while the model is traced leaves the tracer's own there, which has no data (torch 2.9).
+    """
+    held = [
+        (module, {name: value for name, value in vars(module).items() if isinstance(value, Tensor)})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, tensors in held:
+            vars(module).update(tensors)
 
 
 @contextmanager
