@@ -256,6 +256,7 @@ def test_selectors_of_ranks_need_a_family_that_has_some() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning", "ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_scripted_module_is_refused() -> None:
     with pytest.raises(ModelError, match=r"an nn\.Module with its Python code · got RecursiveScriptModule"):
         rf.compress(torch.jit.script(network().eval()), [inputs()], budget=BUDGET)  # type: ignore[no-untyped-call]
