@@ -279,7 +279,7 @@ def test_bad_input_is_refused_by_name() -> None:
             match="keep the same output channels" if broken is norms else "the model runs as the cuts leave it",
         ):
             rf.apply(model, replace(out.plan, cuts=broken), data)
-    with pytest.raises(PlanError, match="cuts say what stays"):
+    with pytest.raises(PlanError, match="cuts list what stays"):
         rf.apply(model, replace(out.plan, cuts={}), data)
     with pytest.raises(PlanError, match="a group is named by a layer"):
         rf.apply(model, replace(out.plan, channels=(replace(out.plan.channels[0], group="a9"),)), data)

@@ -94,7 +94,7 @@ def check_channels(model: nn.Module, plan: Plan) -> None:
     if plan.channels and not plan.cuts:
         raise PlanError(
             "cuts",
-            law="where channels go, cuts say what stays of every tensor",
+            law="where channels go, cuts list what stays of every tensor",
             got=f"{len(plan.channels)} groups that lose channels and no cuts",
             cure="take the channels out of the plan, too, or make the plan again",
         )
