@@ -251,7 +251,10 @@ def _parse(
         beside += ["--work-dir"] if work_dir is not None else []
         if beside:
             raise UsageError(
-                f"--plan {plan}", law="the plan sets what these options set", got=", ".join(beside), cure="leave them out"
+                f"--plan {plan}",
+                law="the plan sets what these options set",
+                got=", ".join(beside),
+                cure="leave them out",
             )
         return Request({}, _read_plan(plan), positions, seed, limit)
     options: dict[str, Any] = {
