@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import hashlib
 import json
@@ -125,12 +124,13 @@ def converted(
         text, path = text.partition(" - at `key`")[0], path.rstrip("`")
         found = _at(value, path)
         if (named := re.fullmatch("Object contains unknown field `(.*)`", text)) is not None:
-            law, got, cure = "only known keys", repr(named[1]), near_matches(named[1], _fields(kind))
+            law, got, cure = "only known keys", repr(named[1]), near_matches(named[1], _fields_at(kind, path))
         elif (named := re.fullmatch("Object missing required field `(.*)`", text)) is not None:
             law, got, cure = f"the key {named[1]!r}", f"keys {shown(sorted(found))}", "add it"
         else:
             law = text.removeprefix("Expected ").partition(", got")[0].replace("`", "")
-            law, got = f"a JSON {law}", shown(found)
+            law = "a finite number" if law == "Number out of range" else f"a JSON {law}"
+            got = shown(found)
         raise error(f"{place}{path}", law=law, got=got, cure=cure) from cause
 
 
@@ -143,12 +143,12 @@ def _at(value: Any, path: str) -> Any:
     return value
 
 
-def _fields(kind: Any) -> set[str]:
-    """Names of the fields of a class and of all classes among their types."""
-    if not hasattr(kind, "__struct_fields__") and not dataclasses.is_dataclass(kind):
-        return set().union(*(_fields(inner) for inner in get_args(kind)), set())
-    hints = get_type_hints(kind)
-    return set(hints).union(*(_fields(inner) for inner in hints.values()))
+def _fields_at(kind: Any, path: str) -> set[str]:
+    """Names of the fields of the class that stands at a path inside a class."""
+    for key, _ in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        inner = [each for each in get_args(kind) if each is not type(None)]
+        kind = get_type_hints(kind).get(key) if key else (inner[-1] if inner else None)
+    return set(get_type_hints(kind)) if isinstance(kind, type) else set()
 
 
 def _depth(text: str) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.comparison.compare import labels_of
-from rankfold.errors import DataError, NumericsError
+from rankfold.errors import DataError, NumericsError, OptionError
 from rankfold.outputs.taken import output_tensor
 
 
@@ -272,3 +272,29 @@ def test_samples_at_once_and_parts_of_outputs_change_no_figure(
         assert (mine.agreement, mine.kl) == (theirs.agreement, pytest.approx(theirs.kl) if theirs.kl else theirs.kl)
     assert parts.top1 == whole.top1
     assert parts.perplexity == (pytest.approx(whole.perplexity) if whole.perplexity else None)
+
+
+def test_parts_of_a_batch_read_its_labels_as_the_whole_does() -> None:
+    """Masked tokens, of which two samples keep theirs: no part of it passes for a causal language model."""
+    ids = torch.randint(50, (8, 6), generator=torch.Generator().manual_seed(0))
+    labels = torch.full_like(ids, -100)
+    labels[:, 2] = (ids[:, 2] + 1) % 50
+    labels[:2, 2] = ids[:2, 2]
+    data = [{"input_ids": ids, "labels": labels}]
+    whole = rf.compare(Tokens(1), Tokens(2), data, outputs=rf.Logits())
+    for at_once in (1, 2, 4):
+        parts = rf.compare(Tokens(1), Tokens(2), data, outputs=rf.Logits(), at_once=at_once)
+        assert parts.top1 == whole.top1
+        assert parts.perplexity == pytest.approx(whole.perplexity)
+
+
+@pytest.mark.parametrize("at_once", [0, -1, 1.5, "x", True])
+def test_at_once_that_is_no_number_of_samples_is_refused(at_once: Any) -> None:
+    with pytest.raises(OptionError, match=r"^at_once · an int of at least 1, or None · got"):
+        rf.compare(nn.Linear(2, 3), nn.Linear(2, 3), [torch.randn(4, 2)], at_once=at_once)
+
+
+@pytest.mark.parametrize("labels", [torch.arange(7) % 3, torch.tensor(1)])
+def test_a_batch_that_is_cut_still_has_as_many_labels_as_samples(labels: Tensor) -> None:
+    with pytest.raises(DataError, match=r"as many labels as samples · got \d labels .* for 8 samples"):
+        rf.compare(nn.Linear(2, 3), nn.Linear(2, 3), [(torch.randn(8, 2), labels)], outputs=rf.Logits(), at_once=4)

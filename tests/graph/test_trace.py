@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import rankfold as rf
 from rankfold.data.batches import batch_size, split_batch, take
 from rankfold.errors import DataError
 from rankfold.graph.trace import Graph, trace
@@ -241,3 +242,20 @@ def test_the_largest_value_of_a_sample_bounds_how_many_run_at_once() -> None:
 
 def test_a_graph_of_a_fixed_batch_knows_no_sample() -> None:
     assert Graph(None, reason="none").at_once(32, room=1) == 32
+
+
+def test_a_value_of_as_many_entries_as_the_data_has_bounds_nothing() -> None:
+    class Distinct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(16, 64), nn.Linear(64, 8)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.first(x)
+            return {"y": self.last(torch.relu(hidden)), "classes": torch.unique(hidden.argmax(1))}
+
+    torch.manual_seed(0)
+    model, data = Distinct().eval(), [torch.randn(96, 16)]
+    assert trace(model, data[0]).largest == 64 * 4
+    out = rf.compress(model, data, budget=rf.Budget(params=0.6), repair=None)
+    assert out.report.after.params <= 0.6 * out.report.before.params

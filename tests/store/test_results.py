@@ -191,3 +191,16 @@ def test_a_damaged_result_is_worked_out_again(text: str, tmp_path: Path) -> None
     (tmp_path / "one.json").write_text(text)
     assert kept_result(tmp_path / "one.json", Outcome, lambda: outcome) is outcome
     assert kept_result(tmp_path / "one.json", Outcome, _never) == outcome
+
+
+def test_curves_at_multiples_are_not_those_of_all_ranks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 24, 3), nn.ReLU(), nn.Conv2d(24, 40, 3), nn.ReLU(), nn.Conv2d(40, 24, 3)).eval()
+    data = [torch.randn(48, 8, 9, 9)]
+    options: dict[str, Any] = {"families": [rf.Tucker2()], "budget": rf.Budget(params=0.5), "repair": None}
+    for first, second in ((rf.Lagrangian(), rf.Rounded(multiple=8)), (rf.Rounded(multiple=8), rf.Lagrangian())):
+        work = tmp_path / type(first).__name__
+        rf.compress(model, data, selector=first, work_dir=work, **options)
+        kept = rf.compress(model, data, selector=second, work_dir=work, **options)
+        fresh = rf.compress(model, data, selector=second, **options)
+        assert kept.plan.decisions == fresh.plan.decisions

@@ -9,7 +9,16 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from rankfold.comparison.tally import Comparison, OutputComparison, Tally, check_finite, check_shapes, labels_of
+from rankfold.checks import check_count
+from rankfold.comparison.tally import (
+    Comparison,
+    OutputComparison,
+    Tally,
+    check_finite,
+    check_number,
+    check_shapes,
+    labels_of,
+)
 from rankfold.data.batches import Batch, batch_size, take, to_device
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.data.splits import as_batches, no_batch, numbered
@@ -19,7 +28,7 @@ from rankfold.outputs.taken import LOOKED_AT, Opened, Outputs, Taken, check_outp
 from rankfold.sites.models import check_module
 
 __all__ = ["Comparison", "OutputComparison", "check_finite", "check_shapes", "compare", "labels_of", "run_on"]
-_Pair: TypeAlias = tuple[int, Batch, Any, Any]  # number of a batch, the batch, what both models returned
+_Pair: TypeAlias = tuple[int, Batch, Batch, Any, Any]  # number of a batch, a part, the batch, what both gave
 
 
 def compare(
@@ -59,6 +68,7 @@ def compare(
     original = check_module(original, "original")
     compressed = check_module(compressed, "compressed")
     check_outputs(outputs)
+    check_count("at_once", at_once, none=True, cure="try 32")
     batches = as_batches(data)
     if world.size > 1:  # each process has a part only, and all must guess alike
         outputs = settled(original, batches, outputs)
@@ -68,17 +78,18 @@ def compare(
             (
                 number,
                 batch,
+                whole,
                 run_on("original", original, batch, number),
                 run_on("compressed", compressed, batch, number),
             )
-            for number, batch in _pieces(_shares(batches, parts, world), at_once)
+            for number, batch, whole in _pieces(_shares(batches, parts, world), at_once)
         )
         first = [] if isinstance(outputs, Taken) else _head(pairs)
         taken = outputs if isinstance(outputs, Taken) else _settle(first, outputs)
         tally = Tally(taken, parts)
-        for number, batch, mine, theirs in itertools.chain(first, pairs):
+        for number, batch, whole, mine, theirs in itertools.chain(first, pairs):
             firsts, seconds = taken.of(mine, number), taken.of(theirs, number)
-            tally.add(number, batch, firsts, [each.to(firsts[0].device) for each in seconds])
+            tally.add(number, batch, firsts, [each.to(firsts[0].device) for each in seconds], whole)
     tally.sum_over(world)
     return tally.result()
 
@@ -100,7 +111,7 @@ def _head(pairs: Iterator[_Pair]) -> list[_Pair]:
 def _settle(pairs: Sequence[_Pair], outputs: Outputs) -> Taken:
     """Kinds of the outputs, judged by their first 32 samples, as in `settled`."""
     seen, labels, left = [], [], LOOKED_AT
-    for _, batch, output, _ in pairs:
+    for _, batch, _, output, _ in pairs:
         found = opened(output)
         size = batch_size(batch)
         if left < size:
@@ -147,15 +158,17 @@ def _shares(batches: Iterable[Batch], opened_parts: list[int], world: World) -> 
                 yield number, _with_labels(batch, part)
 
 
-def _pieces(shares: Iterator[tuple[int, Batch]], most: int | None) -> Iterator[tuple[int, Batch]]:
-    """Batches cut into parts of at most so many samples, each with the number of its batch."""
+def _pieces(shares: Iterator[tuple[int, Batch]], most: int | None) -> Iterator[tuple[int, Batch, Batch]]:
+    """Batches cut into parts of at most so many samples, each with the number of its batch and the whole of it."""
     for number, batch in shares:
         size = batch_size(batch)
         if most is None or size <= most:
-            yield number, batch
+            yield number, batch, batch
             continue
+        if (labels := labels_of(batch)) is not None:
+            check_number(labels, size, number)
         for rows in torch.split(torch.arange(size), most):
-            yield number, _with_labels(batch, rows)
+            yield number, _with_labels(batch, rows), batch
 
 
 def _with_labels(batch: Batch, rows: Tensor) -> Batch:

@@ -146,7 +146,7 @@ def _check_labels(labels: Tensor, classes: int, number: int) -> None:
         )
 
 
-def _check_number(labels: Tensor, samples: int, number: int) -> None:
+def check_number(labels: Tensor, samples: int, number: int) -> None:
     """Refuse labels that are more or fewer than the samples they come with."""
     given = labels.shape[0] if labels.ndim else 1
     if given != samples:
@@ -208,12 +208,14 @@ class Tally:
         self.changed: list[int] = []
         self.sequence, self.wide = False, True
 
-    def add(self, number: int, batch: Batch, firsts: list[Tensor], seconds: list[Tensor]) -> None:
+    def add(
+        self, number: int, batch: Batch, firsts: list[Tensor], seconds: list[Tensor], whole: Batch | None = None
+    ) -> None:
         """Add one batch of outputs."""
         for i, (kind, first, second) in enumerate(zip(self.taken.kinds.values(), firsts, seconds, strict=True)):
             check_shapes(first, second)
             decided = i == self.decided and isinstance(kind, Logits)
-            labels = self._labels(number, batch, kind, first) if decided and isinstance(kind, Logits) else None
+            labels = self._labels(number, batch, kind, first, whole) if decided and isinstance(kind, Logits) else None
             start = 0
             for own, mine, theirs in kind.pieces(first, second):
                 check_finite("original", mine, number)
@@ -234,7 +236,7 @@ class Tally:
         self.samples += batch_size(batch)
         if self.decided is None:
             if (given := labels_of(batch)) is not None:
-                _check_number(given, batch_size(batch), number)
+                check_number(given, batch_size(batch), number)
             self._add_examples(firsts[0].numel() // (firsts[0].shape[-1] if firsts[0].ndim > 1 else 1))
 
     def _add_examples(self, count: int) -> None:
@@ -242,7 +244,9 @@ class Tally:
         if self.parts:
             self.parts[-1] += count
 
-    def _labels(self, number: int, batch: Batch, kind: Logits, output: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _labels(
+        self, number: int, batch: Batch, kind: Logits, output: Tensor, whole: Batch | None
+    ) -> tuple[Tensor, Tensor] | None:
         """Labels of a batch, and the rows of its logits that they belong to; None where it has none.
 
         Args:
@@ -250,18 +254,21 @@ class Tally:
             batch: The batch.
             kind: Kind of the output.
             output: The logits.
+            whole: Batch that this one is a part of, which tells whether labels are the tokens; None is itself.
         """
         labels, shape = labels_of(batch), kind.example_shape(output)
         if labels is None:
             return None
         if labels.shape != shape:
-            _check_number(labels, batch_size(batch), number)
+            check_number(labels, batch_size(batch), number)
             return None
         _check_labels(labels, output.numel() // max(shape.numel(), 1), number)
         rows = torch.arange(shape.numel()).reshape(labels.shape)
         if labels.ndim > 1:
             self.sequence |= labels.ndim == 2
-            if _are_inputs(batch, labels):  # a causal language model: position t predicts token t + 1
+            told = batch if whole is None else whole
+            every = labels_of(told)
+            if every is not None and _are_inputs(told, every):  # causal: position t predicts token t + 1
                 rows, labels = rows[:, :-1], labels[:, 1:]
         return labels.flatten().to(output.device), rows.flatten().to(output.device)
 

@@ -63,6 +63,8 @@ def _bytes_a_sample(node: torch.fx.Node) -> int:
     if not isinstance(value, Tensor) or not any(isinstance(size, torch.SymInt) for size in value.shape):
         return 0
     sizes = [size.node.hint if isinstance(size, torch.SymInt) else size for size in value.shape]
+    if None in sizes:  # as many as the data has, such as what `nonzero` gives
+        return 0
     return prod(sizes) * value.element_size() // TRACED
 
 

@@ -67,6 +67,13 @@ def make_plan(
             got="nothing that does",
             cure="pass evaluate=, or use rankfold.compress",
         )
+    if "spectra" in selector.reads and curves.curves and not curves.spectra:
+        raise OptionError(
+            "curves",
+            law=f"{name_of(selector)} reads the spectra of the sites",
+            got="curves without any",
+            cure="use rankfold.compress, or families that have spectra",
+        )
     sites = curves.sites
 
     def planned(chosen: Sequence[Option]) -> Plan:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from rankfold.allocation import Budget, Curves, RankSelector
-from rankfold.allocation.measuring import measure
+from rankfold.allocation.measuring import measure, spectra_of
 from rankfold.channels.elimination import RemovalCurve, even, removal_curves
 from rankfold.channels.groups import ChannelGroup, find_channels
 from rankfold.channels.ledger import Stack, Widths, stacks_of
@@ -198,9 +198,10 @@ class Remover:
             )
 
         if share < 1 and families:
-            key = (*decided, *families)
+            spectra = "spectra" in selector.reads
+            key = (*decided, *families, spectra)
             if key not in self.narrowed:
-                self.narrowed[key] = self._curves(cuts, attributes, families, world)
+                self.narrowed[key] = self._curves(cuts, attributes, families, world, spectra=spectra)
             plan = make_plan(
                 self.narrowed[key],
                 budget=Budget(**bounds),
@@ -225,8 +226,16 @@ class Remover:
             )
         return complete(plan)
 
-    def _curves(self, cuts: Cuts, attributes: Attributes, families: Sequence[Decomposition], world: World) -> Curves:
-        """Rank curves of the model as some cuts leave it."""
+    def _curves(
+        self,
+        cuts: Cuts,
+        attributes: Attributes,
+        families: Sequence[Decomposition],
+        world: World,
+        *,
+        spectra: bool,
+    ) -> Curves:
+        """Rank curves of the model as some cuts leave it, with spectra where a selector reads them."""
         narrow = copied(self.model)
         norms = self.norms if self.method.fold else None
         stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms, attributes)
@@ -237,7 +246,10 @@ class Remover:
             original=self.sites.whole,
             fingerprint=fingerprint(narrow),
         )
-        return measure(narrow, stats, sites=sites, families=families, world=world)
+        curves = measure(narrow, stats, sites=sites, families=families, world=world)
+        if not spectra:
+            return curves
+        return replace(curves, spectra=spectra_of(narrow, stats, sites=sites, families=families))
 
 
 def _mask(decision: ChannelDecision) -> torch.Tensor:

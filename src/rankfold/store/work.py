@@ -165,7 +165,7 @@ class Work:
             }
             for curve in curves
         ]
-        head = {"sha256": _sha256(rows), "curves": rows}
+        head = {"sha256": _sha256(rows), "families": [to_json(method) for method in families], "curves": rows}
         write_file(self._folder / CURVES, canonical_json(head).encode())
         return curves
 
@@ -213,7 +213,8 @@ class Work:
     def _read_curves(self, file: Path, sites: Sites, families: Sequence[Decomposition]) -> Curves | None:
         try:
             head = read_json(file)
-            if head["sha256"] != _sha256(head["curves"]):
+            same = head["families"] == [to_json(method) for method in families]  # a selector may ask for multiples
+            if head["sha256"] != _sha256(head["curves"]) or not same:
                 return None
         except (CheckpointError, KeyError, TypeError):
             return None
