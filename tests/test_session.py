@@ -234,6 +234,32 @@ def test_a_selector_can_look_at_spectra(forget: list[type]) -> None:
     assert (spectrum.rows, spectrum.columns) == tuple(weight.shape)
 
 
+def test_spectra_are_there_for_layers_that_lost_channels_too(forget: list[type]) -> None:
+    seen: list[set[str]] = []
+
+    @register("watching")
+    @dataclass(frozen=True)
+    class Watching(rf.RankSelector):
+        """Notes the sites it sees."""
+
+        @property
+        def reads(self) -> tuple[str, ...]:
+            return ("spectra",)
+
+        def select(self, problem: Problem) -> tuple[Option, ...]:
+            seen.append({path for path, _ in problem.spectra})
+            return rf.Uniform().select(problem)
+
+    forget.append(Watching)
+    families = [rf.Interpolative(), rf.SVD()]
+    rf.compress(network(), images(), budget=rf.Budget(params=0.5), families=families, selector=Watching())
+    assert seen == [{"0", "2", "6"}] * 2
+    sites = rf.find_sites(network(), images()[0])
+    curves = rf.measure(network(), sites=sites, families=[rf.SVD()])
+    with pytest.raises(OptionError, match=r"^curves · watching reads the spectra of the sites · got curves without"):
+        rf.make_plan(curves, budget=rf.Budget(params=0.5), selector=Watching())
+
+
 class Agreeing(Limit):
     """At most so large an error of the outputs."""
 

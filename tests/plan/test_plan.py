@@ -133,6 +133,13 @@ def _remove(key: str) -> Callable[[dict[str, Any]], object]:
         (_set("selector", to="uniform"), r"^plan\.selector · a JSON object \| null · got 'uniform'"),
         (_set("removal", to={"name": "interpolative", "rule": "x"}), r"^plan\.removal · options within .*rule = 'x'"),
         (_set("removal", to={"name": "interpolative", "ruler": 1}), r"^plan\.removal · an option of .*mean 'rule'\?"),
+        (_set("cuts", to={"a.weight": 3}), r'^plan\.cuts\.a\.weight · an object with axes such as "0" · got 3'),
+        (_set("attributes", to={"a b": {"heads": "x"}}), r"^plan\.attributes\.a b · an object of whole numbers"),
+        (_set("decisions", 0, "error", to=10**400), r"^plan\.decisions\[0\]\.error · a finite number · got 1000"),
+        (
+            _set("decisions", 0, "sitee", to="x"),
+            r"^plan\.decisions\[0\] · .* 'sitee' · did you mean 'site'\?$",
+        ),
         (_set("removal", to=3), r"^plan\.removal · a JSON object \| null · got 3"),
         (_set("repair", to=True), r"^plan\.repair · a JSON object \| null · got True"),
         (_set("skips", 0, "path", to=3), r"^plan\.skips\[0\]\.path · a JSON str · got 3"),

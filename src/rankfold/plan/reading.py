@@ -69,8 +69,8 @@ class _Plan(msgspec.Struct, forbid_unknown_fields=True):
     selector: dict[str, Any] | None = None
     repair: dict[str, Any] | None = None
     channels: list[_Channels] = []
-    cuts: dict[str, dict[str, Any]] = {}
-    attributes: dict[str, dict[str, int]] = {}
+    cuts: dict[str, Any] = {}
+    attributes: dict[str, Any] = {}
     removal: dict[str, Any] | None = None
     width_selector: dict[str, Any] | None = None
 
@@ -174,9 +174,9 @@ def _ascending(value: Any, place: str, size: int | None = None) -> tuple[int, ..
     return tuple(value)
 
 
-def _axes(value: Mapping[str, Any], place: str, of_groups: Mapping[str, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+def _axes(value: Any, place: str, of_groups: Mapping[str, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
     """The cuts of one tensor; some are those of a group."""
-    if not all(re.fullmatch(r"\d", axis) for axis in value):
+    if not isinstance(value, dict) or not all(re.fullmatch(r"\d", axis) for axis in value):
         raise PlanError(place, law='an object with axes such as "0"', got=shown(value), cure="make the plan again")
     return {
         int(axis): of_groups[kept]
@@ -186,9 +186,9 @@ def _axes(value: Mapping[str, Any], place: str, of_groups: Mapping[str, tuple[in
     }
 
 
-def _numbers(value: Mapping[str, int], place: str) -> dict[str, int]:
+def _numbers(value: Any, place: str) -> dict[str, int]:
     """Positive whole numbers by name."""
-    if all(number > 0 for number in value.values()):
+    if isinstance(value, dict) and all(type(number) is int and number > 0 for number in value.values()):
         return dict(value)
     raise PlanError(place, law="an object of whole numbers of at least 1", got=shown(value), cure="correct it")
 
