@@ -18,10 +18,11 @@ from rankfold.cost.resources import Cost
 from rankfold.decompositions import Family
 from rankfold.errors import BudgetError, OptionError, RankfoldError
 from rankfold.plan import Plan
-from rankfold.proposals import Asked, Foretold, Outlook, Proposal, Proposer, _base, numbers_of, proposes
+from rankfold.proposals import Asked, FamilyForecast, Outlook, Proposal, Proposer, _base, numbers_of, proposes
 from rankfold.registry import register, to_json
 from rankfold.trials.attempts import Attempt
 from rankfold.trials.limits import Limit
+from rankfold.trials.trials import Trials
 
 
 def network() -> nn.Module:
@@ -103,8 +104,8 @@ def kind() -> Iterator[type[Fewer]]:
     @proposes(Fewer)
     class FewerProposer(Proposer):
         @classmethod
-        def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
-            return Foretold({"curves": 1000.0}, outlook.sites.cost - Cost(params=5), frozenset({"0"}))
+        def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
+            return FamilyForecast({"curves": 1000.0}, outlook.sites.cost - Cost(params=5), frozenset({"0"}))
 
         def proposals(self, asked: Asked) -> list[Proposal]:
             site = self.basis.sites.sites[-1]
@@ -160,7 +161,7 @@ def forget() -> Iterator[list[type]]:
         del registry._BY_NAME[registry._NAMES.pop(cls)]
 
 
-def test_a_selector_can_have_choices_carried_out(forget: list[type]) -> None:
+def test_a_selector_can_have_choices_carried_out(forget: list[type], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[float] = []
 
     @register("either")
@@ -175,10 +176,25 @@ def test_a_selector_can_have_choices_carried_out(forget: list[type]) -> None:
         def select(self, problem: Problem) -> tuple[Option, ...]:
             assert problem.evaluate is not None
             choices = [rf.Uniform().select(problem), rf.Lagrangian().select(problem)]
-            seen.extend(problem.evaluate(choice) for choice in choices)
-            return choices[seen.index(min(seen))]
+            scores = [problem.evaluate(choice) for choice in choices]
+            seen.extend(scores)
+            return choices[scores.index(min(scores))]
 
     forget.append(Either)
+    carried: list[tuple[str, bool]] = []
+    rightly = Trials.attempt
+
+    def counted(self: Trials, plan: Plan, part: Any = None) -> Attempt:
+        carried.append((plan.to_json(), part is None))
+        return rightly(self, plan, part)
+
+    monkeypatch.setattr(Trials, "attempt", counted)
+    families = [rf.SVD(), rf.Interpolative()]
+    rf.compress(network(), images(200), budget=rf.Budget(params=0.5), families=families, selector=Either())
+    tried = [plan for plan, whole in carried if not whole]
+    assert len(tried) > 3
+    assert len(set(tried)) == len(tried)  # what was evaluated is not carried out again to be tried
+    seen.clear()
     out = rf.compress(network(), images(), budget=rf.Budget(params=0.5), selector=Either())
     assert len(seen) == 2
     assert all(score > 0 for score in seen)

@@ -192,7 +192,7 @@ def _check_runs(narrow: nn.Module, example: Batch, sites: Sites) -> None:
     Raises:
         PlanError: The model does not run; its error is named.
     """
-    if sites.graph.program is not None and sites.graph.static_batch is None:
+    if sites.graph.any_batch:
         size = batch_size(example)
         example = take(example, torch.arange(sites.graph.at_once(size)))
     try:

@@ -18,14 +18,14 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def check_flag(place: str, value: object, cure: str = "pass a bool") -> None:
+def check_flag(place: str, value: object) -> None:
     """Refuse anything but True and False.
 
     Raises:
         OptionError: The value is no bool.
     """
     if not isinstance(value, bool):
-        raise OptionError(place, law="True or False", got=shown(value), cure=cure)
+        raise OptionError(place, law="True or False", got=shown(value), cure="pass a bool")
 
 
 def check_count(place: str, value: Any, *, none: bool = False, cure: str = "leave it out") -> None:

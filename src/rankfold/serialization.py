@@ -24,6 +24,8 @@ MAX_JSON_BYTES = 64 * 2**20
 MAX_JSON_DEPTH = 64
 # One half of a surrogate pair, which is no character alone: escaped, or as it is.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
+# A key or an index in a path that msgspec writes; "..." is any key of an object.
+_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
 
 
 def canonical_json(value: object) -> str:
@@ -136,7 +138,7 @@ def converted(
 
 def _at(value: Any, path: str) -> Any:
     """Value at a path such as `.decisions[0].site`; where it goes through any key of an object, that object."""
-    for key, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+    for key, index in _STEP.findall(path):
         if index == "...":
             return value
         value = value[key] if key else value[int(index)]
@@ -145,7 +147,7 @@ def _at(value: Any, path: str) -> Any:
 
 def _fields_at(kind: Any, path: str) -> set[str]:
     """Names of the fields of the class that stands at a path inside a class."""
-    for key, _ in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+    for key, _ in _STEP.findall(path):
         inner = [each for each in get_args(kind) if each is not type(None)]
         kind = get_type_hints(kind).get(key) if key else (inner[-1] if inner else None)
     return set(get_type_hints(kind)) if isinstance(kind, type) else set()

@@ -257,10 +257,9 @@ class Session:
         said = (chosen_by, budget, options.repair, options.weighting, options.outputs, options.positions, options.seed)
         world().agree("options", repr(said))
         proposers, trials = self.proposers, self.trials
-        trials.limits = tuple(limits)
         asked = Asked(budget, options.selector, options.repair, trials.score)
         proposals = [each for proposer in proposers for each in proposer.proposals(asked)]
-        best, told = trials.best(proposals, budget)
+        best, told = trials.best(proposals, budget, limits)
         return self.finish(best, told, budget=budget, notes=trials.notes)
 
     @together
@@ -336,8 +335,7 @@ class Session:
             budget.check_held(after, self.sites.cost)
         with self.progress("latency", None):
             graph = self.sites.graph
-            free = graph.program is not None and graph.static_batch is None
-            timed = graph.at_once(LATENCY_SAMPLES) if free else None
+            timed = graph.at_once(LATENCY_SAMPLES) if graph.any_batch else None
             latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, example, timed))
         report = Report(
             self.sites.model,

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold.errors import OptionError, WriteError
 from rankfold.graph.spill import Spill, parse_memory
-from rankfold.graph.walk import Arrival, Walk
-from rankfold.graph.weights import weights_of
+from rankfold.graph.walk import Arrival, Walk, weights_of
 from rankfold.sites.finding import find_sites
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.reference.kept_work import Net, bits, files
 from torch import Tensor, nn
 
 import rankfold as rf
@@ -38,26 +39,6 @@ t.compressed({work!r}, progress=progress)
 """
 
 
-class Net(nn.Module):
-    """Three layers with a batch norm that takes up a bias, so that every kind of change is kept."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.wide = nn.Conv2d(8, 12, 3, padding=1)
-        self.head = nn.Linear(12, 6)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.wide(torch.relu(self.norm(self.conv(x)))))
-        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
-
-
 def images(seed: int = 1) -> list[Tensor]:
     return list(torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(seed)).split(20))
 
@@ -65,14 +46,6 @@ def images(seed: int = 1) -> list[Tensor]:
 def compressed(work: str | Path | None, model: nn.Module | None = None, data: Any = None, **options: Any) -> Any:
     options = {"budget": rf.Budget(params=0.7), "selector": SELECTOR, **options}
     return rf.compress(model or Net(), images() if data is None else data, work_dir=work, **options)
-
-
-def bits(out: Any) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in out.model.state_dict().items()}
-
-
-def files(folder: Path) -> dict[str, float]:
-    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
 class Counted:

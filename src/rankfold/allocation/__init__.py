@@ -1,8 +1,5 @@
 """Choice of ranks: from curves and a budget to one option per site."""
 
-import importlib
-import pkgutil
-
 from rankfold.allocation._base import RankSelector, Selector
 from rankfold.allocation._energy import Energy
 from rankfold.allocation._half_way import HalfWay
@@ -11,6 +8,7 @@ from rankfold.allocation._rounded import Rounded
 from rankfold.allocation._uniform import Uniform
 from rankfold.allocation.curve import Curves, Option, Problem, RankCurve
 from rankfold.cost.resources import Budget
+from rankfold.loading import load_registering
 
 __all__ = [
     "Budget",
@@ -27,6 +25,4 @@ __all__ = [
     "Uniform",
 ]
 
-for _selector in pkgutil.iter_modules(__path__):  # every file named _SELECTOR.py registers one
-    if _selector.name.startswith("_"):
-        importlib.import_module(f"{__name__}.{_selector.name}")
+load_registering(__name__, __path__)

@@ -20,14 +20,12 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 class WidthSelector(Selector, ABC):
-    """Choice of how many units of each channel group stay. A subclass is a frozen, registered dataclass."""
+    """Choice of how many units of each channel group stay. A subclass is a frozen, registered dataclass.
+
+    What it `reads` are optional fields of `RemovalCurve`: "relative", "remainders".
+    """
 
     chooses: ClassVar[str] = "widths"
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Optional fields of `RemovalCurve` that the selector reads: "relative", "remainders"."""
-        return ()
 
     def select(self, widths: Widths) -> dict[str, int]:
         """Choose how many units of each group stay, so that every bound holds.
@@ -83,7 +81,7 @@ class RemovalGreedy(WidthSelector):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """See `WidthSelector.reads`."""
+        """See `Selector.reads`."""
         return ("relative",) if self.relative > 0 else ()
 
     def shrink(self, widths: Widths) -> None:
@@ -175,7 +173,7 @@ class InterpolativeGreedy(WidthSelector):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """See `WidthSelector.reads`."""
+        """See `Selector.reads`."""
         return ("remainders",)
 
     def shrink(self, widths: Widths) -> None:

@@ -16,7 +16,7 @@ from rankfold.data.splits import first_of, sample_count
 from rankfold.errors import bytes_shown
 from rankfold.forecasting.prediction import Course, Predicted, SiteForecast
 from rankfold.forecasting.smallest import reach_of
-from rankfold.proposals import foretold_of
+from rankfold.proposals import family_forecasts
 from rankfold.serialization import canonical_json
 from rankfold.sites.reach import Blocker
 from rankfold.sites.site import Sites
@@ -137,9 +137,9 @@ def forecast_of(
     rates, samples = Rates(device_of(model)), sample_count(batches)
     samples = sum(batch_size(batch) for batch in batches) if samples is None else samples
     predicted = Predicted(model, example, sites, course, rates, samples)
-    foretold = foretold_of(predicted.outlook, course.families)
-    seconds, memory = predicted.seconds(traced, foretold), predicted.memory()
-    reach = reach_of(model, sites, foretold)
+    forecasts = family_forecasts(predicted.outlook, course.families)
+    seconds, memory = predicted.seconds(traced, forecasts), predicted.memory()
+    reach = reach_of(model, sites, forecasts)
     notes = [f"no graph, so no lockstep repair: {sites.graph.reason}"] if sites.graph.reason else []
     return Forecast(
         sites.model,

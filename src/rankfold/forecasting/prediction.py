@@ -15,7 +15,7 @@ from rankfold.data.draws import enough_positions
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.data.splits import HELD_OUT, held_out_among
 from rankfold.decompositions import Decomposition, Family, WhitenedSVD
-from rankfold.proposals import Foretold, Outlook
+from rankfold.proposals import FamilyForecast, Outlook
 from rankfold.repair import Lockstep
 from rankfold.sites.site import Site, Sites
 from rankfold.statistics.collect import PIECE
@@ -105,12 +105,12 @@ class Predicted:
         self.outlook = Outlook(model, sites, rates, self.forward, self.batch, self._spent)
         self.sizes = sizes_of(sites, course.statistics, repaired=course.repair is not None)
 
-    def seconds(self, traced: float, foretold: Sequence[Foretold]) -> dict[str, float]:
+    def seconds(self, traced: float, forecasts: Sequence[FamilyForecast]) -> dict[str, float]:
         """Predicted seconds by stage.
 
         Args:
             traced: Seconds that finding the sites took.
-            foretold: Forecasts of the families, one per kind.
+            forecasts: Forecasts of the families, one per kind.
         """
         course, forward = self.course, self.forward
         result = {"trace": traced}
@@ -118,7 +118,7 @@ class Predicted:
         result["statistics"] = forward * self.fit + sum(own)
         if course.weighting:
             result["gradients"] = self._gradients()
-        for each in foretold:
+        for each in forecasts:
             for stage, seconds in each.seconds.items():
                 result[stage] = result.get(stage, 0.0) + seconds
         judged = 2 * forward * self.held

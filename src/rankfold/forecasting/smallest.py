@@ -9,7 +9,7 @@ from torch import nn
 
 from rankfold.cost.formula import dense_cost
 from rankfold.cost.resources import RESOURCES, Cost
-from rankfold.proposals import Foretold
+from rankfold.proposals import FamilyForecast
 from rankfold.sites.reach import NOTHING_SMALLER, Blocker, blockers
 from rankfold.sites.site import Sites
 
@@ -31,17 +31,17 @@ class Reach:
     blockers: tuple[Blocker, ...]
 
 
-def reach_of(model: nn.Module, sites: Sites, foretold: Sequence[Foretold]) -> Reach:
+def reach_of(model: nn.Module, sites: Sites, forecasts: Sequence[FamilyForecast]) -> Reach:
     """Smallest size that some families can reach on a model.
 
     Args:
         model: The model.
         sites: Sites of the model, with the fixed ones where channels are removed.
-        foretold: Forecasts of the families that may be used, one per kind.
+        forecasts: Forecasts of the families that may be used, one per kind.
     """
     total = sites.cost.amounts()
-    ways = [sites.cost, *(each.smallest for each in foretold)]
-    reduced = frozenset().union(*(each.reduced for each in foretold))
+    ways = [sites.cost, *(each.smallest for each in forecasts)]
+    reduced = frozenset().union(*(each.reduced for each in forecasts))
     known = {site.path for site in sites}
     cut = [dense_cost(site) for site in sites if site.path in reduced]
     cut += [_held(model, path) for path in reduced - known]

@@ -41,10 +41,15 @@ class Graph:
     reason: str | None = None
     static_batch: int | None = None
 
+    @property
+    def any_batch(self) -> bool:
+        """Whether there is a program, and it takes any batch size."""
+        return self.program is not None and self.static_batch is None
+
     @functools.cached_property
     def largest(self) -> int:
         """Bytes of a sample's largest value, from the shapes of the trace; 0 without a program of free batch size."""
-        nodes = () if self.program is None or self.static_batch is not None else self.program.graph.nodes
+        nodes = self.program.graph.nodes if self.program is not None and self.any_batch else ()
         return max((_bytes_a_sample(node) for node in nodes if node.op == "call_function"), default=0)
 
     def at_once(self, most: int, room: int = ROOM) -> int:

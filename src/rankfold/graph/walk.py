@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
@@ -16,7 +16,6 @@ from torch.utils import _pytree
 from rankfold.data.batches import Batch, split_batch
 from rankfold.graph.regions import Call, schedule, tensor_names
 from rankfold.graph.spill import Spill, Values
-from rankfold.graph.weights import Weights
 
 
 @dataclass(eq=False)
@@ -58,6 +57,13 @@ class Arrival:
 
 
 OnSite: TypeAlias = Callable[[Arrival], nn.Module]
+Weights: TypeAlias = Mapping[str, Tensor]
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """The parameters and buffers of a model under all their names."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return {**named, **dict(model.named_buffers(remove_duplicate=False))}
 
 
 class Walk:

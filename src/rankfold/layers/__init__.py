@@ -1,14 +1,12 @@
 """The only package that depends on torch layer kinds."""
 
-import importlib
-import pkgutil
-
 from rankfold.layers._base import Adapter, Operator, adapter_for, adapts, layer_operators, why_no_adapter
 from rankfold.layers.calls import input_of
 from rankfold.layers.carriers import places_of, resize
 from rankfold.layers.forms import Form, form, form_of, forms, stages
 from rankfold.layers.geometry import Geometry, tensor
 from rankfold.layers.shells import build_shell, dense_geometry, fill_shell
+from rankfold.loading import load_registering
 
 __all__ = [
     "Adapter",
@@ -32,6 +30,4 @@ __all__ = [
     "why_no_adapter",
 ]
 
-for _kind in pkgutil.iter_modules(__path__):  # every file named _KIND.py registers one
-    if _kind.name.startswith("_"):
-        importlib.import_module(f"{__name__}.{_kind.name}")
+load_registering(__name__, __path__)

@@ -90,7 +90,7 @@ def make_plan(
         )
 
     problem = curves.problem(budget)
-    if evaluate is not None:
+    if evaluate is not None and "evaluate" in selector.reads:
         problem = replace(problem, evaluate=lambda chosen: evaluate(planned(chosen)))
     plan = planned(selector.select(problem))
     cost = plan_cost(sites, plan).amounts()

@@ -112,7 +112,7 @@ class Outlook:
 
 
 @dataclass(frozen=True)
-class Foretold:
+class FamilyForecast:
     """Forecast of the families of one kind: the time that they take, and the sizes that they reach.
 
     Attributes:
@@ -158,7 +158,7 @@ class Proposer(ABC):
 
     @classmethod
     @abstractmethod
-    def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
+    def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
         """Forecast of the time that making the proposals takes, and of the smallest model that they reach.
 
         Args:
@@ -213,10 +213,10 @@ def numbers_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool =
     return sum(many for many, _ in each), sum(few for _, few in each)
 
 
-def foretold_of(outlook: Outlook, families: Sequence[Family]) -> list[Foretold]:
-    """Forecasts of the families, one per kind; see `Proposer.foretold`."""
+def family_forecasts(outlook: Outlook, families: Sequence[Family]) -> list[FamilyForecast]:
+    """Forecasts of the families, one per kind; see `Proposer.forecast`."""
     kinds = kinds_of(families)
-    return [proposer.foretold(outlook, own, [f for f in families if f not in own]) for proposer, own in kinds.items()]
+    return [proposer.forecast(outlook, own, [f for f in families if f not in own]) for proposer, own in kinds.items()]
 
 
 def plans_from(proposals: Sequence[Proposal], bounds: Mapping[str, int]) -> dict[str, Plan]:

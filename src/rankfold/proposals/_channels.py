@@ -17,7 +17,7 @@ from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.distributed import world
 from rankfold.errors import SiteError
-from rankfold.proposals._base import Asked, Basis, Foretold, Outlook, Proposal, Proposer, proposes
+from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
 from rankfold.proposals._ranks import curve_seconds
 from rankfold.proposals._remover import Remover
 from rankfold.registry import name_of
@@ -127,10 +127,10 @@ class ChannelProposer(Proposer):
         return many * len(families), few * len(families)
 
     @classmethod
-    def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
-        """See `Proposer.foretold`: groups are tried and ordered, and curves of narrower layers are measured anew."""
+    def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
+        """See `Proposer.forecast`: groups are tried and ordered, and curves of narrower layers are measured anew."""
         if outlook.sites.graph.program is None:
-            return Foretold({}, outlook.sites.cost, frozenset())
+            return FamilyForecast({}, outlook.sites.cost, frozenset())
         groups = [group for group in find_channels(outlook.model, outlook.sites) if even(group)]
         smallest = [_narrowest(outlook, groups, family) for family in families if isinstance(family, Interpolative)]
         least = [outlook.sites.cost, *smallest]
@@ -140,7 +140,7 @@ class ChannelProposer(Proposer):
         forms = [family for family in beside if isinstance(family, Decomposition)]
         if groups and forms:
             seconds["plans"] = NARROWER * curve_seconds(replace(outlook, spent=lambda _, own: own), forms)
-        return Foretold(
+        return FamilyForecast(
             seconds,
             Cost(*(min(cost.amounts()[name] for cost in least) for name in RESOURCES)),
             frozenset(made | carried),

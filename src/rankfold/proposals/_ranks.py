@@ -15,7 +15,7 @@ from rankfold.decompositions import Decomposition, Family
 from rankfold.distributed import world
 from rankfold.plan import Plan
 from rankfold.plan.making import make_plan
-from rankfold.proposals._base import Asked, Basis, Foretold, Outlook, Proposal, Proposer, proposes
+from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
 from rankfold.registry import name_of
 from rankfold.sites.site import Site
 
@@ -26,14 +26,14 @@ HALVES = 2  # number of parts of the samples, between which curves are cross-fit
 class RankProposer(Proposer):
     """Proposer of ranks, by each selector with all families, with positions as independent, with each family alone."""
 
+    def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
+        super().__init__(basis, families)
+        self._curves: dict[int, Curves] = {}
+
     @property
     def forms(self) -> list[Decomposition]:
         """The families."""
         return [family for family in self.families if isinstance(family, Decomposition)]
-
-    def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
-        super().__init__(basis, families)
-        self._curves: dict[int, Curves] = {}
 
     def curves(self, multiple: int = 1, *, spectra: bool = False) -> Curves:
         """Curves of all families, measured once.
@@ -72,7 +72,7 @@ class RankProposer(Proposer):
                 seed=self.basis.seed,
                 calibration=self.basis.stats.manifest,
                 repair=asked.repair,
-                evaluate=asked.evaluate if "evaluate" in selector.reads else None,
+                evaluate=asked.evaluate,
             )
 
         return by_ranks(self.curves(multiple, spectra="spectra" in reads), selector, make)
@@ -85,11 +85,11 @@ class RankProposer(Proposer):
         return 3 + weighting + (len(families) if len(families) > 1 else 0), 3
 
     @classmethod
-    def foretold(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> Foretold:
-        """See `Proposer.foretold`: curves need the errors of each method; the least has all sites at the least rank."""
+    def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
+        """See `Proposer.forecast`: curves need the errors of each method; the least has all sites at the least rank."""
         forms = [family for family in families if isinstance(family, Decomposition)]
         least = {site.path: _least(site, forms) for site in outlook.sites}
-        return Foretold(
+        return FamilyForecast(
             {"curves": curve_seconds(outlook, forms)},
             sum((least[site.path] - dense_cost(site) for site in outlook.sites), outlook.sites.cost),
             frozenset(site.path for site in outlook.sites if least[site.path] != dense_cost(site)),

@@ -19,8 +19,7 @@ from rankfold.distributed import ALONE, World
 from rankfold.errors import DistributedError, NumericsError, SelfCheckError, TraceError
 from rankfold.graph.spill import Spill
 from rankfold.graph.trace import followed_output
-from rankfold.graph.walk import Arrival, Returned, Walk
-from rankfold.graph.weights import weights_of
+from rankfold.graph.walk import Arrival, Returned, Walk, weights_of
 from rankfold.install.swap import swap, train_as_
 from rankfold.plan import Plan
 from rankfold.plan.repair import Lockstep

@@ -57,7 +57,6 @@ class Trials:
         progress: Callback for every step.
         spill: Store of the values of a repair.
         notes: Remarks for the report: plans that dropped out.
-        limits: Limits that the result of a plan has to keep beside the budget.
     """
 
     model: nn.Module
@@ -72,14 +71,13 @@ class Trials:
     progress: Progress
     spill: Spill
     notes: list[str] = field(default_factory=list)
-    limits: Sequence[Limit] = ()
-    _scores: dict[str, float] = field(default_factory=dict, init=False)
+    _tried: dict[str, Candidate] = field(default_factory=dict, init=False)
 
     @property
     def at_once(self) -> int | None:
         """Samples of a batch that are compared at once; None is all, where the model may take no other number."""
         graph = self.sites.graph
-        return None if graph.program is None or graph.static_batch is not None else graph.at_once(LARGEST_BATCH)
+        return graph.at_once(LARGEST_BATCH) if graph.any_batch else None
 
     def attempt(self, plan: Plan, part: Sequence[Batch] | None = None) -> Attempt:
         """Carry a plan out on a copy and compare it on the held-out samples.
@@ -120,18 +118,29 @@ class Trials:
             return None
         return part_of(self.batches, self.stats.manifest["samples"], held_out=self.every, processes=world().size)
 
-    def score(self, plan: Plan) -> float:
-        """The divergence of a plan that is carried out on the part of the samples, or on all; less is better.
+    def tried(self, plan: Plan) -> Candidate:
+        """Candidate, without a name, of a plan carried out on the part of the samples, or on all if there is none.
 
         Args:
-            plan: The plan; one that was scored already is not carried out again.
+            plan: The plan; one that was tried already is not carried out again. (Where there is no part, the plan that
+                is taken is: compressed models are not kept, since each is as large as the network.)
         """
         key = plan.to_json()
-        if key not in self._scores:
-            self._scores[key] = self.attempt(plan, self.part).comparison.divergence
-        return self._scores[key]
+        if key not in self._tried:
+            samples = None if self.part is None else sum(batch_size(batch) for batch in self.part)
+            on = "all, for a selector" if samples is None else f"a part of {samples}"
+            self._tried[key] = self.work.result(
+                plan, on, Candidate, lambda: self.attempt(plan, self.part).told("", samples)
+            )
+        return self._tried[key]
 
-    def best(self, proposals: Sequence[Proposal], budget: Budget) -> tuple[Attempt, list[Candidate]]:
+    def score(self, plan: Plan) -> float:
+        """The divergence of a plan by `tried`; less is better."""
+        return self.tried(plan).divergence
+
+    def best(
+        self, proposals: Sequence[Proposal], budget: Budget, limits: Sequence[Limit] = ()
+    ) -> tuple[Attempt, list[Candidate]]:
         """The plan closest to the original on held-out samples, and the candidates of all plans.
 
         With a repair and many plans, all of them are carried out on a part of the samples first, and the best on all;
@@ -140,34 +149,31 @@ class Trials:
         Args:
             proposals: Proposals of plans.
             budget: Budget of the plans.
+            limits: Limits that the result has to keep beside it.
         """
         part = self.part
         chosen = [proposal for proposal in proposals if proposal.always or part is not None]
         plans = self.clock.time("plans", lambda: plans_from(chosen, budget.bounds(self.sites.cost)))
         best: list[Attempt] = []
         repaired = any(plan.repair is not None for plan in plans.values())
-        samples = None if part is None else sum(batch_size(batch) for batch in part)
 
         def whole(name: str, plan: Plan) -> Candidate:
             def work() -> Candidate:
                 attempt = self.attempt(plan)
                 if attempt.cost is not None:
                     budget.check_held(attempt.cost, self.sites.cost)
-                for limit in self.limits:
+                for limit in limits:
                     limit.check(attempt)
                 if not best or attempt.comparison.divergence < best[0].comparison.divergence:
                     best[:] = [attempt]  # one compressed model at a time is kept
                 return attempt.told(name)
 
-            if self.limits:  # the results of an earlier run are not known to keep to them
+            if limits:  # the results of an earlier run are not known to keep to them
                 return replace(work(), selector=name)
             return replace(self.work.result(plan, "all", Candidate, work), selector=name)
 
         def trial(name: str, plan: Plan) -> Candidate:
-            def work() -> Candidate:
-                return self.attempt(plan, part).told(name, samples)
-
-            return replace(self.work.result(plan, f"a part of {samples}", Candidate, work), selector=name)
+            return replace(self.tried(plan), selector=name)
 
         if part is None or not repaired or len(plans) <= FINALISTS:
             done, tried = self._each("candidates", plans, whole), []
