@@ -78,7 +78,7 @@ def embeddings(model: nn.Module, data: Batches) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", type=float, nargs="+", default=[0.7, 0.5])
-    parser.add_argument("--mixed", action="store_true", help="low rank as well as channels")
+    parser.add_argument("--mixed", action="store_true", help="the default families: low rank as well as channels")
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
@@ -88,9 +88,7 @@ def main() -> None:
     test = batches(tokenizer, sentences("test", 500))
     expected = embeddings(model, test)
     whole, inner = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
-    families: list[rf.Family] = [rf.Interpolative()]
-    if options.mixed:
-        families.insert(0, rf.WhitenedSVD())
+    families = None if options.mixed else [rf.Interpolative()]
     for kept in options.kept:
         start = time.perf_counter()
         budget = rf.Budget(params=int(whole - inner * (1 - kept)))

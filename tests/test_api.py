@@ -15,6 +15,7 @@ import rankfold as rf
 from rankfold.allocation.curve import Option, Problem
 from rankfold.cost.counted import count
 from rankfold.errors import PlanError
+from rankfold.layers import PivotedLayer
 from rankfold.registry import to_json
 from rankfold.sites.finding import fingerprint
 from rankfold.testing import toy_network
@@ -89,11 +90,12 @@ def test_save_and_load_give_the_same_bits_and_outputs(tmp_path: Path) -> None:
         assert torch.equal(loaded(IMAGES), out.model(IMAGES))
 
 
-def test_the_result_is_of_standard_layers_and_shares_nothing_with_the_original() -> None:
+def test_the_result_is_of_standard_layers_or_pivoted_ones_and_shares_nothing_with_the_original() -> None:
     out = compressed()
     assert {type(module).__module__.partition(".")[0] for module in out.model.modules()} <= {"torch", "rankfold"}
     assert {type(m) for m in out.model.modules() if type(m).__module__.startswith("rankfold")} <= {
-        type(m) for m in MODEL.modules()
+        PivotedLayer,
+        *(type(m) for m in MODEL.modules()),
     }
     mine = {value.untyped_storage().data_ptr() for value in out.model.state_dict().values()}
     assert not mine & {value.untyped_storage().data_ptr() for value in MODEL.state_dict().values()}

@@ -34,6 +34,7 @@ from .decompositions import Decomposition as Decomposition
 from .decompositions import Family as Family
 from .decompositions import Interpolative as Interpolative
 from .decompositions import Moments as Moments
+from .decompositions import Pivoted as Pivoted
 from .decompositions import SpatialSVD as SpatialSVD
 from .decompositions import Tucker2 as Tucker2
 from .decompositions import WhitenedSVD as WhitenedSVD
@@ -41,6 +42,7 @@ from .errors import RankfoldError as RankfoldError
 from .factors import Factors as Factors
 from .factors import MatrixFactors as MatrixFactors
 from .factors import MirroredFactors as MirroredFactors
+from .factors import PivotedFactors as PivotedFactors
 from .factors import SpatialFactors as SpatialFactors
 from .factors import TuckerFactors as TuckerFactors
 from .forecasting.forecast import Forecast as Forecast

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rankfold.decompositions import SVD, SpatialSVD, Tucker2, WhitenedSVD
+from torch import Tensor
+
+from rankfold.decompositions import SVD, Moments, Pivoted, SpatialSVD, Tucker2, WhitenedSVD
 from rankfold.testing import DecompositionConformance
 
 
@@ -58,3 +60,30 @@ class TestUndampedMirroredWhitenedSVD(DecompositionConformance):
 class TestUndampedSpatialSVD(DecompositionConformance):
     method = SpatialSVD(damping=0.0)
     shapes, layers = FEW, FEW_LAYERS
+
+
+class _Pivoted(DecompositionConformance):
+    idle = frozenset({"method"})
+
+    def metric(self, moments: Moments, features: int) -> Tensor:
+        inner = self.method
+        assert isinstance(inner, Pivoted)
+        other = DecompositionConformance()
+        other.method = inner.method  # type: ignore[misc]
+        return other.metric(moments, features)
+
+
+class TestPivotedWhitenedSVD(_Pivoted):
+    method = Pivoted()
+
+
+class TestPivotedSVD(_Pivoted):
+    method = Pivoted(SVD())
+
+
+class TestPivotedMirroredSVD(_Pivoted):
+    method = Pivoted(SVD(mirrored=True))
+
+
+class TestPivotedTucker2(_Pivoted):
+    method = Pivoted(Tucker2())

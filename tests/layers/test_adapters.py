@@ -134,7 +134,7 @@ def test_subclasses_are_served_where_they_compute_the_same() -> None:
         (Doubled(3, 2), "Doubled overrides the forward of nn.Linear"),
         (Standardised(3, 2, 3), "Standardised overrides the convolution of nn.Conv2d"),
         (nn.ConvTranspose2d(3, 2, 3), "no adapter for layers of kind ConvTranspose2d"),
-        (nn.Embedding(3, 2), "no adapter for layers of kind Embedding"),
+        (nn.EmbeddingBag(3, 2), "no adapter for layers of kind EmbeddingBag"),
     ):
         assert adapter_for(layer) is None
         assert why_no_adapter(layer) == reason

@@ -64,7 +64,11 @@ class CanonicalFactors(Factors):
 def method() -> Iterator[Decomposition]:
     """Registered for the time of a test."""
 
-    @form("three-stage", smallest=lambda geometry: 1 if geometry.kernel else None, assemble=Chain)
+    @form(
+        "three-stage",
+        smallest=lambda geometry: 1 if geometry.kernel else None,
+        assemble=lambda g, r, parts: Chain(parts),
+    )
     def staged(geometry: Geometry, rank: Rank) -> tuple[Geometry, ...]:
         assert isinstance(rank, int)
         width, axes = rank * geometry.groups, set(range(len(geometry.kernel)))

@@ -57,7 +57,7 @@ def test_a_language_model_with_a_cache_in_its_output_exports() -> None:
     sites = rf.find_sites(model, data[0])  # type: ignore[arg-type]
     assert sites.graph.program is not None, sites.graph.reason
     assert sites.graph.static_batch is None
-    assert {site.kind for site in sites} == {"linear"}
+    assert {site.kind for site in sites} == {"linear", "embedding"}  # that of the positions; of the tokens it is tied
     assert {skip.path: skip.kind for skip in sites.skips}["lm_head"] == "tied"
 
 

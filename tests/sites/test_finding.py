@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import rankfold as rf
 from rankfold.cost.counted import count
 from rankfold.errors import OptionError, SiteError, TraceError
+from rankfold.layers import PivotedLayer
 from rankfold.sites.finding import fingerprint
 from rankfold.sites.site import Sites
 from rankfold.testing import toy_network
@@ -77,7 +78,7 @@ def test_a_model_that_is_one_layer_is_a_site_with_an_empty_path() -> None:
     (site,) = _found(nn.Linear(8, 8), torch.randn(2, 8))
     assert site.path == ""
     out = rf.compress(nn.Linear(8, 8), [torch.randn(20, 8)], budget=rf.Budget(params=0.8))
-    assert isinstance(out.model, nn.Sequential)
+    assert isinstance(out.model, PivotedLayer)
 
 
 def test_conv1d_of_transformers_is_a_site() -> None:
@@ -188,7 +189,7 @@ def test_control_flow_on_data_takes_the_hook_road_and_says_so(capfd: pytest.Capt
 def test_the_hook_road_compresses_and_the_report_says_so() -> None:
     model, x = Branching(), torch.randn(40, 8)
     out = rf.compress(model, [x], budget=rf.Budget(params=0.6))
-    assert isinstance(out.model.fc, nn.Sequential)
+    assert isinstance(out.model.fc, PivotedLayer)
     assert count(out.model, x) == rf.plan_cost(_found(model, x), out.plan)
     assert any(note.startswith("no graph, module hooks were used") for note in out.report.notes)
     assert "note: no graph, module hooks were used" in str(out.report)

@@ -60,7 +60,7 @@ def test_blockers_are_the_layers_that_stay_with_share_and_reason(text: rf.Sites)
         ("norm", "LayerNorm", 2 * WIDTH),
     ]
     assert [one.share for one in found] == [one.amount / whole.params for one in found]
-    assert [one.reason.split(":")[0] for one in found] == ["unsupported", "unsupported", "no matrix"]
+    assert [one.reason.split(":")[0] for one in found] == ["unsupported", "tied", "no matrix"]
     macs = blockers(text, "macs")
     assert [(one.path, one.amount) for one in macs] == [
         ("rnn", 5 * 4 * WIDTH * 2 * WIDTH),

@@ -60,7 +60,7 @@ def test_an_embedding_tied_to_the_head_rules_both_out() -> None:
     model.head.weight = model.table.weight
     reasons = _reasons(model, torch.arange(6).reshape(2, 3))
     assert reasons["head"] == "tied: the weight is also table.weight"
-    assert reasons["table"] == "unsupported: no adapter for layers of kind Embedding"
+    assert reasons["table"] == "tied: the weight is also head.weight"
 
 
 def test_a_view_of_another_weight_is_tied() -> None:

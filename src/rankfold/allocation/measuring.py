@@ -18,6 +18,7 @@ from rankfold.decompositions import (
     Family,
     Interpolative,
     Moments,
+    Pivoted,
     SpatialSVD,
     Tucker2,
     WhitenedSVD,
@@ -34,7 +35,7 @@ from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
 
-DEFAULT_FAMILIES: tuple[Decomposition, ...] = (WhitenedSVD(), SpatialSVD(), Tucker2())
+DEFAULT_FAMILIES: tuple[Decomposition, ...] = (Pivoted(WhitenedSVD()), SpatialSVD(), Tucker2())
 
 
 def default_families(selector: Selector | None) -> tuple[Family, ...]:

@@ -77,10 +77,10 @@ class _Walk:
             return
         name = operator_of(node)
         inputs = [argument for argument in node.all_input_nodes if self._numbers.get(argument) is not None]
-        if name in self._operators:
-            self._numbers[node] = self._layer(node, self._operators[name])
-        elif name == "embedding":
+        if name == "embedding":
             self._numbers[node] = self._table(node)
+        elif name in self._operators:
+            self._numbers[node] = self._layer(node, self._operators[name])
         elif not inputs:
             self._looked_at(node, name)
             return

@@ -195,8 +195,8 @@ class _Ledger:
             if curve.group.macs:
                 carried[NAMES.index("macs"), 1:] = torch.tensor(curve.group.macs)[order].cumsum(0)
             for name, axes in curve.group.carried.items():
-                if name in weights:  # a depthwise convolution
-                    both = gone(axes[0])
+                if name in weights:  # a depthwise convolution, or a table
+                    both = gone(next(iter(axes.values())))
                     changes[weights[name]] = [both, both]
                 elif name not in biases and name in tensors:
                     value = tensors[name]

@@ -97,6 +97,8 @@ def narrowed_geometry(geometry: Geometry, kept: Kept) -> Geometry:
     """The geometry of a layer with the channels that stay."""
     inputs = geometry.inputs if kept.inputs is None else len(kept.inputs)
     outputs = geometry.outputs if kept.outputs is None else len(kept.outputs)
+    if geometry.table is not None:  # the identity behind it is as wide as its vectors
+        inputs = outputs
     groups = inputs if geometry.groups > 1 and kept else geometry.groups
     return replace(geometry, inputs=inputs, outputs=outputs, groups=groups)
 
@@ -187,7 +189,8 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
         kept = kept_of(site.path, modules[site.path], cuts)
         depthwise = site.geometry.groups > 1
         own = {}
-        index = kept.outputs if depthwise else features_of(site.geometry, kept)
+        itself = depthwise or site.geometry.table is not None  # what goes of its outputs goes of its inputs
+        index = kept.outputs if itself else features_of(site.geometry, kept)
         for name, statistic in stats.sites.get(site.path, {}).items():
             if not statistic.of_channels:
                 own[name] = statistic

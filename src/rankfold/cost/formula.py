@@ -8,7 +8,7 @@ from typing import Protocol, TypeAlias
 
 from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.factors import Rank
-from rankfold.layers import Geometry, stages
+from rankfold.layers import Geometry, form_of, stages
 
 
 class Priced(Protocol):
@@ -49,7 +49,8 @@ def site_cost(site: Priced, form: str, rank: Rank) -> Cost:
 
 @lru_cache(maxsize=2**16)  # a network repeats its layers: one table serves all that are alike
 def _at_rank(geometry: Geometry, calls: Runs, element: int, form: str, rank: Rank) -> Cost:
-    return _cost(stages(geometry, form, rank), calls, element)
+    cost = _cost(stages(geometry, form, rank), calls, element)
+    return cost + Cost(bytes=form_of(form).extra_bytes(geometry, rank))
 
 
 def _cost(parts: tuple[Geometry, ...], runs: Runs, element: int) -> Cost:

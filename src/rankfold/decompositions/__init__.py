@@ -2,6 +2,7 @@
 
 from rankfold.decompositions._base import Decomposition, Family, Moments, Spectrum
 from rankfold.decompositions._interpolative import Interpolative
+from rankfold.decompositions._pivoted import Pivoted
 from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
 from rankfold.decompositions._tucker2 import Tucker2
@@ -15,6 +16,7 @@ __all__ = [
     "Family",
     "Interpolative",
     "Moments",
+    "Pivoted",
     "SpatialSVD",
     "Spectrum",
     "Tucker2",

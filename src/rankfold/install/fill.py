@@ -58,7 +58,9 @@ def filler(stats: Statistics | None) -> Fill:
 
     def fill(decision: Decision, layer: nn.Module, shell: nn.Module) -> None:
         factors, bias = unrepaired(decision, layer, stats)
-        own = getattr(layer, "bias", None)
+        adapter, own = adapter_for(layer), getattr(layer, "bias", None)
+        if adapter is not None:
+            factors = list(adapter.stored(layer, factors))
         fill_shell(shell, factors, None if bias is None or own is None else bias.to(own.dtype))
 
     return fill

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor, nn
 
 from rankfold.errors import PlanError
 from rankfold.install.swap import swap, train_as_
-from rankfold.layers import Geometry, adapter_for, dense_geometry, stages, tensor
+from rankfold.layers import Geometry, adapter_for, chain_of, dense_geometry, stages, tensor
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.sites.copies import copied
 from rankfold.sites.models import check_in_place, check_module
+
+Chain: TypeAlias = list[tuple[Tensor, Geometry, Tensor | None]]  # weight, geometry and bias of each layer
 
 
 def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
@@ -48,9 +52,10 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     replaced: dict[int, nn.Module] = {}
     for decision in plan.changes:
         shell = modules[decision.site]
-        parts = [adapter for layer in shell.children() if (adapter := adapter_for(layer)) is not None]
-        geometries = [part.geometry(layer) for part, layer in zip(parts, shell.children(), strict=True)]
-        replaced[id(shell)] = _dense(list(shell.children()), geometries)
+        chain = chain_of(shell)
+        if chain is None:
+            raise TypeError(f"{decision.site} was not checked")
+        replaced[id(shell)] = _dense(shell, chain)
     return swap(model, replaced)
 
 
@@ -58,34 +63,36 @@ def _is_shell(module: nn.Module | None, decision: Decision) -> bool:
     """Whether a module has the structure that follows from the decision's form and rank."""
     if module is None or decision.method is None or decision.rank is None:
         return False
+    chain = chain_of(module)
     layers = list(module.children())
     adapters = [adapter_for(layer) for layer in layers]
     parts = [part.geometry(layer) for part, layer in zip(adapters, layers, strict=True) if part is not None]
-    if not layers or len(parts) != len(adapters):
+    if chain is None or len(parts) != len(layers):
         return False
+    geometry = dense_geometry([part for _, part, _ in chain])
     try:
-        return list(stages(dense_geometry(parts), decision.method.form, decision.rank)) == parts
+        return list(stages(geometry, decision.method.form, decision.rank)) == parts
     except PlanError:
         return False
 
 
-def _dense(layers: list[nn.Module], geometries: list[Geometry]) -> nn.Module:
-    geometry = dense_geometry(geometries)
-    weights = [
-        _dense_stage(tensor(layer, "weight"), part, geometry.groups)
-        for layer, part in zip(layers, geometries, strict=True)
-    ]
+def _dense(shell: nn.Module, chain: Chain) -> nn.Module:
+    """The dense layer that a shell's layers multiply out to."""
+    geometry, bias = dense_geometry([part for _, part, _ in chain]), chain[-1][2]
+    weights = [_dense_stage(weight, part, geometry.groups) for weight, part, _ in chain]
     product = weights[0]
     for weight in weights[1:]:
         product = torch.einsum("gor...,gri...->goi...", weight, product)
+    layers = list(shell.children())
     first = tensor(layers[0], "weight")
     dense = geometry.build(device=first.device, dtype=first.dtype)
     with torch.no_grad():
-        tensor(dense, "weight").copy_(product.flatten(0, 1))
-        if geometry.bias:
-            tensor(dense, "bias").copy_(tensor(layers[-1], "bias"))
+        whole = product.flatten(0, 1)
+        tensor(dense, "weight").copy_(whole.mT if isinstance(dense, nn.Embedding) else whole)
+        if bias is not None:
+            tensor(dense, "bias").copy_(bias)
     train_as_(dense, layers[0])
-    if geometry.bias:
+    if bias is not None:
         tensor(dense, "bias").requires_grad_(tensor(layers[-1], "bias").requires_grad)
     return dense.train(layers[0].training)
 

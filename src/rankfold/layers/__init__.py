@@ -5,7 +5,8 @@ from rankfold.layers.calls import input_of
 from rankfold.layers.carriers import places_of, resize
 from rankfold.layers.forms import Form, form, form_of, forms, stages
 from rankfold.layers.geometry import Geometry, tensor
-from rankfold.layers.shells import build_shell, dense_geometry, fill_shell
+from rankfold.layers.pivoted import PivotedLayer
+from rankfold.layers.shells import build_shell, chain_of, dense_geometry, fill_shell
 from rankfold.loading import load_registering
 
 __all__ = [
@@ -13,9 +14,11 @@ __all__ = [
     "Form",
     "Geometry",
     "Operator",
+    "PivotedLayer",
     "adapter_for",
     "adapts",
     "build_shell",
+    "chain_of",
     "dense_geometry",
     "fill_shell",
     "form",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from torch import Tensor, nn
 
+from rankfold.factors import Factors
 from rankfold.layers.geometry import Geometry
 
 A = TypeVar("A", bound="type[Adapter]")
@@ -58,6 +59,27 @@ class Adapter(ABC):
     @abstractmethod
     def canonical(self, layer: nn.Module) -> Tensor:
         """The weight as groups × out × in × kernel…, a view where possible."""
+
+    def read(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """The values that the canonical weight is multiplied with, in the layout of the layer's input.
+
+        They are the input itself, but for a layer that looks something up.
+        """
+        return inputs
+
+    def rewrite(self, layer: nn.Module, groups: Tensor) -> None:
+        """Give a layer another canonical weight, in place.
+
+        Args:
+            layer: The layer.
+            groups: Canonical weight of every group, in any dtype; elements in the order of `canonical`.
+        """
+        own = self.canonical(layer)
+        own.copy_(groups.reshape(own.shape))
+
+    def stored(self, layer: nn.Module, groups: Sequence[Factors]) -> Sequence[Factors]:
+        """Factors of the canonical weight as factors of what the layer stores, which are the same but for tables."""
+        return groups
 
     @abstractmethod
     def sample_size(self, layer: nn.Module, inputs: Tensor) -> tuple[tuple[int, ...], int]:

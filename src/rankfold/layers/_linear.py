@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from rankfold.layers._base import Adapter, Operator, adapts
@@ -13,7 +15,7 @@ class LinearAdapter(Adapter):
     """`nn.Linear`, and transformers' `Conv1D`, whose weight is stored in × out."""
 
     kind = "linear"
-    operators = (Operator("linear"), Operator("addmm", data=1, weight=2, bias=0))
+    operators: ClassVar[tuple[Operator, ...]] = (Operator("linear"), Operator("addmm", data=1, weight=2, bias=0))
 
     def geometry(self, layer: nn.Module) -> Geometry:
         """A geometry without kernel, of one group."""

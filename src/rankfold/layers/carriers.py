@@ -1,4 +1,4 @@
-"""Modules that are no sites and carry channels of sites: norms and embeddings."""
+"""Modules that are no layers and carry channels of layers: norms."""
 
 from __future__ import annotations
 
@@ -35,14 +35,9 @@ def _group_norm(module: Any) -> None:
     module.num_groups, module.num_channels = module.num_groups * count // module.num_channels, count
 
 
-def _embedding(module: Any) -> None:
-    module.embedding_dim = module.weight.shape[1]
-
-
 CARRIERS = [
     Carrier((nn.modules.batchnorm._BatchNorm,), ("weight", "bias", "running_mean", "running_var"), _batch_norm),
     Carrier((nn.GroupNorm,), ("weight", "bias"), _group_norm),
-    Carrier((nn.Embedding,), (), _embedding),
 ]
 
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from torch import nn
 
 from rankfold.checks import is_whole
 from rankfold.errors import PlanError, near_matches
-from rankfold.factors import Rank
+from rankfold.factors import PIVOTABLE, PIVOTED, Rank, pivoted_ends
 from rankfold.layers.geometry import Geometry
+from rankfold.layers.pivoted import CORE, INDEX_BYTES, INPUT, OUTPUT, PivotedLayer
 
 Stages: TypeAlias = tuple[Geometry, ...]
 Staged: TypeAlias = Callable[[Geometry, Rank], Stages]
+Assemble: TypeAlias = Callable[[Geometry, Rank, Sequence[nn.Module]], nn.Module]
 
 
-def in_sequence(stages: Sequence[nn.Module]) -> nn.Module:
+def in_sequence(geometry: Geometry, rank: Rank, stages: Sequence[nn.Module]) -> nn.Module:
     """A plain `nn.Sequential`."""
     return nn.Sequential(*stages)
+
+
+def no_bytes(geometry: Geometry, rank: Rank) -> int:
+    """What a form adds that has its layers and nothing else."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -29,15 +36,18 @@ class Form:
     Attributes:
         name: Name of the form in factors and plans.
         stages: Function from a geometry and a rank to the geometries of the layers that replace it, first applied
-            first; only the last one has the bias.
+            first; the last one alone has a bias, or several have parts of it.
         smallest: Function from a geometry to its smallest rank, or to None where the form does not apply.
-        assemble: Function that makes one module of the built stages, which are its children in their order.
+        assemble: Function from a geometry, a rank and the built stages to one module, whose children they are in their
+            order.
+        extra_bytes: Function from a geometry and a rank to the bytes of what the module holds beside its layers.
     """
 
     name: str
     stages: Staged
     smallest: Callable[[Geometry], Rank | None]
-    assemble: Callable[[Sequence[nn.Module]], nn.Module] = in_sequence
+    assemble: Assemble = in_sequence
+    extra_bytes: Callable[[Geometry, Rank], int] = no_bytes
 
 
 _FORMS: dict[str, Form] = {}
@@ -47,12 +57,13 @@ def form(
     name: str,
     *,
     smallest: Callable[[Geometry], Rank | None],
-    assemble: Callable[[Sequence[nn.Module]], nn.Module] = in_sequence,
+    assemble: Assemble = in_sequence,
+    extra_bytes: Callable[[Geometry, Rank], int] = no_bytes,
 ) -> Callable[[Staged], Staged]:
     """Register a function as the stages of a form; see `Form`."""
 
     def register(stages: Staged) -> Staged:
-        _FORMS[name] = Form(name, stages, smallest, assemble)
+        _FORMS[name] = Form(name, stages, smallest, assemble, extra_bytes)
         return stages
 
     return register
@@ -75,7 +86,7 @@ def form_of(name: str) -> Form:
 
 
 def stages(geometry: Geometry, form: str, rank: Rank) -> Stages:
-    """Geometries of the layers that replace `geometry`, first applied first; only the last one has a bias.
+    """Geometries of the layers that replace `geometry`, first applied first; see `Form`.
 
     Raises:
         PlanError: There is no such form, or the rank is no (tuple of) positive int as the form needs it.
@@ -89,6 +100,9 @@ def _has_kernel(geometry: Geometry) -> bool:
 
 @form("matrix", smallest=lambda geometry: 1)
 def _matrix(geometry: Geometry, rank: Rank) -> Stages:
+    if geometry.table is not None:
+        width = _single(rank)
+        return replace(geometry, inputs=width, outputs=width), Geometry(width, geometry.outputs, bias=geometry.bias)
     axes = set(range(len(geometry.kernel)))
     return _pair(geometry, _single(rank), axes, set())
 
@@ -129,3 +143,51 @@ def _single(rank: Rank) -> int:
     if not is_whole(rank) or rank < 1:
         raise PlanError("rank", law="one int of at least 1", got=repr(rank), cure="give this form a single rank")
     return rank
+
+
+def ends_of(geometry: Geometry, base: str) -> tuple[bool, bool]:
+    """Whether the first and the last stage are those stored by pivots, see `pivoted_ends`; of a table the last is."""
+    return (False, True) if geometry.table is not None else pivoted_ends(base, geometry.canonical_shape)
+
+
+def _pivoted(base: str) -> None:
+    """Register the form of factors of another form that are stored by pivots; see `PivotedFactors`."""
+    plain = form_of(base)
+
+    def parts(geometry: Geometry, rank: Rank) -> dict[str, Geometry]:
+        """Geometry of each child of a `PivotedLayer` by its name; what has no weights is left out."""
+        first, last = ends_of(geometry, base)
+        chain = list(plain.stages(geometry, rank))
+        left = {}
+        if first:  # the channels that are kept go past the table
+            left[INPUT] = replace(chain[0], inputs=geometry.inputs - chain.pop(0).outputs)
+        if last:
+            table = chain.pop()
+            left[OUTPUT] = replace(table, outputs=geometry.outputs - table.inputs)
+            chain[-1] = replace(chain[-1], bias=geometry.bias)
+        if any(part.inputs < 0 or part.outputs < 0 for part in left.values()):
+            raise PlanError(
+                "rank", law="no part above the channels of its side", got=repr(rank), cure="choose a smaller rank"
+            )
+        (core,) = chain
+        if first and not left[INPUT].n_weights and not _has_kernel(geometry):  # then the core takes the steps itself
+            axes = set(range(len(geometry.kernel)))
+            core = geometry.on_axes(axes, inputs=core.inputs, outputs=core.outputs, bias=core.bias)
+        left[CORE] = core
+        return {name: left[name] for name in (INPUT, CORE, OUTPUT) if name in left and left[name].n_weights}
+
+    def assemble(geometry: Geometry, rank: Rank, built: Sequence[nn.Module]) -> nn.Module:
+        own = parts(geometry, rank)
+        return PivotedLayer(geometry, own, dict(zip(own, built, strict=True)))
+
+    def extra_bytes(geometry: Geometry, rank: Rank) -> int:
+        names = parts(geometry, rank)
+        return INDEX_BYTES * (geometry.inputs * (INPUT in names) + geometry.outputs * (OUTPUT in names))
+
+    @form(PIVOTED + base, smallest=plain.smallest, assemble=assemble, extra_bytes=extra_bytes)
+    def _stages(geometry: Geometry, rank: Rank) -> Stages:
+        return tuple(parts(geometry, rank).values())
+
+
+for _base in PIVOTABLE:
+    _pivoted(_base)

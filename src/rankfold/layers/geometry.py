@@ -21,12 +21,32 @@ def tensor(layer: nn.Module, name: str) -> Tensor:
     return value
 
 
+@dataclass(frozen=True)
+class Table:
+    """The rows of a layer that looks them up, as an embedding does.
+
+    Attributes:
+        rows: Number of rows.
+        padding_idx: Row that gets no gradient, or None.
+        scale_grad_by_freq: True if gradients are divided by how often a row occurs.
+        sparse: True if gradients are sparse.
+    """
+
+    rows: int
+    padding_idx: int | None = None
+    scale_grad_by_freq: bool = False
+    sparse: bool = False
+
+
 _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape and wiring of a linear or convolution layer.
+    """Shape and wiring of a linear or convolution layer, or of one that looks rows of a table up.
+
+    A table of vectors with d entries is a linear layer behind them, `y = I x` with d × d, whose identity is multiplied
+    into the table: what is to be decomposed is that identity, on the vectors as often as they occur.
 
     Attributes:
         inputs: Number of input channels or features, over all groups.
@@ -38,6 +58,7 @@ class Geometry:
         groups: Number of groups, each `outputs/groups × inputs/groups`.
         padding_mode: Name of the padding mode in torch.
         bias: True if there is a bias.
+        table: The rows that are looked up; None where the input is multiplied.
     """
 
     inputs: int
@@ -49,6 +70,7 @@ class Geometry:
     groups: int = 1
     padding_mode: str = "zeros"
     bias: bool = False
+    table: Table | None = None
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
@@ -63,6 +85,8 @@ class Geometry:
     @property
     def n_weights(self) -> int:
         """Elements of the weight over all groups, without the bias."""
+        if self.table is not None:
+            return self.table.rows * self.outputs
         return self.groups * prod(self.canonical_shape)
 
     @property
@@ -92,17 +116,30 @@ class Geometry:
         )
 
     def macs(self, size: tuple[int, ...]) -> int:
-        """Multiply-accumulates of one sample: weights × output positions; the bias is free.
+        """Multiply-accumulates of one sample: weights × output positions; the bias, and looking rows up, are free.
 
         Args:
             size: Spatial size of the input (empty for a linear layer: one position).
         """
-        return self.n_weights * prod(self.output_size(size))
+        return 0 if self.table is not None else self.n_weights * prod(self.output_size(size))
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The empty `nn.Linear` or `nn.ConvNd` of this geometry, uninitialised; no random numbers are drawn."""
+        """The empty `nn.Linear`, `nn.ConvNd` or `nn.Embedding` of this geometry, uninitialised; no random numbers are
+        drawn.
+        """
         skip_init: Callable[..., nn.Module] = nn.utils.skip_init  # untyped in torch
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        if self.table is not None:
+            table = self.table
+            return skip_init(
+                nn.Embedding,
+                table.rows,
+                self.outputs,
+                padding_idx=table.padding_idx,
+                scale_grad_by_freq=table.scale_grad_by_freq,
+                sparse=table.sparse,
+                **factory,
+            )
         if not self.kernel:
             return skip_init(nn.Linear, self.inputs, self.outputs, bias=self.bias, **factory)
         return skip_init(

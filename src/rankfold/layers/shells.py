@@ -11,15 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rankfold.factors import Factors, Rank
+from rankfold.factors import Factors, PivotedFactors, Rank
+from rankfold.layers._base import adapter_for
 from rankfold.layers.forms import form_of
 from rankfold.layers.geometry import Geometry, tensor
+from rankfold.layers.pivoted import PivotedLayer
 
 
 def build_shell(geometry: Geometry, form: str, rank: Rank, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The empty replacement: a plain `nn.Sequential` of `nn.Linear` / `nn.ConvNd`, or the form's own module of them."""
     kind = form_of(form)
-    return kind.assemble([stage.build(device=device, dtype=dtype) for stage in kind.stages(geometry, rank)])
+    built = [stage.build(device=device, dtype=dtype) for stage in kind.stages(geometry, rank)]
+    return kind.assemble(geometry, rank, built)
 
 
 def fill_shell(shell: nn.Module, groups: Sequence[Factors], bias: Tensor | None) -> None:
@@ -34,14 +37,38 @@ def fill_shell(shell: nn.Module, groups: Sequence[Factors], bias: Tensor | None)
         parts = list(shell.children())
         for index, layer in enumerate(parts):
             weight = tensor(layer, "weight")
-            weight.copy_(torch.cat([factors.stages()[index] for factors in groups]).reshape(weight.shape))
-        if bias is not None:
+            stage = torch.cat([factors.stages()[index] for factors in groups])
+            weight.copy_(stage.mT if isinstance(layer, nn.Embedding) else stage.reshape(weight.shape))
+        if isinstance(shell, PivotedLayer):
+            shell.take_([factors for factors in groups if isinstance(factors, PivotedFactors)], bias)
+        elif bias is not None:
             tensor(parts[-1], "bias").copy_(bias)
+
+
+def chain_of(shell: nn.Module) -> list[tuple[Tensor, Geometry, Tensor | None]] | None:
+    """Weight, geometry and bias of the layers whose product a shell is; None for a module that is no shell.
+
+    Args:
+        shell: A module.
+    """
+    if isinstance(shell, PivotedLayer):
+        return shell.chain()
+    parts = []
+    for layer in shell.children():
+        adapter = adapter_for(layer)
+        if adapter is None:
+            return None
+        weight = tensor(layer, "weight")
+        weight = weight.mT if isinstance(layer, nn.Embedding) else weight  # as out × in
+        parts.append((weight, adapter.geometry(layer), adapter.bias(layer)))
+    return parts or None
 
 
 def dense_geometry(parts: Sequence[Geometry]) -> Geometry:
     """The geometry of the dense layer that a chain of stages multiplies out to (the inverse of `stages`)."""
     first, last = parts[0], parts[-1]
+    if first.table is not None:
+        return Geometry(last.outputs, last.outputs, bias=last.bias, table=first.table)
     if not first.kernel:
         return Geometry(first.inputs, last.outputs, bias=last.bias)
 

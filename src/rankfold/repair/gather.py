@@ -100,6 +100,7 @@ class Gather:
             call: Number of the call, from 1.
         """
         layer, adapter, axis = self._layer, self._adapter, channel_axis(self._layer)
+        inputs = adapter.read(layer, inputs)
         positions = self._positions(inputs, index, call)
         labels = self._share.labels_of(index, rows_of(adapter, layer, inputs), self._alone).to(inputs.device)
         read = [narrowed(each, axis, self._kept.outputs) for each in (target, *skip)]

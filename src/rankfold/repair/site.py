@@ -284,17 +284,16 @@ class SiteSolver:
         return torch.where(size > SMALL_SCALE * size.median(), 1 / factor, 0.0).to(output.dtype)
 
     def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: _Map) -> nn.Module:
-        weight, has_bias = adapter.canonical(layer), adapter.geometry(layer).bias
-        bias = chosen.bias if has_bias else None
+        bias = chosen.bias if adapter.geometry(layer).bias else None
         if decision.method is None or decision.rank is None:
             new = copy.deepcopy(layer)
             with torch.no_grad():
-                adapter.canonical(new).copy_(torch.stack(chosen.weights).reshape(weight.shape))
+                adapter.rewrite(new, torch.stack(chosen.weights))
                 if bias is not None:
                     tensor(new, "bias").copy_(bias)
             return new
         shell = self._shell(layer, decision)
-        fill_shell(shell, chosen.factors, bias)
+        fill_shell(shell, adapter.stored(layer, chosen.factors), bias)
         return shell
 
     def _shell(self, layer: nn.Module, decision: Decision) -> nn.Module:

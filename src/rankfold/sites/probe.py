@@ -57,8 +57,9 @@ class _StandIn(nn.Sequential):
         inputs = input_of(args, options)
         alone = len(args) + len(options) == 1
         if alone and isinstance(inputs, Tensor) and not inputs.is_nested and inputs.layout is torch.strided:
-            self._seen.calls.append(self._adapter.sample_size(self._layer, inputs))
-            self._seen.rows.append(rows_of(self._adapter, self._layer, inputs))
+            read = self._adapter.read(self._layer, inputs)
+            self._seen.calls.append(self._adapter.sample_size(self._layer, read))
+            self._seen.rows.append(rows_of(self._adapter, self._layer, read))
         else:
             given = ", ".join([*(type(value).__name__ for value in args), *options])
             self._note(f"it is called with ({given}) where a replacement takes one plain tensor")

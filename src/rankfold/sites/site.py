@@ -43,6 +43,8 @@ class Site:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the weight over all groups, out × in/groups × kernel…."""
+        if self.geometry.table is not None:
+            return self.geometry.table.rows, self.geometry.outputs
         out, *rest = self.geometry.canonical_shape
         return (out * self.geometry.groups, *rest)
 

@@ -216,7 +216,7 @@ class _Feeder:
             self._generator = generator(*self._key, piece)
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        inputs: Tensor = input_of(args, kwargs)
+        inputs: Tensor = self._adapter.read(layer, input_of(args, kwargs))
         chosen = self._draw(inputs)
         reads = any(statistic.reads_outputs for statistic in self.statistics)
         seen = rows_of(self._adapter, layer, inputs)

@@ -21,7 +21,7 @@ from rankfold.errors import BudgetError
 from rankfold.factors import Factors, Rank
 from rankfold.install.fill import filler, install_shells
 from rankfold.install.merging import merge
-from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell
+from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, stages
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.plan.making import make_plan, plan_cost
@@ -109,10 +109,14 @@ class ShellLaws:
 
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bias-free"])
     def test_bias_is_neither_lost_nor_added(self, bias: bool, device: str) -> None:
-        """Only the last stage has a bias, and only where the layer has one."""
+        """The stages have a bias where the form says so, of one entry an output in all, and only if the layer has."""
         for name, layer, inputs in self.served(bias=bias, device=device):
-            parts = list(self.compressed(layer, inputs, self.ranks(layer)[0]).children())
-            assert [part.bias is not None for part in parts] == [False] * (len(parts) - 1) + [bias], name
+            rank, geometry = self.ranks(layer)[0], _adapter(layer).geometry(layer)
+            parts = list(self.compressed(layer, inputs, rank).children())
+            expected = [stage.bias for stage in stages(geometry, self.method.form, rank)]
+            assert [part.bias is not None for part in parts] == expected, name
+            entries = sum(part.bias.numel() for part in parts if isinstance(part.bias, Tensor))
+            assert entries == (geometry.outputs if bias else 0), name
 
     def test_the_mean_output_is_kept_where_a_bias_can_absorb_it(self, device: str) -> None:
         """A method that reads the mean input leaves the mean output over the calibration inputs as it was."""
