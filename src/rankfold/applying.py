@@ -55,8 +55,8 @@ def apply(
         stats: Statistics already collected on this model.
 
     Returns:
-        The compressed model: the original's modules, with plain `nn.Sequential` of `nn` layers at the decided sites.
-        dtype, device, training mode and `requires_grad` are kept, no storage is shared.
+        The compressed model: the original's modules, with a plain `nn.Sequential` of `nn` layers, or a `PivotedLayer`
+        of them, at the decided sites. dtype, device, training mode and `requires_grad` are kept, no storage is shared.
 
     Raises:
         PlanError: The plan does not fit the model.

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Self, TypeAlias
+from typing import ClassVar, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,10 +23,7 @@ Pivots: TypeAlias = tuple[Tensor, Tensor]  # channels that are kept, and the oth
 class Factors(ABC):
     """Factors of one canonical weight `out × in × kernel…`, as a decomposition returns them."""
 
-    @property
-    @abstractmethod
-    def form(self) -> str:
-        """Name of the form."""
+    form: ClassVar[str]
 
     @property
     @abstractmethod
@@ -94,19 +91,13 @@ class _PairFactors(Factors):
 class MatrixFactors(_PairFactors):
     """`k×k → r`, then `1×1 → out`: the low-rank form of the `out × (in·k·k)` matrix (and of a linear layer)."""
 
-    @property
-    def form(self) -> str:
-        """ "matrix"."""
-        return "matrix"
+    form = "matrix"
 
 
 class MirroredFactors(_PairFactors):
     """`1×1 → r`, then `k×k → out`: the low-rank form of the `(out·k·k) × in` matrix."""
 
-    @property
-    def form(self) -> str:
-        """ "mirrored"."""
-        return "mirrored"
+    form = "mirrored"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,11 +113,7 @@ class TuckerFactors(Factors):
     output: Tensor
     core: Tensor
     input: Tensor
-
-    @property
-    def form(self) -> str:
-        """ "tucker"."""
-        return "tucker"
+    form = "tucker"
 
     @property
     def ranks(self) -> tuple[int, int]:
@@ -150,10 +137,7 @@ class TuckerFactors(Factors):
 class SpatialFactors(_PairFactors):
     """`k×1 → r`, then `1×k → out`: the low-rank form of the `(out·kw) × (in·kh)` matrix of a 2-d convolution."""
 
-    @property
-    def form(self) -> str:
-        """ "spatial"."""
-        return "spatial"
+    form = "spatial"
 
 
 PIVOTED = "pivoted-"  # before the name of a form that is stored by pivots
@@ -206,7 +190,7 @@ class PivotedFactors(Factors):
             )
 
     @property
-    def form(self) -> str:
+    def form(self) -> str:  # type: ignore[override]
         """The form of the base with "pivoted-" before it."""
         return PIVOTED + self.base.form
 

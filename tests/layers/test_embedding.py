@@ -149,3 +149,36 @@ def test_places_take_up_what_words_lost() -> None:
     both = rf.compress(model, [tokens()], exclude=["out"], **options)  # type: ignore[arg-type]
     assert bool(torch.isfinite(both.model(tokens())).all())
     assert both.report.after.params <= 0.6 * both.report.before.params
+
+
+class Stream(nn.Module):
+    """A stream that starts in a table, without a norm over it, so that its channels can go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(200, 32)
+        self.up, self.down, self.out = nn.Linear(32, 48), nn.Linear(48, 32), nn.Linear(32, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """One value a sample."""
+        stream = self.words(tokens)
+        stream = stream + self.down(torch.relu(self.up(stream)))
+        result: Tensor = self.out(stream.mean(1))
+        return result
+
+
+@pytest.mark.parametrize("families", [[rf.Interpolative()], [Pivoted(), rf.Interpolative()]], ids=["alone", "mixed"])
+def test_a_table_loses_columns_with_the_stream_that_it_starts(families: list[rf.Family], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = [torch.randint(0, 150, (64, 10), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        out = rf.compress(Stream(), data, budget=rf.Budget(params=0.4), families=families)
+    assert not any("was dropped" in note for note in out.report.notes)
+    assert out.report.after.params <= 0.4 * out.report.before.params
+    if len(families) == 1:
+        words = out.model.get_submodule("words")
+        assert isinstance(words, nn.Embedding)
+        assert words.embedding_dim == words.weight.shape[1] < 32
+    rf.save(out, tmp_path / "x")
+    assert torch.equal(rf.load(tmp_path / "x", factory=Stream)(data[0]), out.model(data[0]))

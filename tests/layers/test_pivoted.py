@@ -140,3 +140,18 @@ def test_other_factors_are_refused() -> None:
 def test_a_rank_above_the_channels_is_refused() -> None:
     with pytest.raises(PlanError, match="above the channels"):
         stages(Geometry(6, 8), "pivoted-matrix", 7)
+
+
+def test_kernels_can_be_left_out() -> None:
+    method = Pivoted(kernels=False)
+    assert method.refuses((8, 6, 3, 3)) == "kernels=False leaves out what has a kernel larger than 1"
+    assert method.refuses((8, 6, 1, 1)) is None
+    assert method.refuses((8, 6)) is None
+
+
+def test_a_map_is_offered_once_at_a_layer_in_the_smaller_storage() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 1))
+    sites = rf.find_sites(model, normal(2, 3, 6, 6, seed=12).float())
+    families = [PLAIN, Pivoted(PLAIN, kernels=False)]
+    curves = rf.measure(model, sites=sites, families=families)
+    assert [(curve.site.path, curve.method) for curve in curves] == [("0", families[0]), ("2", families[1])]

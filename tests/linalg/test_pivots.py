@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rankfold.errors import OptionError
 from rankfold.linalg.pivots import LARGEST_ENTRY, row_pivots
 from rankfold.testing.matrices import normal
 
@@ -52,6 +53,12 @@ def test_exchanges_bound_what_pivoted_qr_does_not() -> None:
     by_qr = torch.linalg.solve(left[pivots[:rank].tolist()].mT, left[pivots[rank:].tolist()].mT)
     assert float(by_qr.abs().max()) > 1e4
     assert float(row_pivots(left)[2].abs().max()) <= LARGEST_ENTRY
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.5, float("nan")])
+def test_a_bound_that_exchanges_would_never_reach_is_refused(bound: float) -> None:
+    with pytest.raises(OptionError, match="above 1"):
+        row_pivots(normal(6, 3, seed=5), largest=bound)
 
 
 def test_a_smaller_bound_is_kept() -> None:

@@ -44,7 +44,7 @@ def test_with_many_samples_every_family_is_tried_alone_and_the_best_go_on() -> N
         "uniform",
         "half-way",
         "lagrangian, spatial-svd alone",
-        "lagrangian, pivoted alone",
+        "lagrangian, whitened-svd alone",
     } <= names
     assert {"lagrangian, independent", "channels", "channels + lagrangian"} <= names
     whole = [candidate for candidate in candidates if candidate.samples is None]

@@ -35,7 +35,12 @@ from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
 
-DEFAULT_FAMILIES: tuple[Decomposition, ...] = (Pivoted(WhitenedSVD()), SpatialSVD(), Tucker2())
+DEFAULT_FAMILIES: tuple[Decomposition, ...] = (
+    WhitenedSVD(),
+    Pivoted(WhitenedSVD(), kernels=False),
+    SpatialSVD(),
+    Tucker2(),
+)
 
 
 def default_families(selector: Selector | None) -> tuple[Family, ...]:
@@ -91,11 +96,7 @@ def measure(
     told = coherences(stats.sites) if stats is not None and weighted else {}
     with progress("curves", len(sites)) as advance:
         for number, site in enumerate(sites):
-            own = [
-                method
-                for method in families
-                if not site.fixed and method.refuses(site.geometry.canonical_shape) is None and _saves(site, method)
-            ]
+            own = [method for method in methods_at(site, families) if _saves(site, method)]
             for method in own:
                 _check_collected(site, method, stats)
             groups = range(site.geometry.groups if own and world.owns(number) else 0)
@@ -130,14 +131,19 @@ def spectra_of(
         if adapter is None:
             raise TypeError(f"{site.path} has no adapter")
         weights = widen(adapter.canonical(modules[site.path]))
-        for method in families:
-            if site.fixed or method.refuses(site.geometry.canonical_shape) is not None:
-                continue
+        for method in methods_at(site, families):
             moments = (moments_of(site, group, method, stats) for group in range(len(weights)))
             own = tuple(method.spectra(weight, each) for weight, each in zip(weights, moments, strict=True))
             if any(own):
                 found[site.path, method] = own
     return found
+
+
+def methods_at(site: Site, families: Sequence[Decomposition]) -> list[Decomposition]:
+    """The methods that apply at a site, without one of which another of them stores the same map in fewer numbers."""
+    own = [m for m in families if not site.fixed and m.refuses(site.geometry.canonical_shape) is None]
+    stored = {method.map for method in own if method.map != method}
+    return [method for method in own if method not in stored]
 
 
 def _saves(site: Site, method: Decomposition) -> bool:

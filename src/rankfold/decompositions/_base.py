@@ -111,6 +111,11 @@ class Decomposition(Family, ABC):
     def form(self) -> str:
         """Name of the form of its factors: "matrix", "mirrored", "spatial", …"""
 
+    @property
+    def map(self) -> Decomposition:
+        """The method that makes the map which this one's factors are: itself, unless this one only stores it."""
+        return self
+
     def refuses(self, shape: Sequence[int]) -> str | None:
         """Reason why the method cannot decompose a canonical weight of this shape; None where it can."""
         return None

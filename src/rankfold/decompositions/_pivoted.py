@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from rankfold.checks import check_flag
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum
 from rankfold.decompositions._whitened_svd import WhitenedSVD
 from rankfold.errors import OptionError, shown
@@ -25,14 +26,19 @@ class Pivoted(Decomposition):
 
     Attributes:
         method: Method whose factors are stored so; its form has a pointwise stage at an end.
+        kernels: True if layers with a kernel larger than 1 are made smaller so, too. Among the default families they
+            are not: a pair `k×k → r`, `1×1 → out` saves a few percent by it, and pays for a gather (ResNet-20 at half
+            the parameters 1.55 of the original's time in place of 1.02, at the same accuracy).
 
     References:
         PIFA, ICML 2025; see `rankfold.factors.PivotedFactors` for how we differ.
     """
 
     method: Decomposition = field(default_factory=WhitenedSVD)
+    kernels: bool = True
 
     def __post_init__(self) -> None:
+        check_flag("Pivoted.kernels", self.kernels)
         if not isinstance(self.method, Decomposition) or self.method.form not in PIVOTABLE:
             raise OptionError(
                 "Pivoted.method",
@@ -51,8 +57,15 @@ class Pivoted(Decomposition):
         """The method's form with "pivoted-" before it."""
         return PIVOTED + self.method.form
 
+    @property
+    def map(self) -> Decomposition:
+        """The method."""
+        return self.method.map
+
     def refuses(self, shape: Sequence[int]) -> str | None:
-        """See the method."""
+        """See the method; a kernel without `kernels`."""
+        if not self.kernels and any(size > 1 for size in shape[2:]):
+            return "kernels=False leaves out what has a kernel larger than 1"
         return self.method.refuses(shape)
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:

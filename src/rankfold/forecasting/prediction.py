@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rankfold.allocation.measuring import methods_at
 from rankfold.cost.rates import Rates
 from rankfold.data.batches import Batch, batch_size, to_device
 from rankfold.data.draws import enough_positions
@@ -200,8 +201,7 @@ class Predicted:
         return products + self.rates.copy(copied)
 
     def _methods(self, site: Site) -> list[Decomposition]:
-        shape = site.geometry.canonical_shape
-        return [method for method in self.course.forms if not site.fixed and method.refuses(shape) is None]
+        return methods_at(site, self.course.forms)
 
     def _solved(self, site: Site) -> float:
         """Seconds of the decomposition of a site, as the mean over the methods."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rankfold.errors import PlanError
 from rankfold.install.swap import swap, train_as_
-from rankfold.layers import Geometry, adapter_for, chain_of, dense_geometry, stages, tensor
+from rankfold.layers import Geometry, adapter_for, chain_of, dense_geometry, stage_weight, stages, tensor
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.sites.copies import copied
@@ -87,8 +87,7 @@ def _dense(shell: nn.Module, chain: Chain) -> nn.Module:
     first = tensor(layers[0], "weight")
     dense = geometry.build(device=first.device, dtype=first.dtype)
     with torch.no_grad():
-        whole = product.flatten(0, 1)
-        tensor(dense, "weight").copy_(whole.mT if isinstance(dense, nn.Embedding) else whole)
+        stage_weight(dense).copy_(product.flatten(0, 1))
         if bias is not None:
             tensor(dense, "bias").copy_(bias)
     train_as_(dense, layers[0])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankfold.factors import Factors, MatrixFactors, PivotedFactors
 from rankfold.layers._base import Operator, adapts
 from rankfold.layers._linear import LinearAdapter
+from rankfold.layers.forms import ends_of
 from rankfold.layers.geometry import Geometry, Table, tensor
 from rankfold.linalg.precision import widen
 
@@ -21,7 +22,7 @@ class EmbeddingAdapter(LinearAdapter):
 
     Its inputs are the vectors as often as their tokens occur, so what is often read is kept best, and a token that the
     calibration data does not hold is projected like the others. Factors `L R` of `I` become a table `E Rᵀ` (V × r) and
-    a linear layer `L` (r × d); by pivots, r entries of each vector are kept (V × r), and a table (d − r) × r tells the
+    a linear layer `L` (d × r); by pivots, r entries of each vector are kept (V × r), and a table (d − r) × r tells the
     others.
     """
 
@@ -52,7 +53,8 @@ class EmbeddingAdapter(LinearAdapter):
 
     def stored(self, layer: nn.Module, groups: Sequence[Factors]) -> Sequence[Factors]:
         """`L R` of the identity as `L (R Eᵀ)`."""
-        return [_through(factors, widen(tensor(layer, "weight"))) for factors in groups]
+        table, geometry = widen(tensor(layer, "weight")), self.geometry(layer)
+        return [_through(factors, table, geometry) for factors in groups]
 
     def bias(self, layer: nn.Module) -> Tensor | None:
         """None."""
@@ -64,10 +66,10 @@ class EmbeddingAdapter(LinearAdapter):
         own.embedding_dim = own.weight.shape[1]
 
 
-def _through(factors: Factors, table: Tensor) -> Factors:
+def _through(factors: Factors, table: Tensor, geometry: Geometry) -> Factors:
     """Factors whose first stage is multiplied with a table (V × d)."""
     if isinstance(factors, PivotedFactors):
-        return PivotedFactors(_through(factors.base, table), (False, True))
+        return PivotedFactors(_through(factors.base, table, geometry), ends_of(geometry, factors.base.form))
     if not isinstance(factors, MatrixFactors):
         raise TypeError(f"factors of a table are no {type(factors).__name__}")
     return replace(factors, left=widen(factors.left), right=widen(factors.right) @ table.mT)

@@ -1,4 +1,4 @@
-"""Modules that are no layers and carry channels of layers: norms."""
+"""Modules that are no sites and carry channels of sites: norms."""
 
 from __future__ import annotations
 

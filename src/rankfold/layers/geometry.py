@@ -21,6 +21,12 @@ def tensor(layer: nn.Module, name: str) -> Tensor:
     return value
 
 
+def stage_weight(layer: nn.Module) -> Tensor:
+    """The weight of a layer as out × in × kernel…, a view; of a table, whose rows are its inputs, as entries × rows."""
+    weight = tensor(layer, "weight")
+    return weight.mT if isinstance(layer, nn.Embedding) else weight
+
+
 @dataclass(frozen=True)
 class Table:
     """The rows of a layer that looks them up, as an embedding does.

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankfold.factors import PivotedFactors
-from rankfold.layers.geometry import Geometry, tensor
+from rankfold.factors import Factors, PivotedFactors, Pivots
+from rankfold.layers.geometry import Geometry, stage_weight, tensor
 from rankfold.linalg.precision import widen
 
 INPUT, CORE, OUTPUT = "input", "core", "output"  # names of the children of a `PivotedLayer`
@@ -22,7 +22,8 @@ class PivotedLayer(nn.Module):
     """A layer whose outer factors are stored by pivots; see `rankfold.factors.PivotedFactors`.
 
     `z = x_J + input(x_R)`, `v = core(z)`, and `y` is `(v, output(v))` in the order of the channels. Its children are
-    standard `nn.Linear` or `nn.ConvNd`. Without `input`, `z = x`; without `output`, `y = v`.
+    standard `nn.Linear` or `nn.ConvNd`; of a table `core` is an `nn.Embedding`. Without `input`, `z = x`; without
+    `output`, `y = v`.
 
     Attributes:
         kept: Input channels `J`, shape (groups·r,), int32; None without `input`.
@@ -83,64 +84,67 @@ class PivotedLayer(nn.Module):
             value = value[places]
         return value
 
-    def take_(self, groups: Sequence[PivotedFactors], bias: Tensor | None) -> None:
-        """Take the indices of the channels from the factors of every group, and the bias.
+    def fill_(self, groups: Sequence[Factors], bias: Tensor | None) -> None:
+        """Copy the indices of the channels from the factors of every group, and the bias.
 
         The bias of `output` is `b_R − T b_J`, that of `core` `b_J`.
 
         Args:
-            groups: Factors, one per group, whose stages the children have already.
+            groups: `PivotedFactors`, one per group, whose stages the children have already.
             bias: Bias of the layer, shape (out,), or None where it has none.
         """
+        pivots = [(factors.inputs, factors.outputs) for factors in groups if isinstance(factors, PivotedFactors)]
         if self.kept is not None and self.others is not None:
-            pairs = [own for factors in groups if (own := factors.inputs) is not None]
-            self.kept.copy_(_over_groups([kept for kept, _ in pairs], self._geometry.inputs))
-            self.others.copy_(_over_groups([others for _, others in pairs], self._geometry.inputs))
+            kept, others = _over_groups([own for own, _ in pivots], self._geometry.inputs)
+            self.kept.copy_(kept)
+            self.others.copy_(others)
         if self.order is None:
             if bias is not None:
                 tensor(self.core, "bias").copy_(bias)
             return
-        pairs = [own for factors in groups if (own := factors.outputs) is not None]
-        kept, others = (_over_groups([pair[side] for pair in pairs], self._geometry.outputs) for side in (0, 1))
+        kept, others = _over_groups([own for _, own in pivots], self._geometry.outputs)
         self.order.copy_(torch.cat([kept, others]).argsort())
         if bias is not None:
-            table = torch.unflatten(widen(tensor(self.output, "weight")).flatten(1), 0, (len(groups), -1))
             first = widen(bias)[kept]
-            through = torch.einsum("gor,gr->go", table, torch.unflatten(first, 0, (len(groups), -1))).flatten()
             tensor(self.core, "bias").copy_(first)
-            tensor(self.output, "bias").copy_(widen(bias)[others] - through)
+            tensor(self.output, "bias").copy_(widen(bias)[others] - self._through(first))
+
+    def _table(self, layer: nn.Module) -> Tensor:
+        """The weight of a pointwise child by group, groups × out × in, in the work dtype."""
+        return torch.unflatten(widen(tensor(layer, "weight")).flatten(1), 0, (self._geometry.groups, -1))
+
+    def _through(self, first: Tensor) -> Tensor:
+        """`T b` of a bias of `core`, over all groups."""
+        own = torch.unflatten(first, 0, (self._geometry.groups, -1))
+        return torch.einsum("gor,gr->go", self._table(self.output), own).flatten()
 
     def chain(self) -> list[tuple[Tensor, Geometry, Tensor | None]]:
         """Weight, geometry and bias of layers without pivots that compute the same, one after the other."""
-        groups, ones = self._geometry.groups, [1] * len(self._geometry.kernel)
+        ones = [1] * len(self._geometry.kernel)
         core, bias = self._parts[CORE], getattr(self.core, "bias", None)
-        weight = tensor(self.core, "weight")
-        weight = weight.mT if isinstance(self.core, nn.Embedding) else weight
-        parts = [(weight, replace(core, bias=core.bias and self.order is None), bias)]
+        parts = [(stage_weight(self.core), replace(core, bias=core.bias and self.order is None), bias)]
         if self.kept is not None and self.others is not None:
-            table = torch.unflatten(widen(tensor(self.input, "weight")).flatten(1), 0, (groups, -1))
-            dense = _with_identity(table.mT, self.kept, self.others).mT.flatten(0, 1)
+            dense = _with_identity(self._table(self.input).mT, self.kept, self.others).mT.flatten(0, 1)
             own = replace(self._parts[INPUT], inputs=self._geometry.inputs)
             parts.insert(0, (dense.reshape(*dense.shape, *ones), own, None))
         if self.order is not None:
-            table = torch.unflatten(widen(tensor(self.output, "weight")).flatten(1), 0, (groups, -1))
             kept, others = self.order.argsort().tensor_split([core.outputs])
-            dense = _with_identity(table, kept, others).flatten(0, 1)
+            dense = _with_identity(self._table(self.output), kept, others).flatten(0, 1)
             if bias is not None:
-                first = widen(bias)
-                through = torch.einsum("gor,gr->go", table, torch.unflatten(first, 0, (groups, -1))).flatten()
-                both = torch.cat([first, widen(tensor(self.output, "bias")) + through])
-                bias = both[self.order.long()]
+                rest = widen(tensor(self.output, "bias")) + self._through(widen(bias))
+                bias = torch.cat([widen(bias), rest])[self.order.long()]
             own = replace(self._parts[OUTPUT], outputs=self._geometry.outputs)
-            parts = [*((weight, part, None) for weight, part, _ in parts)]
+            parts = [(weight, part, None) for weight, part, _ in parts]
             parts.append((dense.reshape(*dense.shape, *ones), own, bias))
         return parts
 
 
-def _over_groups(indices: Sequence[Tensor], width: int) -> Tensor:
-    """Indices within each group, as indices over all groups of a layer with some width in all."""
-    step = width // len(indices)
-    return torch.cat([own + step * number for number, own in enumerate(indices)])
+def _over_groups(pivots: Sequence[Pivots | None], width: int) -> Pivots:
+    """Pivots within each group, as indices over all groups of a layer that is so wide in all."""
+    own = [pair for pair in pivots if pair is not None]
+    starts = range(0, width, width // len(own))
+    kept, others = (torch.cat([pair[side] + start for pair, start in zip(own, starts, strict=True)]) for side in (0, 1))
+    return kept, others
 
 
 def _with_identity(table: Tensor, kept: Tensor, others: Tensor) -> Tensor:

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rankfold.factors import Factors, PivotedFactors, Rank
+from rankfold.factors import Factors, Rank
 from rankfold.layers._base import adapter_for
 from rankfold.layers.forms import form_of
-from rankfold.layers.geometry import Geometry, tensor
+from rankfold.layers.geometry import Geometry, stage_weight, tensor
 from rankfold.layers.pivoted import PivotedLayer
 
 
 def build_shell(geometry: Geometry, form: str, rank: Rank, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The empty replacement: a plain `nn.Sequential` of `nn.Linear` / `nn.ConvNd`, or the form's own module of them."""
+    """The empty replacement: a plain `nn.Sequential` of `nn` layers, or the form's own module of them."""
     kind = form_of(form)
     built = [stage.build(device=device, dtype=dtype) for stage in kind.stages(geometry, rank)]
     return kind.assemble(geometry, rank, built)
@@ -36,11 +36,10 @@ def fill_shell(shell: nn.Module, groups: Sequence[Factors], bias: Tensor | None)
     with torch.no_grad():
         parts = list(shell.children())
         for index, layer in enumerate(parts):
-            weight = tensor(layer, "weight")
-            stage = torch.cat([factors.stages()[index] for factors in groups])
-            weight.copy_(stage.mT if isinstance(layer, nn.Embedding) else stage.reshape(weight.shape))
+            weight = stage_weight(layer)
+            weight.copy_(torch.cat([factors.stages()[index] for factors in groups]).reshape(weight.shape))
         if isinstance(shell, PivotedLayer):
-            shell.take_([factors for factors in groups if isinstance(factors, PivotedFactors)], bias)
+            shell.fill_(groups, bias)
         elif bias is not None:
             tensor(parts[-1], "bias").copy_(bias)
 
@@ -58,9 +57,7 @@ def chain_of(shell: nn.Module) -> list[tuple[Tensor, Geometry, Tensor | None]] |
         adapter = adapter_for(layer)
         if adapter is None:
             return None
-        weight = tensor(layer, "weight")
-        weight = weight.mT if isinstance(layer, nn.Embedding) else weight  # as out × in
-        parts.append((weight, adapter.geometry(layer), adapter.bias(layer)))
+        parts.append((stage_weight(layer), adapter.geometry(layer), adapter.bias(layer)))
     return parts or None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankfold.errors import OptionError
 from rankfold.linalg.precision import widen
 
 LARGEST_ENTRY = 1.1  # bound on the coefficients: few more exchanges than for 2, and a fifth less rounding
@@ -24,11 +25,16 @@ def row_pivots(left: Tensor, *, largest: float = LARGEST_ENTRY) -> tuple[Tensor,
     Returns:
         `J`, shape (r,), ascending; `R`, shape (m − r,), ascending; `T`, shape (m − r, r), in the work dtype.
 
+    Raises:
+        OptionError: `largest` is not above 1; exchanges would not end.
+
     References:
         Gu and Eisenstat, SIAM J. Sci. Comput. 17, 1996: strong rank-revealing QR. Of a matrix that has rank r exactly,
         their criterion is the bound on `T` alone, which Goreinov et al. ("How to find a good submatrix", 2010) reach by
         exchanges of rank one; we do it so. PIFA (ICML 2025) stores layers by pivots of plain pivoted QR.
     """
+    if not largest > 1:
+        raise OptionError("largest", law="a number above 1", got=repr(largest), cure="try 1.1")
     basis = torch.linalg.qr(widen(left)).Q
     count, rank = basis.shape
     if rank == count:

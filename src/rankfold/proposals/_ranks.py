@@ -8,7 +8,7 @@ from functools import partial
 
 from rankfold.allocation import HalfWay, Lagrangian, RankSelector, Uniform
 from rankfold.allocation.curve import Curves
-from rankfold.allocation.measuring import measure, spectra_of
+from rankfold.allocation.measuring import measure, methods_at, spectra_of
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family
@@ -82,7 +82,8 @@ class RankProposer(Proposer):
         """See `Proposer.numbers`: curves with positions as independent give one more plan."""
         if chosen_by:
             return 1, 1
-        return 3 + weighting + (len(families) if len(families) > 1 else 0), 3
+        maps = {family.map for family in families if isinstance(family, Decomposition)}
+        return 3 + weighting + (len(maps) if len(maps) > 1 else 0), 3
 
     @classmethod
     def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
@@ -101,7 +102,7 @@ def curve_seconds(outlook: Outlook, forms: Sequence[Decomposition]) -> float:
     total = 0.0
     for site in outlook.sites:
         shape = site.geometry.canonical_shape
-        own = [form for form in forms if not site.fixed and form.refuses(shape) is None]
+        own = methods_at(site, forms)
         seconds = site.geometry.groups * HALVES * sum(outlook.rates.errors(form, shape) for form in own)
         total += outlook.spent(site, seconds)
     return total
@@ -110,9 +111,7 @@ def curve_seconds(outlook: Outlook, forms: Sequence[Decomposition]) -> float:
 def _least(site: Site, forms: Sequence[Decomposition]) -> Cost:
     """The least a site costs in each resource, at the smallest rank of any method."""
     costs, shape = [dense_cost(site)], site.geometry.canonical_shape
-    for form in forms if not site.fixed else ():
-        if form.refuses(shape) is None:
-            costs.append(site_cost(site, form.form, form.ranks(shape)[0]))
+    costs += [site_cost(site, form.form, form.ranks(shape)[0]) for form in methods_at(site, forms)]
     return Cost(*(min(cost.amounts()[name] for cost in costs) for name in RESOURCES))
 
 
@@ -136,7 +135,7 @@ def by_ranks(
     """
     if selector is not None:
         return [Proposal(name_of(selector), partial(make, curves, selector))]
-    methods = list(dict.fromkeys(curve.method for curve in curves))
+    methods = list(dict.fromkeys(curve.method.map for curve in curves))
     first = Lagrangian()
     found = [Proposal(name_of(each), partial(make, curves, each)) for each in (first, Uniform(), HalfWay())]
     if any(curve.independent is not None for curve in curves):
@@ -144,6 +143,6 @@ def by_ranks(
             Proposal(f"{name_of(first)}, independent", partial(make, curves.independent(), first), always=False)
         )
     for method in methods if len(methods) > 1 else ():
-        own = replace(curves, curves=tuple(curve for curve in curves if curve.method == method))
+        own = replace(curves, curves=tuple(curve for curve in curves if curve.method.map == method))
         found.append(Proposal(f"{name_of(first)}, {name_of(method)} alone", partial(make, own, first), always=False))
     return found

@@ -42,7 +42,7 @@ class Site:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the weight over all groups, out × in/groups × kernel…."""
+        """Shape of the weight over all groups, out × in/groups × kernel…; of a table, rows × entries."""
         if self.geometry.table is not None:
             return self.geometry.table.rows, self.geometry.outputs
         out, *rest = self.geometry.canonical_shape
