@@ -1,4 +1,4 @@
-"""The whole road on nineteen architectures: trace, compress, save, load, compare.
+"""The whole road on twenty architectures: trace, compress, save, load, compare.
 
     python -m benchmarks.architectures [NAME …] [--json FILE]
 

@@ -1,9 +1,9 @@
-"""Where channels can be removed: nineteen architectures, the share of their MACs in groups, and why the rest stays.
+"""Where channels can be removed: twenty architectures, the share of their MACs in groups, and why the rest stays.
 
     python -m benchmarks.coverage [NAME …] [--trace-only] [--json FILE]
 
 A row passes when the model, compressed by removal of channels alone to 0.8 of its MACs, passes the self-check, holds
-the budget, and gives the same bits after saving and loading. Each `nn.MultiheadAttention` is split first.
+the budget, and gives the same bits after saving and loading.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Coverage:
 
 def examine(case: Case, *, trace_only: bool = False, kept: float = KEPT) -> Coverage:
     """Look at one architecture's channels, and remove some."""
-    model, data = rf.split_attention(case.make()), case.data()
+    model, data = case.make(), case.data()
     sites = rf.find_sites(model, data[0])
     channels = rf.find_channels(model, sites)
     macs = {site.path: site.macs for site in (*sites, *sites.fixed)}
@@ -88,7 +88,7 @@ def examine(case: Case, *, trace_only: bool = False, kept: float = KEPT) -> Cove
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         rf.save(out, Path(folder) / "small")
-        loaded = rf.load(Path(folder) / "small", factory=lambda: rf.split_attention(case.make(seed=1)))
+        loaded = rf.load(Path(folder) / "small", factory=lambda: case.make(seed=1))
     same = all(torch.equal(a, b) for a, b in zip(outputs(out.model, data), outputs(loaded, data), strict=True))
     left = out.report.after.macs / whole
     checked = any(note.startswith("self-check") for note in out.report.details)

@@ -1,4 +1,4 @@
-"""Nineteen architectures as their own libraries build them, with seeded weights and inputs. Nothing is downloaded."""
+"""Twenty architectures as their own libraries build them, with seeded weights and inputs. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -126,6 +126,10 @@ def _sound_and_tokens(samples: int, generator: torch.Generator) -> dict[str, Ten
         "input_features": torch.randn(samples, 16, 64, generator=generator),
         "decoder_input_ids": torch.randint(3, 120, (samples, 6), generator=generator),
     }
+
+
+def _spectra(samples: int, generator: torch.Generator) -> dict[str, Tensor]:
+    return {"spectrogram": torch.randn(samples, 24, 16, generator=generator)}
 
 
 def _source_and_target(samples: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -280,6 +284,21 @@ _ALL = (
             decoder_start_token_id=0,
         ),
         _source_and_target,
+    ),
+    Case(
+        "hf_hifigan",
+        "transformers",
+        _transformers(  # a vocoder: transposed convolutions set the signal ever denser
+            "SpeechT5HifiGan",
+            "SpeechT5HifiGanConfig",
+            model_in_dim=16,
+            upsample_initial_channel=64,
+            upsample_rates=[4, 2],
+            upsample_kernel_sizes=[8, 4],
+            resblock_kernel_sizes=[3, 5],
+            resblock_dilation_sizes=[[1, 3], [1, 3, 5]],
+        ),
+        _spectra,
     ),
 )
 

@@ -27,7 +27,7 @@ BUDGET = rf.Budget(params=0.7)
 ROADS: dict[str, dict[str, Any]] = {
     "default": {},
     "no repair": {"repair": None, "selector": rf.Lagrangian()},
-    "one tensor": {"selector": rf.Uniform(), "positions": 8, "repair": rf.Lockstep(batch=32)},
+    "one tensor": {"selector": rf.Uniform(), "positions": 8, "repair": rf.Lockstep(batch=32, anchor=0.5)},
     "one tensor, candidates": {"repair": rf.Lockstep(batch=64)},
 }
 

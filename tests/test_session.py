@@ -269,7 +269,7 @@ def test_spectra_are_there_for_layers_that_lost_channels_too(forget: list[type])
     forget.append(Watching)
     families = [rf.Interpolative(), rf.SVD()]
     rf.compress(network(), images(), budget=rf.Budget(params=0.5), families=families, selector=Watching())
-    assert seen == [{"0", "2", "6"}] * 2
+    assert seen == [{"0", "2", "6"}] * 3
     sites = rf.find_sites(network(), images()[0])
     curves = rf.measure(network(), sites=sites, families=[rf.SVD()])
     with pytest.raises(OptionError, match=r"^curves · watching reads the spectra of the sites · got curves without"):

@@ -16,6 +16,7 @@ from .applying import apply_ as apply_
 from .channels.groups import ChannelGroup as ChannelGroup
 from .channels.groups import Channels as Channels
 from .channels.groups import find_channels as find_channels
+from .channels.joint import Ledger as Ledger
 from .channels.widths import InterpolativeGreedy as InterpolativeGreedy
 from .channels.widths import RemovalGreedy as RemovalGreedy
 from .channels.widths import SameShare as SameShare
@@ -30,6 +31,7 @@ from .comparison.corruptions import Noise as Noise
 from .comparison.tally import Comparison as Comparison
 from .cost.resources import Budget as Budget
 from .decompositions import SVD as SVD
+from .decompositions import Branches as Branches
 from .decompositions import Decomposition as Decomposition
 from .decompositions import Family as Family
 from .decompositions import Interpolative as Interpolative
@@ -48,7 +50,7 @@ from .factors import TuckerFactors as TuckerFactors
 from .forecasting.forecast import Forecast as Forecast
 from .install.merging import merge as merge
 from .integrations.hugging_face import save_pretrained as save_pretrained
-from .layers.attention import split_attention as split_attention
+from .layers.splitting import split_attention as split_attention
 from .outputs.kinds import Embedding as Embedding
 from .outputs.kinds import Logits as Logits
 from .outputs.kinds import Output as Output

@@ -23,7 +23,7 @@ from rankfold.distributed import together
 from rankfold.errors import DataError, OptionError, PlanError, shown
 from rankfold.forecasting.forecast import Forecast
 from rankfold.graph.spill import Memory, parse_memory
-from rankfold.install.checks import check_plan
+from rankfold.install.checks import check_plan, split_by
 from rankfold.options import Options
 from rankfold.outputs.taken import Outputs, check_outputs, outputs_from_json
 from rankfold.plan import Plan
@@ -112,12 +112,11 @@ def compress(
     """Compress a trained network under one budget, without training it.
 
     One in ten calibration samples is held out and never fitted on, more where they are few: one in five of 250.
-    Without a selector several plans are made: ranks by `Lagrangian()` and by `Uniform()` and of each family alone,
-    channels removed, and channels for half of the way and ranks for the rest (of channels alone: sizes by four rules).
-    All are tried on one sample in eight (64 at least), and the best two are carried out on all; the one whose outputs
-    on the held-out samples are closest to the original's is returned. With fewer than 128 samples to fit on, too few
-    are held out to choose among so many: then only ranks of all families, channels, and channels with `Lagrangian()`
-    ranks are made, and all carried out.
+    Without a selector several plans are made: ranks by `Lagrangian()`, `Uniform()` and `HalfWay()`, channels removed,
+    channels for half of the way and ranks for the rest, and both weighed by `Ledger()` (of channels alone: sizes by
+    four rules). All are tried on one sample in eight (64 at least), and the best two are carried out on all; the one
+    whose outputs on the held-out samples are closest to the original's is returned. With fewer than 128 samples to fit
+    on, too few are held out to choose among so many: then six of the plans are made, and all carried out.
 
     Where torch.distributed is initialised with several processes, all of them call `compress` with the same arguments:
     each runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A
@@ -125,7 +124,8 @@ def compress(
 
     Args:
         model: The trained network; left untouched, its training mode too. Of a compiled one the plain model inside is
-            compressed, and the result is not compiled.
+            compressed, and the result is not compiled. An `nn.MultiheadAttention` in it is split into linear layers in
+            the result, if that changes nothing the model computes; the plan names it.
         data: Calibration inputs, a re-iterable of batches (tensor, tuple whose first item is the input, or dict of
             keyword arguments). Labels are not needed.
         budget: Upper bounds on the size of the whole model.
@@ -300,9 +300,9 @@ def execute(
     check_outputs(outputs)
     if outputs is None:
         outputs = outputs_from_json(plan.calibration.get("outputs"), "plan.calibration.outputs")
-    check_plan(plain, plan)
+    check_plan(split_by(plain, plan), plan)
     limit = parse_memory(memory)
-    session = Session.start(model, data, progress, limit=limit, every=held_out_in(plan))
+    session = Session.start(model, data, progress, limit=limit, every=held_out_in(plan), split=plan.split)
     _check_number(data)
     session.sites = with_those_of(session.sites, plan)
     decided = decided_sites(session.sites, plan)
@@ -372,6 +372,13 @@ def _check_selector(selector: Selector | None, families: Sequence[Family]) -> No
     """
     if selector is None:
         return
+    if "ranks" in selector.reads:
+        raise OptionError(
+            "selector",
+            law="a selector of channels alone, or of ranks",
+            got=f"{selector!r}, which weighs one against the other",
+            cure="leave it out: its plans are among those that are tried",
+        )
     mine = [method for method in families if method.sized_by == selector.chooses]
     if selector.chooses == "widths" and len(mine) < len(families):
         law = "a selector that chooses how many channels stay needs families that remove channels, and no other"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rankfold.allocation.measuring import needed
+from rankfold.branches.installing import below, install_stands_
 from rankfold.channels.narrowing import fold_and_cut_
 from rankfold.checks import is_whole
 from rankfold.data.batches import Batch, batch_size, take, to_device
@@ -19,9 +20,11 @@ from rankfold.data.splits import HELD_OUT, Split, as_batches, first_of
 from rankfold.distributed import ALONE, World
 from rankfold.errors import DataError, PlanError, SiteError, is_out_of_memory, shown
 from rankfold.graph.spill import Spill
-from rankfold.install.checks import check_plan
+from rankfold.install.checks import check_plan, split_by
 from rankfold.install.fill import Fill, filler, install_shells
-from rankfold.install.swap import swap, take_over
+from rankfold.install.swap import take_over, undone_on_failure
+from rankfold.layers import swap
+from rankfold.layers.tied import heads_of
 from rankfold.outputs.taken import outputs_from_json
 from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress, silent
@@ -31,7 +34,7 @@ from rankfold.repair.batch_norm import reestimate_batch_norms
 from rankfold.repair.lockstep import Repaired, install, lockstep_pass, self_check
 from rankfold.repair.site import Recall, always_solve
 from rankfold.sites.copies import check_copy, copied
-from rankfold.sites.finding import find_sites
+from rankfold.sites.finding import sites_in
 from rankfold.sites.models import check_in_place, check_model
 from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
@@ -56,13 +59,14 @@ def apply(
 
     Returns:
         The compressed model: the original's modules, with a plain `nn.Sequential` of `nn` layers, or a `PivotedLayer`
-        of them, at the decided sites. dtype, device, training mode and `requires_grad` are kept, no storage is shared.
+        of them, at the decided sites, and linear layers for the attention that the plan splits. dtype, device, training
+        mode and `requires_grad` are kept, no storage is shared.
 
     Raises:
         PlanError: The plan does not fit the model.
         DataError: Statistics are needed and there is no data.
     """
-    model = check_model(model)
+    model = split_by(check_model(model), plan)
     return _apply(model, copied(model), plan, data, stats)
 
 
@@ -75,6 +79,8 @@ def apply_(
 ) -> nn.Module:
     """`apply` in place. Everything is checked and solved site by site; a failed check leaves the model untouched.
 
+    Parameters that the plan does not change are the same objects afterwards, but for those of attention that it splits.
+
     Returns:
         The root: the same object, or a new module where the model itself is the one layer.
 
@@ -83,7 +89,9 @@ def apply_(
     """
     check_in_place(model, instead="rankfold.apply")
     model = check_model(model)
-    return _apply(model, model, plan, data, stats)
+    with undone_on_failure(model):
+        model = split_by(model, plan, inplace=True)
+        return _apply(model, model, plan, data, stats)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +147,11 @@ def carry_out(
     """
     check_plan(model, plan)
     base, shells = None, plan
+    sites = replace(sites, sites=tuple(site for site in sites if not below(site.path, plan.stands)))
+    if plan.stands:
+        base, shells = install_stands_(target, plan.stands), replace(plan, stands={}, branches=())
+        if not plan.cuts:
+            _check_runs(base, first_of(batches), sites)
     if plan.cuts:
         norms: dict[str, str | None] | None = None
         if any(decision.fold for decision in plan.channels):
@@ -146,10 +159,10 @@ def carry_out(
             if plan.repair is None and sites.graph.program is not None:  # a repair finds the norms' shifts itself
                 norms = {call.path: call.norm for call in sites.in_graph()}
         stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms, plan.attributes)
-        base, shells = target, replace(plan, cuts={}, attributes={}, channels=())
+        base, shells = target, replace(shells, cuts={}, attributes={}, channels=())
         _check_runs(base, first_of(batches), sites)
     if plan.repair is None:
-        return Carried(install_shells(target, shells, shared_out(filler(stats), world)))
+        return Carried(install_shells(target, shells, shared_out(filler(stats, heads_of(target)), world)))
     options = from_json(dict(plan.repair), Lockstep, place="plan.repair")
     repaired = lockstep_pass(
         model,
@@ -182,10 +195,10 @@ def carry_out(
 
 
 def _check_runs(narrow: nn.Module, example: Batch, sites: Sites) -> None:
-    """Refuse cuts that leave a model which does not run.
+    """Refuse cuts, or removed branches, that leave a model which does not run.
 
     Args:
-        narrow: The narrowed model.
+        narrow: The model as they leave it.
         example: A batch.
         sites: Sites of the original.
 
@@ -202,7 +215,7 @@ def _check_runs(narrow: nn.Module, example: Batch, sites: Sites) -> None:
         if is_out_of_memory(cause):
             raise
         raise PlanError(
-            "plan.cuts",
+            "plan",
             law="the model runs as the cuts leave it",
             got=f"{type(cause).__name__}: {str(cause).splitlines()[0]}",
             cure="make the plan again",
@@ -300,7 +313,7 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     if plan.repair is not None or plan.cuts:
         reads = [f"the calibration inputs ({'removal of channels' if plan.repair is None else 'repair'})"]
     if not reads:
-        return install_shells(target, plan, filler(stats))
+        return install_shells(target, plan, filler(stats, heads_of(target)))
     if data is None:
         raise DataError(
             "data",
@@ -309,14 +322,16 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
             cure="pass the calibration data",
         )
     batches = as_batches(data)
-    found = find_sites(model, first_of(batches))
+    found = sites_in(model, first_of(batches), split=plan.split)[1]
     if target is not model:
         check_copy(model, first_of(batches))
     found = with_those_of(found, plan)
     decided = replace(found, sites=decided_sites(found, plan))
     if stats is None:
         stats = _collected(model, batches, decided, names, plan)
-    if plan.cuts and target is model:  # the narrow model is solved against the original, so that is needed to the end
+    if (
+        plan.cuts or plan.stands
+    ) and target is model:  # the narrow model is solved against the original, so that is needed to the end
         carried = carry_out(model, copied(model), plan, sites=decided, stats=stats, batches=batches)
         return take_over(model, carried.model, plan)
     return carry_out(model, target, plan, sites=decided, stats=stats, batches=batches).model

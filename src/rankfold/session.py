@@ -29,7 +29,7 @@ from rankfold.report.compressed import Compressed
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.report.signature import Signature
 from rankfold.sites.copies import check_copy
-from rankfold.sites.finding import find_sites
+from rankfold.sites.finding import sites_in
 from rankfold.sites.models import COMPILED, check_model, is_compiled
 from rankfold.sites.refusals import BY_BATCH
 from rankfold.sites.site import Sites
@@ -56,7 +56,8 @@ class Session:
     Statistics and curves are computed when they are first needed, and serve every budget after that.
 
     Attributes:
-        model: The original; left untouched.
+        model: The original; left untouched. Where it holds an `nn.MultiheadAttention`, a copy in which it is split into
+            linear layers, and which shares all other tensors with it.
         sites: Layers of it that can be made smaller, and reasons why the others cannot.
     """
 
@@ -75,6 +76,7 @@ class Session:
     outputs: Taken | None = None  # kinds of the model's outputs, once they are settled
     options: Options = field(default_factory=lambda: Options((), None))
     traced: float = 0.0  # seconds that finding the sites took
+    given: nn.Module | None = None  # the user's model, which is compared and timed; None is `model`
 
     @classmethod
     def start(
@@ -87,8 +89,20 @@ class Session:
         exclude: Sequence[str] = (),
         limit: int | None = None,
         every: int | None = None,
+        split: Sequence[str] | None = None,
     ) -> Session:
-        """Check the inputs and find the sites; one sample in `every` is held out, None chooses it by their number."""
+        """Check the inputs and find the sites.
+
+        Args:
+            model: The original.
+            data: Calibration inputs.
+            progress: Callback for every step.
+            only: As for `find_sites`.
+            exclude: As for `find_sites`.
+            limit: Maximum number of bytes that activations and moments may take; None for none.
+            every: Number of samples of which one is held out; None chooses it by their number.
+            split: Paths of the attention that is split, as a plan records them; None tries which can be.
+        """
         given, model = model, check_model(model)
         spill = Spill(None if limit is None else limit // 2)
         batches, clock, notes = as_batches(data), Clock(spill.tidy), []
@@ -98,11 +112,18 @@ class Session:
         if digest(first_of(batches)) != digest(example):
             notes.append(SHUFFLED)
         with progress("trace", None):
-            sites = clock.time("trace", lambda: find_sites(model, example, only=only, exclude=exclude))
-            check_copy(model, example)
+            whole = model
+            model, sites = clock.time(
+                "trace", lambda: sites_in(whole, example, only=only, exclude=exclude, split=split)
+            )
+            check_copy(whole, example)
         world().agree("model", repr((sites.fingerprint, [site.path for site in sites], sites.graph.reason is None)))
         if by_batch := [skip.path for skip in sites.skips if BY_BATCH in skip.reason]:
             notes.append(f"{BY_BATCH}: {', '.join(by_batch[:5])}")
+        if sites.split:
+            named = ", ".join(path or "(the model)" for path in sites.split[:5])
+            named += f" and {len(sites.split) - 5} more" * (len(sites.split) > 5)
+            notes.append(f"attention became linear layers, which plain code runs and no fused layer: {named}")
         if sites.graph.reason is not None:
             notes.append(f"no graph, module hooks were used, and there was no lockstep repair: {sites.graph.reason}")
         if sites.uncounted:
@@ -116,7 +137,7 @@ class Session:
                 f"fewer than {every} calibration samples: candidates were judged on the samples they were fitted on"
             )
         found = model, batches, sites, judged, notes, clock, progress, spill
-        return cls(*found, every=every, held_out=held_out, traced=clock.seconds["trace"])
+        return cls(*found, every=every, held_out=held_out, traced=clock.seconds["trace"], given=whole)
 
     def _bound_moments(self) -> None:
         """Leave alone the layers whose moments would take too much memory; see `bounded`."""
@@ -200,10 +221,16 @@ class Session:
         return self
 
     @property
+    def original(self) -> nn.Module:
+        """The user's model, with its attention as it is: what compressed models are compared with and timed against."""
+        return self.model if self.given is None else self.given
+
+    @property
     def trials(self) -> Trials:
         """The trials, which carry plans out."""
         return Trials(
             self.model,
+            self.original,
             self.batches,
             self.sites,
             self.judged,
@@ -336,7 +363,7 @@ class Session:
         with self.progress("latency", None):
             graph = self.sites.graph
             timed = graph.at_once(LATENCY_SAMPLES) if graph.any_batch else None
-            latency = self.clock.time("latency", lambda: one_latency(self.model, best.model, example, timed))
+            latency = self.clock.time("latency", lambda: one_latency(self.original, best.model, example, timed))
         report = Report(
             self.sites.model,
             rows(self.sites, best.plan, narrowed_sites(self.model, self.sites, best.plan.cuts), best.errors),

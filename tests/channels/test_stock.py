@@ -143,3 +143,49 @@ def test_bad_input_is_refused_by_name(llama: Any, words: Any, tmp_path: Path) ->
     with pytest.raises(PlanError, match="no layer is factorised"):
         rf.save_pretrained(ranks, tmp_path / "small")
     assert not list(tmp_path.iterdir())
+
+
+def test_attention_of_torch_inside_a_stock_model_is_written_as_it_was(mended_torchvision: None, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    class Config(transformers.PretrainedConfig):  # type: ignore[misc,name-defined]
+        model_type = "attends"
+
+        def __init__(self, inner: int = 32, **options: Any) -> None:
+            super().__init__(**options)
+            self.inner = inner
+
+    class Attends(transformers.PreTrainedModel):  # type: ignore[misc,name-defined]
+        config_class, main_input_name = Config, "x"
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.up, self.down = nn.Linear(16, config.inner), nn.Linear(config.inner, 16)
+            self.post_init()
+
+        def _init_weights(self, module: nn.Module) -> None:
+            pass
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + self.attention(x, x, x)[0]
+            return h + self.down(torch.relu(self.up(h)))  # type: ignore[no-any-return]
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = Attends(Config()).eval(), torch.randn(40, 5, 16)
+    out = rf.compress(
+        model,
+        [x],
+        budget=rf.Budget(params=0.85),
+        families=[rf.Interpolative(uniform=True)],
+        selector=rf.SameShare(),
+        repair=None,
+    )
+    assert out.plan.split == ("attention",)
+    assert [decision.group for decision in out.plan.channels] == ["up"]
+    rf.save_pretrained(out, tmp_path / "small")
+    again = Attends.from_pretrained(tmp_path / "small").eval()
+    assert type(again.attention) is nn.MultiheadAttention
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), out.model(x))

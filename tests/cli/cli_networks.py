@@ -30,6 +30,18 @@ class Keyword(nn.Module):
         return self.second(torch.relu(self.first(left) + right))
 
 
+def encoder() -> nn.Module:
+    """The same weights at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        return nn.Sequential(nn.TransformerEncoder(layer, 1), nn.Linear(16, 6))
+
+
+def sequences() -> list[Tensor]:
+    return [torch.randn(20, 5, 16, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+
+
 def tiny() -> nn.Module:
     """The same weights at every call."""
     with torch.random.fork_rng(devices=[]):

@@ -33,6 +33,20 @@ def test_the_checkpoint_holds_what_the_library_makes(checkpoint: Path) -> None:
         assert torch.equal(loaded(batch), made.model(batch))
 
 
+@pytest.mark.slow
+def test_a_model_with_attention_is_compressed_and_loaded_by_its_own_factory(cli: Any, tmp_path: Path) -> None:
+    options = ("--params", "0.5", "--selector", "uniform", "--out", tmp_path / "small")
+    done = cli("compress", "cli_networks:encoder", "cli_networks:sequences", *options)
+    assert done.code == 0, done.err
+    model = rankfold.load(tmp_path / "small", factory=cli_networks.encoder)
+    whole = sum(parameter.numel() for parameter in cli_networks.encoder().parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) <= 0.5 * whole
+    with torch.no_grad():
+        assert torch.isfinite(model(cli_networks.sequences()[0])).all()
+    done = cli("inspect", tmp_path / "small", "cli_networks:sequences", "--factory", "cli_networks:encoder")
+    assert done.code == 0, done.err
+
+
 def test_every_bound_is_kept(cli: Any, tmp_path: Path) -> None:
     bounds = ("--params", "0.7", "--macs", "0.8", "--bytes", "9000")
     done = cli(*TINY, *bounds, "--out", tmp_path / "small", "--json")

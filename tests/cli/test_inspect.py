@@ -29,6 +29,16 @@ def test_inspect_json_says_what_the_library_finds(cli: Any) -> None:
     assert found["skips"] == [{"path": skip.path, "reason": skip.reason} for skip in sites.skips]
 
 
+def test_inspect_lists_the_layers_that_attention_is_split_into(cli: Any) -> None:
+    done = cli("inspect", "cli_networks:encoder", "cli_networks:sequences")
+    for word in ("q", "k", "v", "out"):
+        assert f"0.layers.0.self_attn.{word}" in done.out
+    assert "note: attention is split into linear layers first: 0.layers.0.self_attn" in done.out
+    found = cli("inspect", "cli_networks:encoder", "cli_networks:sequences", "--json").json
+    assert found["split"] == ["0.layers.0.self_attn"]
+    assert found["skips"] == []
+
+
 def test_inspect_lists_channel_groups_where_asked(cli: Any) -> None:
     import cli_networks
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,7 +94,9 @@ def test_conv_patches_equal_torch_s_unfold() -> None:
     assert torch.equal(adapter_for(conv).patches(conv, images)[0], expected.mT.flatten(0, 1))
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d grouped", "conv1d", "conv3d"])
+@pytest.mark.parametrize(
+    "name", ["linear", "conv2d grouped", "conv1d", "conv3d", "conv_transpose1d", "conv_transpose2d grouped"]
+)
 def test_an_input_without_batch_axis_is_one_sample(name: str) -> None:
     layer, inputs = toy_layer(name)
     adapter = adapter_for(layer)
@@ -123,6 +127,20 @@ class Standardised(nn.Conv2d):
         return super()._conv_forward(inputs, weight - weight.mean(), bias)
 
 
+class Halved(nn.ConvTranspose2d):
+    """Computes something else than a transposed convolution."""
+
+    def forward(self, inputs: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
+        return super().forward(inputs, output_size) / 2
+
+
+class Fixed(nn.ConvTranspose2d):
+    """Adds positions of its own."""
+
+    def _output_padding(self, *args: Any, **options: Any) -> list[int]:
+        return [0, 0]
+
+
 class Renamed(nn.Linear):
     """Is a linear layer under another name."""
 
@@ -133,7 +151,9 @@ def test_subclasses_are_served_where_they_compute_the_same() -> None:
     for layer, reason in (
         (Doubled(3, 2), "Doubled overrides the forward of nn.Linear"),
         (Standardised(3, 2, 3), "Standardised overrides the convolution of nn.Conv2d"),
-        (nn.ConvTranspose2d(3, 2, 3), "no adapter for layers of kind ConvTranspose2d"),
+        (Halved(3, 2, 3), "Halved overrides the forward of nn.ConvTranspose2d"),
+        (Fixed(3, 2, 3), "Fixed overrides the output padding of nn.ConvTranspose2d"),
+        (nn.Bilinear(3, 2, 3), "no adapter for layers of kind Bilinear"),
         (nn.EmbeddingBag(3, 2), "no adapter for layers of kind EmbeddingBag"),
     ):
         assert adapter_for(layer) is None

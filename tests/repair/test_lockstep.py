@@ -284,7 +284,19 @@ def test_a_model_without_a_graph_says_that_there_was_no_repair() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"ridge": 0.0}, {"ridge": 2.0}, {"batch": 0}, {"absorb_skip": 1}, {"samples_per_feature": 1.5}]
+    "options",
+    [
+        {"ridge": 0.0},
+        {"ridge": 2.0},
+        {"batch": 0},
+        {"absorb_skip": 1},
+        {"samples_per_feature": 1.5},
+        {"anchor": 0},
+        {"anchor": -0.5},
+        {"anchor": 1.01},
+        {"anchor": True},
+        {"anchor": float("nan")},
+    ],
 )
 def test_bad_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="Lockstep"):

@@ -205,16 +205,14 @@ def test_sites_are_a_sequence_found_by_path_or_alias() -> None:
 def test_an_unknown_site_names_near_matches_and_a_skip_its_reason() -> None:
     model = nn.Sequential()
     model.add_module("encoder", nn.Linear(8, 8))
-    model.add_module("table", nn.ConvTranspose1d(8, 8, 1))
-    model.forward = lambda x: model.table(model.encoder(x)[..., None])  # type: ignore[method-assign]
+    model.add_module("table", nn.Bilinear(8, 8, 8))
+    model.forward = lambda x: model.table(model.encoder(x), x)  # type: ignore[method-assign]
     found = _found(model, torch.randn(2, 8))
     with pytest.raises(
         SiteError, match=r"'encodr' · the path of a site · got an unknown path · did you mean 'encoder'"
     ):
         found.at("encodr")
-    with pytest.raises(
-        SiteError, match="got a skipped layer \\(unsupported: no adapter for layers of kind ConvTranspose"
-    ):
+    with pytest.raises(SiteError, match="got a skipped layer \\(unsupported: no adapter for layers of kind Bilinear"):
         found.at("table")
 
 

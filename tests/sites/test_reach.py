@@ -19,7 +19,7 @@ VOCABULARY, WIDTH = 60, 16
 
 
 class Text(nn.Module):
-    """Half embeddings, a recurrent layer, a tied head, and two layers that can be cut."""
+    """Half embeddings, a recurrent layer, a table with three owners, and two layers that can be cut."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,7 +28,8 @@ class Text(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.embed.weight
+        self.spare = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.spare.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.rnn(self.embed(x))[0]

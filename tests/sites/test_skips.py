@@ -55,8 +55,20 @@ def test_tied_weights_name_each_other() -> None:
     assert _reasons(model) == {"0": "tied: the weight is also 2.weight", "2": "tied: the weight is also 0.weight"}
 
 
-def test_an_embedding_tied_to_the_head_rules_both_out() -> None:
+def test_an_embedding_tied_to_the_head_is_one_site_and_no_skip() -> None:
     model = _model(lambda self, x: self.head(self.table(x)), table=nn.Embedding(16, 8), head=nn.Linear(8, 16))
+    model.head.weight = model.table.weight
+    found = rf.find_sites(model, torch.arange(6).reshape(2, 3))
+    assert [site.paths for site in found] == [("table", "head")]
+    assert found.skips == ()
+
+
+def test_an_embedding_tied_to_a_head_that_must_stay_rules_both_out() -> None:
+    model = _model(
+        lambda self, x: self.head(self.table(x)) + self.head.weight.mean(),
+        table=nn.Embedding(16, 8),
+        head=nn.Linear(8, 16),
+    )
     model.head.weight = model.table.weight
     reasons = _reasons(model, torch.arange(6).reshape(2, 3))
     assert reasons["head"] == "tied: the weight is also table.weight"
@@ -231,11 +243,11 @@ def test_a_layer_reached_through_a_list_is_skipped_since_a_replacement_would_not
     assert _reasons(model) == {"body": "not called: the forward on the example does not reach it"}
 
 
-def test_attention_of_torch_is_skipped_whole() -> None:
+def test_attention_of_torch_that_cannot_be_split_is_skipped_whole() -> None:
     class Attends(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True, add_zero_attn=True)
             self.out = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -249,15 +261,17 @@ def test_attention_of_torch_is_skipped_whole() -> None:
     }
 
 
-def test_a_fused_encoder_layer_is_left_alone_and_still_runs_after_compression() -> None:
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False
-    )
+def test_a_fused_encoder_layer_with_a_forward_of_its_own_is_left_alone_and_still_runs_after_compression() -> None:
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, *args: Any, **options: Any) -> Tensor:
+            return super().forward(*args, **options)
+
+    encoder = nn.TransformerEncoder(Own(8, 2, 16, batch_first=True), 1, enable_nested_tensor=False)
     model = nn.Sequential(nn.Linear(8, 8), encoder, nn.Linear(8, 8)).eval()
     x = torch.randn(2, 5, 8)
     found = rf.find_sites(model, x)
     assert [site.path for site in found] == ["0", "2"]
-    assert {skip.kind for skip in found.skips} == {"read elsewhere", "unsupported"}
+    assert {skip.kind for skip in found.skips} == {"read elsewhere"}
     assert found.cost.macs == 5 * (2 * 8 * 8 + 4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8
     out = rf.compress(model, [x], budget=rf.Budget(params=0.95), repair=None)
     with torch.no_grad():
@@ -307,9 +321,9 @@ def test_a_depthwise_square_has_room_in_the_spatial_form() -> None:
 
 
 def test_layers_of_other_kinds_are_named_and_vectors_are_not() -> None:
-    model = nn.Sequential(nn.ConvTranspose2d(3, 8, 3), nn.BatchNorm2d(8), nn.PReLU(8))
-    assert _reasons(model, torch.randn(2, 3, 4, 4)) == {
-        "0": "unsupported: no adapter for layers of kind ConvTranspose2d"
+    model = nn.Sequential(nn.EmbeddingBag(5, 8), nn.BatchNorm1d(8), nn.PReLU(8))
+    assert _reasons(model, torch.ones(2, 3, dtype=torch.int64)) == {
+        "0": "unsupported: no adapter for layers of kind EmbeddingBag"
     }
 
 

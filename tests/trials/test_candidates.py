@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -14,8 +15,9 @@ import rankfold as rf
 from rankfold.errors import BudgetError, DataError, NumericsError, SelfCheckError, TraceError
 from rankfold.plan import Decision, Plan
 from rankfold.proposals import Proposal, plans_from
+from rankfold.registry import to_json
 from rankfold.trials.attempts import Attempt
-from rankfold.trials.trials import FINALISTS, Trials, part_of
+from rankfold.trials.trials import FINALISTS, WEAKER, Trials, part_of
 
 BUDGET = rf.Budget(params=0.5)
 
@@ -36,22 +38,15 @@ def many() -> rf.Compressed:
     return rf.compress(_model(), _images(200), budget=BUDGET)
 
 
-def test_with_many_samples_every_family_is_tried_alone_and_the_best_go_on() -> None:
+def test_with_many_samples_many_plans_are_tried_and_the_best_go_on() -> None:
     candidates = many().report.candidates
     names = {candidate.selector for candidate in candidates}
-    assert {
-        "lagrangian",
-        "uniform",
-        "half-way",
-        "lagrangian, spatial-svd alone",
-        "lagrangian, whitened-svd alone",
-    } <= names
-    assert {"lagrangian, independent", "channels", "channels + lagrangian"} <= names
+    assert {"lagrangian", "uniform", "half-way", "lagrangian, independent"} <= names
+    assert {"channels", "channels + lagrangian", "ledger + lagrangian"} <= names
     whole = [candidate for candidate in candidates if candidate.samples is None]
-    (bare,) = [candidate for candidate in whole if candidate.selector.endswith(", no repair")]
-    best = min((one for one in whole if one is not bare), key=lambda one: one.divergence)
-    assert bare.selector == f"{best.selector}, no repair"
-    assert len(whole) == FINALISTS + 1
+    best = min(whole[:FINALISTS], key=lambda one: one.divergence)
+    weaker = [f"{best.selector}, anchor 0.5", f"{best.selector}, no repair"]
+    assert [candidate.selector for candidate in whole[FINALISTS:]] == weaker
     assert len(names) + FINALISTS == len(candidates)  # the finalists' trials are told too
     assert {candidate.samples for candidate in candidates} == {None, 100}  # blocks 0, 2, 4, … of five
     (taken,) = [candidate for candidate in candidates if candidate.taken]
@@ -74,9 +69,35 @@ def test_with_few_samples_there_are_few_candidates_all_carried_out() -> None:
         "half-way",
         "channels",
         "channels + lagrangian",
-        f"{min(candidates[:5], key=lambda one: one.divergence).selector}, no repair",
+        "ledger + lagrangian",
+        *(f"{min(candidates[:6], key=lambda one: one.divergence).selector}, {name}" for name in WEAKER),
     ]
     assert {candidate.samples for candidate in candidates} == {None}
+
+
+def test_with_few_samples_the_best_is_tried_with_a_weaker_repair_only_where_its_repair_is_the_default() -> None:
+    out = rf.compress(_model(), _images(60), budget=BUDGET, repair=rf.Lockstep(anchor=0.75))
+    assert not any(", anchor" in one.selector or "no repair" in one.selector for one in out.report.candidates)
+    assert (out.plan.repair or {})["anchor"] == 0.75
+
+
+def test_an_anchor_that_is_taken_is_in_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    rightly = Trials.attempt
+
+    def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
+        seen = rightly(self, plan, part)
+        halved = "anchor" in (plan.repair or {})
+        (only,) = seen.comparison.outputs
+        judged = replace(only, divergence=0.1 if halved else 1.0)
+        return replace(seen, comparison=replace(seen.comparison, outputs=(judged,)))
+
+    monkeypatch.setattr(Trials, "attempt", attempt)
+    out = rf.compress(_model(), _images(60), budget=BUDGET)
+    (taken,) = [candidate for candidate in out.report.candidates if candidate.taken]
+    assert taken.selector.endswith(", anchor 0.5")
+    assert out.plan.repair == to_json(rf.Lockstep(anchor=0.5))
+    again = rf.apply(_model(), rf.Plan.from_json(out.plan.to_json()), _images(60)).state_dict()
+    assert all(torch.equal(again[name], value) for name, value in out.model.state_dict().items())
 
 
 def test_a_named_selector_is_the_only_candidate() -> None:
@@ -154,7 +175,7 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
     assert failed
     names = [candidate.selector for candidate in out.report.candidates]
     assert names[:2] == ["lagrangian", "half-way"]
-    assert names[2:] in (["lagrangian, no repair"], ["half-way, no repair"])
+    assert names[2:] in ([f"{best}, anchor 0.5", f"{best}, no repair"] for best in ("lagrangian", "half-way"))
     assert any(note.startswith("candidate uniform was dropped") for note in out.report.notes)
 
 
@@ -172,9 +193,9 @@ def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pyte
     monkeypatch.setattr(Trials, "attempt", attempt)
     out = rf.compress(_model(), _images(200), budget=BUDGET)
     whole = [candidate.selector for candidate in out.report.candidates if candidate.samples is None]
-    assert len(whole) == FINALISTS + 1
+    assert len(whole) == FINALISTS + len(WEAKER)
     assert not set(whole) & set(first)
-    assert sum("was dropped" in note for note in out.report.notes) == FINALISTS + 1
+    assert sum("was dropped" in note for note in out.report.notes) == FINALISTS + len(WEAKER)
 
 
 def test_without_repair_each_is_carried_out_once_on_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,11 +59,14 @@ class Curves:
         curves: Curves, one per site and family that applies there, in the order of the sites, then of the families.
         spectra: Singular values that the ranks of a family truncate at a site, by site and family, one tuple per group;
             empty unless they were requested.
+        unit: What losing every site's output costs a site on average, in the squared change of the network's output:
+            the unit of the errors; 1 where they are relative to each site's output.
     """
 
     sites: Sites
     curves: tuple[RankCurve, ...]
     spectra: Spectra = field(default_factory=dict)
+    unit: float = 1.0
 
     def __iter__(self) -> Iterator[RankCurve]:
         """The curves."""

@@ -106,7 +106,7 @@ def measure(
             advance()
     curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
-    return Curves(sites, tuple(_scaled(curve, scale) for curve in curves))
+    return Curves(sites, tuple(_scaled(curve, scale) for curve in curves), unit=scale)
 
 
 def spectra_of(

@@ -40,6 +40,8 @@ from rankfold.graph.nodes import (
 from rankfold.graph.regions import tensor_names
 from rankfold.layers import Operator, layer_operators
 
+TIED = "tied: the table of an embedding is the weight of a head"
+
 
 def follow(program: ExportedProgram, layers: dict[str, str], left: Mapping[str, str]) -> Flow:
     """Let channels flow through a graph.
@@ -174,6 +176,8 @@ class _Walk:
         name = self._names[weight]
         if name not in self.flow.carried:
             self._carry(name, 1, self.flow.fresh(shape_of(weight)[1]))
+            if self._left.get(name) == TIED:
+                self.flow.freeze(self.flow.carried[name][1], f"{name} is left alone: {TIED}")
         return along(self.flow.carried[name][1], -1, len(shape_of(node)))
 
     def _grouped(

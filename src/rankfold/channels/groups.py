@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.channels.coordinates import STAYS, Flow
-from rankfold.channels.flow import follow
+from rankfold.channels.flow import TIED, follow
 from rankfold.errors import SiteError, near_matches
 from rankfold.sites.finding import check_sites
 from rankfold.sites.site import Sites, Skip
@@ -117,8 +117,9 @@ def find_channels(model: nn.Module, sites: Sites) -> Channels:
         reason = f"no graph: {sites.graph.reason}"
         return Channels((), tuple(Skip(site.path, reason) for site in sites))
     known = (*sites, *sites.fixed)
-    layers = {_weight_of(path): site.path for site in known for path in site.paths}
+    layers = {_weight_of(path): site.path for site in known for path in site.paths if site.head is None}
     left = {_weight_of(skip.path): skip.reason for skip in sites.skips}
+    left |= {_weight_of(path): TIED for site in known for path in site.paths if site.head is not None}
     flow = follow(program, layers, left)
     return _grouped(flow)
 

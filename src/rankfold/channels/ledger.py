@@ -7,9 +7,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from rankfold.allocation import Curves
 from rankfold.channels.elimination import RemovalCurve
 from rankfold.channels.groups import ChannelGroup
 from rankfold.cost.formula import dense_cost
@@ -43,6 +46,7 @@ class Widths:
         sites: Sites of the model, from `find_sites`.
         bounds: Absolute bounds on the whole model, by resource.
         stacks: Groups that go together, with the numbers of units they may keep.
+        ranks: Curves of the ranks of the model's layers, for selectors that read "ranks".
     """
 
     def __init__(
@@ -52,9 +56,11 @@ class Widths:
         sites: Sites,
         bounds: Mapping[str, int],
         stacks: Sequence[Stack],
+        ranks: Curves | None = None,
     ) -> None:
+        self.ranks, self.sites = ranks, sites
         self.curves, self.bounds, self.stacks = tuple(curves), dict(bounds), tuple(stacks)
-        self._ledger, self._sites = _Ledger(model, curves, sites), sites
+        self._ledger = _Ledger(model, curves, sites)
         self.left = [self.units(s) for s in range(len(self.stacks))]
 
     def units(self, stack: int) -> int:
@@ -83,6 +89,20 @@ class Widths:
     def saved(self, stack: int, after: int) -> Cost:
         """Approximate saving when the groups of a stack go down to `after` units."""
         return sum((self._ledger.saved(i, self.left[stack], after) for i in self.stacks[stack].members), Cost())
+
+    def touched(self, stack: int) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Input and output channels that each layer loses, by units of a stack removed, shape (units + 1,) each."""
+        found: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        for i in self.stacks[stack].members:
+            for path, (inputs, outputs) in self._ledger.changes[i].items():
+                before = found.get(path, (np.zeros_like(inputs.numpy()),) * 2)
+                found[path] = before[0] + inputs.numpy(), before[1] + outputs.numpy()
+        return found
+
+    def carried(self, stack: int, resource: str) -> NDArray[np.int64]:
+        """What goes with units of a stack outside the layers, by units removed, shape (units + 1,)."""
+        own = [self._ledger.carried[i][NAMES.index(resource)].numpy() for i in self.stacks[stack].members]
+        return np.sum(own, axis=0)  # type: ignore[no-any-return]
 
     def work(self, stack: int) -> int:
         """MACs of the layers that make and read a stack, as they are now."""
@@ -114,11 +134,11 @@ class Widths:
         touched = {path for curve in self.curves for path in (*curve.group.made, *curve.group.read)}
         touched |= {name.rpartition(".")[0] for curve in self.curves for name in curve.group.carried}
         return unreachable(
-            self._sites.whole,
+            self.sites.whole,
             self.bounds,
             {name: reached[name] for name in self.bounds},
-            sites=self._sites,
-            frozen={site.path: NO_CHANNELS for site in self._sites if site.path not in touched},
+            sites=self.sites,
+            frozen={site.path: NO_CHANNELS for site in self.sites if site.path not in touched},
             reduced=touched,
             cure="allow families that shrink layers without channel groups, or ask for no multiples",
         )
@@ -177,8 +197,8 @@ class _Ledger:
         tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
         weights = {f"{path}.weight" if path else "weight": path for path in self._sites}
         biases = {f"{path}.bias" if path else "bias" for path in self._sites}
-        self._changes: list[dict[str, list[torch.Tensor]]] = []  # group → layer → inputs, outputs gone by units removed
-        self._carried: list[torch.Tensor] = []  # group → amounts gone by units removed, shape (resources, units + 1)
+        self.changes: list[dict[str, list[torch.Tensor]]] = []  # group → layer → inputs, outputs gone by units removed
+        self.carried: list[torch.Tensor] = []  # group → amounts gone by units removed, shape (resources, units + 1)
         for curve in curves:
             units, order = curve.group.units, curve.order
             changes: dict[str, list[torch.Tensor]] = {}
@@ -204,33 +224,33 @@ class _Ledger:
                         slices = gone(own) * (value.numel() // value.shape[axis])
                         carried[NAMES.index("params")] += slices * (name in parameters)
                         carried[NAMES.index("bytes")] += slices * value.element_size()
-            self._changes.append(changes)
-            self._carried.append(carried)
+            self.changes.append(changes)
+            self.carried.append(carried)
 
     def saved(self, group: int, left: int, after: int) -> Cost:
         """Saving of a step."""
         total = Cost()
-        units = self._carried[group].shape[1] - 1
-        for path, (inputs, outputs) in self._changes[group].items():
+        units = self.carried[group].shape[1] - 1
+        for path, (inputs, outputs) in self.changes[group].items():
             have_in, have_out = self._left[path]
             fewer_in = int(inputs[units - after] - inputs[units - left])
             fewer_out = int(outputs[units - after] - outputs[units - left])
             after_in, after_out = have_in - fewer_in, have_out - fewer_out
             total = total + self._layer(path, have_in, have_out) - self._layer(path, after_in, after_out)
-        gone = self._carried[group][:, units - after] - self._carried[group][:, units - left]
+        gone = self.carried[group][:, units - after] - self.carried[group][:, units - left]
         return total + Cost(*map(int, gone))
 
     def take(self, group: int, left: int, after: int) -> None:
         """Carry out a step, forwards or back."""
         self.cost = self.cost - self.saved(group, left, after)
-        units = self._carried[group].shape[1] - 1
-        for path, (inputs, outputs) in self._changes[group].items():
+        units = self.carried[group].shape[1] - 1
+        for path, (inputs, outputs) in self.changes[group].items():
             self._left[path][0] -= int(inputs[units - after] - inputs[units - left])
             self._left[path][1] -= int(outputs[units - after] - outputs[units - left])
 
     def work(self, group: int) -> int:
         """MACs of the layers that a group touches, as they are now."""
-        return sum(self._layer(path, *self._left[path]).macs for path in self._changes[group])
+        return sum(self._layer(path, *self._left[path]).macs for path in self.changes[group])
 
     def _layer(self, path: str, inputs: int, outputs: int) -> Cost:
         """Cost of a layer with so many channels left."""

@@ -200,6 +200,8 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
             total, first = (_cut_sum(each, place, axis) for each in (statistic.total, statistic.first))
             own[name] = type(statistic)(statistic.count, total, statistic.first_count, first)
         result[site.path] = own
+        if site.head is not None and site.head.path in stats.sites:  # none of its channels can go
+            result[site.head.path] = stats.sites[site.head.path]
     return Statistics(result, dict(stats.manifest), print_of)
 
 

@@ -14,6 +14,8 @@ from torch import nn
 from rankfold.channels.groups import ChannelGroup
 from rankfold.channels.narrowing import cuts_of
 from rankfold.errors import PlanError
+from rankfold.layers.attention import SplitAttention
+from rankfold.layers.splitting import split_
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 Kept: TypeAlias = Mapping[str, tuple[int, int]]  # group → units and how many of them stay
@@ -115,10 +117,11 @@ def _off(model: Any, wanted: Shapes, changes: Entries) -> dict[str, Any] | None:
     A model that was built without one of its heads (`add_pooling_layer=False`) has fewer tensors than its configuration
     describes; only the tensors that it has are compared.
     """
+    split = [path for path, module in model.named_modules() if isinstance(module, SplitAttention)]
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            built = type(model)(configured(model.config, changes))
+            built = split_(type(model)(configured(model.config, changes)), split)
     except Exception:  # noqa: BLE001 - whatever the model's own code raises at sizes that do not fit together
         return None
     shapes = {name: tuple(value.shape) for name, value in built.state_dict().items()}

@@ -16,10 +16,9 @@ from rankfold.data.batches import Batch, batch_size, take, to_device
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.errors import is_out_of_memory
 from rankfold.layers import adapter_for
-from rankfold.sites.copies import copied
+from rankfold.sites.copies import copied, in_single
 
 FEW = 4  # samples in all trials but the first, where the model takes a batch of any size
-HALF = (torch.float16, torch.bfloat16)
 
 
 def removable(
@@ -43,7 +42,7 @@ def removable(
     """
     if not groups:
         return [], {}
-    model, example = _in_single(model, to_device(example, device_of(model)))
+    model, example = in_single(model, to_device(example, device_of(model)))
     groups = [with_attributes(model, group, HEADS) for group in groups]
     if why_not(model, groups, example, any_batch=any_batch) is None:
         return list(groups), {}
@@ -129,16 +128,3 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     with evaluating(model):
         leaves = _pytree.tree_leaves(run(model, batch))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _in_single(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
-    """The model and its batch with float32 for half precision, where the model runs in float32; else as they are."""
-    if not any(parameter.dtype in HALF for parameter in model.parameters()):
-        return model, batch
-    wide = _pytree.tree_map_only(Tensor, lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, batch)
-    try:
-        single = copied(model).float()
-        _outputs(single, wide)
-    except Exception:  # noqa: BLE001 - code that names a dtype; it is then tried as it is
-        return model, batch
-    return single, wide

@@ -195,6 +195,20 @@ class InterpolativeGreedy(WidthSelector):
             widths.set(*chosen)
 
 
+def drawn(widths: Widths, sizes: Sequence[int], evenness: float) -> None:
+    """Draw sizes towards those of `SameShare` under the same bounds.
+
+    Args:
+        widths: Widths of all groups; changed in place.
+        sizes: Units left of each stack.
+        evenness: Degree, in [0, 1].
+    """
+    for s in _all(widths):
+        widths.set(s, widths.units(s))
+    SameShare().shrink(widths)
+    _shrink(widths, [evenness * a + (1 - evenness) * b for a, b in zip(list(widths.left), sizes, strict=True)])
+
+
 def _shrink(widths: Widths, wanted: Sequence[float]) -> None:
     """Go to the largest multiple of some sizes that the bounds allow."""
     for percent in range(110, -1, -1):

@@ -181,6 +181,7 @@ def _as_json(sites: Sites) -> dict[str, Any]:
             for site in sites
         ],
         "skips": [{"path": skip.path, "reason": skip.reason} for skip in sites.skips],
+        "split": list(sites.split),
         "cost": sites.cost.amounts(),
         "no_graph": sites.graph.reason,
     }

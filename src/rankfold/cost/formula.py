@@ -26,6 +26,10 @@ class Priced(Protocol):
     def element_size(self) -> int:
         """Bytes of one weight element."""
 
+    @property
+    def head(self) -> Priced | None:
+        """The layer whose weight is the table of this one; None where there is none."""
+
 
 Runs: TypeAlias = tuple[tuple[tuple[int, ...], int], ...]  # sizes of inputs, and how often a layer is applied there
 Price: TypeAlias = Callable[[Geometry, Runs, int], int]  # price of a layer, its runs and the bytes of a number
@@ -38,13 +42,15 @@ PRICES: dict[str, Price] = {
 
 
 def dense_cost(site: Priced) -> Cost:
-    """Cost of the site as it is."""
-    return _cost((site.geometry,), site.calls, site.element_size)
+    """Cost of the site as it is, with its head."""
+    own = _cost((site.geometry,), site.calls, site.element_size)
+    return own if site.head is None else own + dense_cost(site.head)
 
 
 def site_cost(site: Priced, form: str, rank: Rank) -> Cost:
-    """Cost of the site in a form at a rank: every stage at the sizes it runs at."""
-    return _at_rank(site.geometry, site.calls, site.element_size, form, rank)
+    """Cost of the site in a form at a rank: every stage at the sizes it runs at. A head is a pair whatever the form."""
+    own = _at_rank(site.geometry, site.calls, site.element_size, form, rank)
+    return own if site.head is None else own + site_cost(site.head, "matrix", rank)
 
 
 @lru_cache(maxsize=2**16)  # a network repeats its layers: one table serves all that are alike

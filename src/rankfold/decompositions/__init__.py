@@ -1,6 +1,7 @@
 """Methods that factorise a canonical weight. They know nothing of layers."""
 
 from rankfold.decompositions._base import Decomposition, Family, Moments, Spectrum
+from rankfold.decompositions._branches import Branches
 from rankfold.decompositions._interpolative import Interpolative
 from rankfold.decompositions._pivoted import Pivoted
 from rankfold.decompositions._spatial_svd import SpatialSVD
@@ -12,6 +13,7 @@ from rankfold.loading import load_registering
 
 __all__ = [
     "SVD",
+    "Branches",
     "Decomposition",
     "Family",
     "Interpolative",

@@ -146,7 +146,7 @@ def forecast_of(
         samples,
         seconds,
         memory,
-        (predicted.trials, predicted.whole + predicted.bare),
+        (predicted.trials, predicted.whole + len(predicted.weaker)),
         predicted.heaviest(),
         sites.cost,
         dict(bounds),

@@ -22,7 +22,7 @@ from rankfold.sites.site import Site, Sites
 from rankfold.statistics.collect import PIECE
 from rankfold.statistics.gradients import BATCH
 from rankfold.statistics.size import CHUNK_BYTES, CHUNKS, ELEMENT, sizes_of
-from rankfold.trials.trials import DENSER, FEWEST, FINALISTS, SPARSEST
+from rankfold.trials.trials import DENSER, FEWEST, FINALISTS, SPARSEST, WEAKER
 
 TRIANGLE = 0.75  # share of a Gram's products that is computed
 DIAL = 1 + 2 * 3  # solves of a site: for three levels of the ridge each half, and once all samples
@@ -101,7 +101,8 @@ class Predicted:
         self.part = samples // every if parted and plans > FINALISTS else 0
         self.trials = plans if self.part else 0
         self.whole = FINALISTS if self.part else plans
-        self.bare = int(plans > 1 and course.repair == Lockstep() and held_out_among(samples) < HELD_OUT)
+        few = held_out_among(samples) < HELD_OUT
+        self.weaker = list(WEAKER.values()) if few and plans > 1 and course.repair == Lockstep() else []
         self.by_site: dict[str, float] = {site.path: 0.0 for site in sites}
         self.outlook = Outlook(model, sites, rates, self.forward, self.batch, self._spent)
         self.sizes = sizes_of(sites, course.statistics, repaired=course.repair is not None)
@@ -128,8 +129,9 @@ class Predicted:
             result["apply"] = done
         else:
             result["repair"] = self.trials * (judged + self._walk(self.part, self.fit // DENSER, self.trials))
-            result["repair"] += self.whole * (judged + self._walk(self.samples, self.samples, self.whole))
-            if self.bare:
+            repaired = self.whole + sum(repair is not None for repair in self.weaker)
+            result["repair"] += repaired * (judged + self._walk(self.samples, self.samples, repaired))
+            if None in self.weaker:
                 result["apply"] = judged + sum(self._spent(site, self._solved(site)) for site in self.sites)
         result["latency"] = max(TIMED_SECONDS, 6 * forward * min(self.batch, TIMED_SAMPLES))
         return result

@@ -19,8 +19,9 @@ from rankfold.layers import Operator, layer_operators
 
 aten = torch.ops.aten
 _FUSED_NORM = aten._native_batch_norm_legit_no_training.default  # batch_norm after a decomposition
-_SAME_VALUE = (aten.clone.default, aten.dropout.default, aten.contiguous.default, aten.alias.default)
-_ADDS = (aten.add.Tensor, python_operator.add)
+SAME_VALUE = (aten.clone.default, aten.dropout.default, aten.contiguous.default, aten.alias.default)
+ADDS = (aten.add.Tensor, python_operator.add)
+TABLE = "embedding"  # the operator that looks rows up
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +47,15 @@ class Call:
     scale_nodes: tuple[Node, ...]
 
 
-def find_calls(program: ExportedProgram, known: Mapping[str, str]) -> list[Call]:
+def find_calls(
+    program: ExportedProgram, known: Mapping[str, str], heads: Mapping[str, str] | None = None
+) -> list[Call]:
     """Every call of every site's layer, in the order of the graph.
 
     Args:
         program: The functional program.
         known: Paths of the sites by each of their names; calls of other layers are left out.
+        heads: Paths of the linear layers that multiply with a site's table, by path of the site; None is no such.
     """
     signature = program.graph_signature
     parameters = {**signature.inputs_to_parameters}
@@ -64,8 +68,23 @@ def find_calls(program: ExportedProgram, known: Mapping[str, str]) -> list[Call]
         # The weight identifies the layer: a module that is called under another name can have a wrong path.
         owner = parameters.get(_name(node.args[operator.weight]), "").rpartition(".")[0]
         if owner in known:
-            calls.append(_call(node, known[owner], _module_path(node), operator, buffers))
+            path = known[owner]
+            if operator.name != TABLE:  # one tensor has one name, whoever reads it
+                path = (heads or {}).get(path, path)
+            calls.append(_call(node, path, module_path(node), operator, buffers))
     return [call if call.norm is None or _absorbs(call, calls) else replace(call, norm=None) for call in calls]
+
+
+def readers_of(program: ExportedProgram) -> dict[str, set[str]]:
+    """Names of the operators of layer kinds that read each parameter as their weight, by its name."""
+    names = tensor_names(program)
+    readers: dict[str, set[str]] = {}
+    for node in program.graph.nodes:
+        operator = _layer_operator(node)
+        weight = None if operator is None else node.args[operator.weight]
+        if operator is not None and weight in names:
+            readers.setdefault(names[weight], set()).add(operator.name)
+    return readers
 
 
 def _layer_operator(node: Node) -> Operator | None:
@@ -89,7 +108,7 @@ def _absorbs(call: Call, calls: Sequence[Call]) -> bool:
 def _call(node: Node, site: str, path: str, operator: Operator, buffers: dict[str, str]) -> Call:
     inside = {node}
     entry = node.args[operator.data]
-    while isinstance(entry, Node) and entry.op == "call_function" and _module_path(entry) == path:
+    while isinstance(entry, Node) and entry.op == "call_function" and module_path(entry) == path:
         if _layer_operator(entry) is not None or len(entry.users) > 1:
             break
         inside.add(entry)
@@ -97,7 +116,7 @@ def _call(node: Node, site: str, path: str, operator: Operator, buffers: dict[st
     exit_node = node
     while len(exit_node.users) == 1:
         (user,) = exit_node.users
-        if _module_path(user) != path or _layer_operator(user) is not None or user.op != "call_function":
+        if module_path(user) != path or _layer_operator(user) is not None or user.op != "call_function":
             break
         exit_node = user
         inside.add(user)
@@ -125,15 +144,15 @@ def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
     here = start
     while len(here.users) == 1:
         (user,) = here.users
-        if user.target in _ADDS and len(user.args) == 2 and not user.kwargs:
+        if user.target in ADDS and len(user.args) == 2 and not user.kwargs:
             others = [arg for arg in user.args if arg is not here]
-            if len(others) == 1 and isinstance(others[0], Node) and _same_shape(others[0], start):
+            if len(others) == 1 and isinstance(others[0], Node) and same_shape(others[0], start):
                 return others[0], tuple(steps)
             return None, ()
         norm = _is_batch_norm(user) and user.args[0] is here
         scaled = user.target in (aten.mul.Tensor, python_operator.mul) and _is_channel_scale(user, here)
-        through = user.target in _SAME_VALUE or (user.target is python_operator.getitem and user.args[1] == 0)
-        if not (norm or scaled or through) or (scaled and not _same_shape(user, start)):
+        through = user.target in SAME_VALUE or (user.target is python_operator.getitem and user.args[1] == 0)
+        if not (norm or scaled or through) or (scaled and not same_shape(user, start)):
             return None, ()
         if norm or scaled:
             steps.append(user)
@@ -185,7 +204,8 @@ def _batch_norm_eps(node: Node) -> Any:
     return node.args[6 if node.target is _FUSED_NORM else 7]
 
 
-def _same_shape(first: Node, second: Node) -> bool:
+def same_shape(first: Node, second: Node) -> bool:
+    """Whether the values of two nodes are tensors of one shape, for any size of the batch."""
     a, b = first.meta.get("val"), second.meta.get("val")
     return (
         isinstance(a, Tensor)
@@ -195,7 +215,8 @@ def _same_shape(first: Node, second: Node) -> bool:
     )
 
 
-def _module_path(node: Node) -> str:
+def module_path(node: Node) -> str:
+    """Path of the innermost module whose code makes a node; "" where the graph names none."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return re.sub(r"@\d+", "", stack[-1][0]) if stack else ""
 
@@ -229,7 +250,7 @@ def schedule(program: ExportedProgram, calls: list[Call]) -> list[Node]:
     for call in calls:
         if call.skip is None or index[call.skip] < index[call.exit]:
             continue
-        if call.exit not in _ancestors(call.skip):
+        if call.exit not in ancestors(call.skip):
             before[min(call.inside, key=index.__getitem__)] = call.skip
     order: list[Node] = []
     placed: set[Node] = set()
@@ -255,7 +276,8 @@ def schedule(program: ExportedProgram, calls: list[Call]) -> list[Node]:
     return order
 
 
-def _ancestors(node: Node) -> set[Node]:
+def ancestors(node: Node) -> set[Node]:
+    """The nodes that a node is computed from, directly or not."""
     seen: set[Node] = set()
     stack = [node]
     while stack:

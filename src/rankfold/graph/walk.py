@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, overload
 
@@ -81,6 +81,7 @@ class Walk:
         overrides: Tensors of the compressed network by name, where they differ from the original's; `on_site` may add
             to it.
         spill: Store of the values; None keeps all of them in memory.
+        dead: Nodes that have no value in the compressed network, beside those inside the calls.
     """
 
     def __init__(
@@ -92,10 +93,11 @@ class Walk:
         on_site: OnSite,
         overrides: dict[str, Tensor],
         spill: Spill | None = None,
+        dead: Collection[Node] = (),
     ) -> None:
         self._program = program
         self._calls = {call.exit: call for call in calls}
-        self._inside = {node: call for call in calls for node in call.inside}
+        self._inside = {node for call in calls for node in call.inside}.union(dead)
         self._on_site = on_site
         self._overrides = overrides
         self._batches = batches

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.allocation.measuring import moments_of
+from rankfold.branches.installing import install_stands_
 from rankfold.channels.narrowing import narrow_
 from rankfold.decompositions import factorise
 from rankfold.factors import Factors
-from rankfold.install.swap import swap, train_as_
-from rankfold.layers import adapter_for, build_shell, fill_shell
+from rankfold.install.swap import train_as_
+from rankfold.install.tied import fill_head, for_lookups
+from rankfold.layers import adapter_for, build_shell, fill_shell, swap
+from rankfold.layers.tied import build_head, heads_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.sites.site import Site
@@ -23,7 +27,7 @@ Fill: TypeAlias = Callable[[Decision, nn.Module, nn.Module], None]
 
 
 def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn.Module:
-    """Cut the channels that go, and replace every decided layer by its shell, under all paths of the module.
+    """Put stands where branches go, cut channels, and replace every decided layer by its shell, under all its paths.
 
     Args:
         model: Model, changed in place.
@@ -34,8 +38,9 @@ def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn
     Returns:
         The root, which is a new module where the model itself is the layer.
     """
-    narrow_(model, plan.cuts, plan.attributes)
+    narrow_(install_stands_(model, plan.stands), plan.cuts, plan.attributes)
     modules = dict(model.named_modules(remove_duplicate=False))
+    heads = heads_of(model)
     replaced: dict[int, nn.Module] = {}
     for decision in plan.changes:
         layer = modules[decision.site]
@@ -50,14 +55,32 @@ def install_shells(model: nn.Module, plan: Plan, fill: Fill | None = None) -> nn
             fill(decision, layer, shell)
         train_as_(shell, layer)
         replaced[id(layer)] = shell.train(layer.training)
+        if decision.site in heads:
+            path = heads[decision.site]
+            head = modules[path]
+            built = build_head(head, shell)
+            if fill is not None:
+                fill(replace(decision, site=path), head, built)
+            train_as_(built, head)
+            replaced[id(head)] = built.train(head.training)
     return swap(model, replaced)
 
 
-def filler(stats: Statistics | None) -> Fill:
-    """The closed-form fill without repair, see `unrepaired`."""
+def filler(stats: Statistics | None, heads: Mapping[str, str] | None = None) -> Fill:
+    """The closed-form fill without repair, see `unrepaired`.
+
+    Args:
+        stats: Statistics of the model; None where no method reads any.
+        heads: Path of the head by the path of the table, for tables that are tied to one; None is no such.
+    """
+    heads = heads or {}
+    ends = set(heads.values())
 
     def fill(decision: Decision, layer: nn.Module, shell: nn.Module) -> None:
-        factors, bias = unrepaired(decision, layer, stats)
+        if decision.site in ends:
+            fill_head(shell, layer, None if stats is None else stats.gradient_gram(decision.site, 0))
+            return
+        factors, bias = unrepaired(decision, layer, stats, heads.get(decision.site))
         adapter, own = adapter_for(layer), getattr(layer, "bias", None)
         if adapter is not None:
             factors = list(adapter.stored(layer, factors))
@@ -66,7 +89,9 @@ def filler(stats: Statistics | None) -> Fill:
     return fill
 
 
-def unrepaired(decision: Decision, layer: nn.Module, stats: Statistics | None) -> tuple[list[Factors], Tensor | None]:
+def unrepaired(
+    decision: Decision, layer: nn.Module, stats: Statistics | None, head: str | None = None
+) -> tuple[list[Factors], Tensor | None]:
     """A layer's factors and bias without repair: each group decomposed; a bias absorbs the change of the mean output.
 
     With `D = W − LR` and mean input `x̄`, the bias becomes `b + D x̄`, so the mean output is the original's.
@@ -75,6 +100,7 @@ def unrepaired(decision: Decision, layer: nn.Module, stats: Statistics | None) -
         decision: Decision about the layer.
         layer: The original, or narrowed, layer.
         stats: Statistics of the model; None where the method reads none.
+        head: Path of the head whose weight is the layer's table; None where there is none.
 
     Returns:
         One `Factors` per group, none for a layer that stays dense; and the bias in the work dtype, None without one.
@@ -83,7 +109,8 @@ def unrepaired(decision: Decision, layer: nn.Module, stats: Statistics | None) -
     if adapter is None:
         raise TypeError(f"{decision.site} was not checked")
     geometry = adapter.geometry(layer)
-    site = Site(decision.site, (), adapter.kind, geometry, (), 1)
+    alone = Site(decision.site, (), adapter.kind, geometry, (), 1)
+    site = alone if head is None else replace(alone, head=replace(alone, path=head))
     bias = adapter.bias(layer)
     wide = None if bias is None else widen(bias)
     factors: list[Factors] = []
@@ -93,6 +120,8 @@ def unrepaired(decision: Decision, layer: nn.Module, stats: Statistics | None) -
     for group, own in enumerate(widen(adapter.canonical(layer))):
         moments = moments_of(site, group, decision.method, stats)
         factors.append(factorise(decision.method, own, decision.rank, moments))
+        if head is not None and stats is not None and (gram := stats.moments(alone, group).gram) is not None:
+            factors[-1] = for_lookups(factors[-1], gram)
         if wide is not None and decision.method.needs and moments.mean is not None:
             shifts.append((own - factors[-1].reconstruct()).flatten(1) @ moments.mean.to(own))
     if wide is not None and shifts:

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.errors import PlanError
-from rankfold.install.swap import swap, train_as_
-from rankfold.layers import Geometry, adapter_for, chain_of, dense_geometry, stage_weight, stages, tensor
+from rankfold.install.swap import train_as_
+from rankfold.layers import Geometry, adapter_for, chain_of, dense_geometry, stage_weight, stages, swap, tensor
+from rankfold.layers.splitting import join_
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.sites.copies import copied
 from rankfold.sites.models import check_in_place, check_module
 
-Chain: TypeAlias = list[tuple[Tensor, Geometry, Tensor | None]]  # weight, geometry and bias of each layer
+Chain: TypeAlias = list[tuple[Tensor, Geometry, Tensor | None]]  # weight by group, geometry and bias of each layer
 
 
 def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
@@ -28,7 +29,8 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
 
     Returns:
         A model of the original's structure (transformers' `Conv1D` comes back as `nn.Linear`); layers that lost
-        channels stay narrow.
+        channels stay narrow, attention that lost heads stays split, and a table and its head, whose maps differ, are
+        two layers with weights of their own.
 
     Raises:
         ModelError: The model is no module, or is to be changed in place and is compiled.
@@ -56,7 +58,22 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         if chain is None:
             raise TypeError(f"{decision.site} was not checked")
         replaced[id(shell)] = _dense(shell, chain)
-    return swap(model, replaced)
+        head = _head_of(model, shell)
+        if head is not None and (own := chain_of(head)) is not None:
+            replaced[id(head)] = _dense(head, own)
+    return join_(swap(model, replaced), plan.split)
+
+
+def _head_of(model: nn.Module, shell: nn.Module) -> nn.Module | None:
+    """The replacement of a head that multiplies with the table of a shell; None where there is none."""
+    first = next((child for child in shell.children() if isinstance(child, nn.Embedding)), None)
+    if first is None:
+        return None
+    for module in model.modules():
+        last = list(module.children())[-1:] if isinstance(module, nn.Sequential) and module is not shell else []
+        if last and getattr(last[0], "weight", None) is first.weight:
+            return module
+    return None
 
 
 def _is_shell(module: nn.Module | None, decision: Decision) -> bool:
@@ -87,7 +104,7 @@ def _dense(shell: nn.Module, chain: Chain) -> nn.Module:
     first = tensor(layers[0], "weight")
     dense = geometry.build(device=first.device, dtype=first.dtype)
     with torch.no_grad():
-        stage_weight(dense).copy_(product.flatten(0, 1))
+        stage_weight(dense).copy_(product)
         if bias is not None:
             tensor(dense, "bias").copy_(bias)
     train_as_(dense, layers[0])
@@ -99,7 +116,7 @@ def _dense(shell: nn.Module, chain: Chain) -> nn.Module:
 def _dense_stage(weight: Tensor, part: Geometry, groups: int) -> Tensor:
     """A stage's weight by group of the layer, groups × out × in × kernel…; its further groups lie on a diagonal."""
     own = part.groups // groups
-    split = torch.unflatten(widen(weight), 0, (groups, own, -1))
+    split = torch.unflatten(widen(weight), 0, (groups, own))
     if own == 1:
         return split[:, 0]
     dense = split.new_zeros(groups, own, split.shape[2], own, *split.shape[3:])

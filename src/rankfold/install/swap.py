@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.channels.narrowing import narrow_
-from rankfold.layers import tensor
+from rankfold.layers import swap, tensor
+from rankfold.layers.tied import heads_of
 from rankfold.plan import Plan
 
 
@@ -27,17 +28,6 @@ def train_as_(new: nn.Module, old: nn.Module) -> None:
         parameter.requires_grad_(own.requires_grad)
 
 
-def swap(model: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
-    """Put new modules in the place of old ones, found by identity, under every name they have."""
-    if id(model) in replaced:
-        return replaced[id(model)]
-    for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is not None and id(child) in replaced:
-                setattr(parent, name, replaced[id(child)])
-    return model
-
-
 def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
     """Turn a model into a changed copy of it, in place.
 
@@ -51,9 +41,12 @@ def take_over(model: nn.Module, changed: nn.Module, plan: Plan) -> nn.Module:
     """
     new = dict(changed.named_modules(remove_duplicate=False))
     replaced = {}
+    heads = heads_of(model)
+    paths = {decision.site for decision in plan.changes}
+    paths |= {heads[path] for path in paths if path in heads}
     with undone_on_failure(model) as values:
         for path, module in list(model.named_modules(remove_duplicate=False)):
-            if any(decision.site == path for decision in plan.changes):
+            if path in plan.stands or path in paths:
                 replaced[id(module)] = new[path]
             elif path in new and type(new[path]) is type(module):
                 _take_tensors(module, new[path], values)

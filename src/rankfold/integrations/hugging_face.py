@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from rankfold.channels.stock import configured, entries_of, is_stock
 from rankfold.errors import ModelError, PlanError, WriteError
+from rankfold.layers.splitting import joined
 from rankfold.outputs.taken import opened
 from rankfold.plan import Plan
 from rankfold.serialization import write_directory
@@ -46,7 +47,7 @@ def save_pretrained(out: Compressed, path: str | Path, *, overwrite: bool = Fals
     """
     check_compressed(out)
     check_path(path)
-    model: Any = out.model
+    model: Any = joined(out.model)
     if not is_stock(model):
         raise ModelError(
             type(model).__name__,

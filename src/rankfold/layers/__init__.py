@@ -7,6 +7,7 @@ from rankfold.layers.forms import Form, form, form_of, forms, stages
 from rankfold.layers.geometry import Geometry, stage_weight, tensor
 from rankfold.layers.pivoted import PivotedLayer
 from rankfold.layers.shells import build_shell, chain_of, dense_geometry, fill_shell
+from rankfold.layers.swapping import swap
 from rankfold.loading import load_registering
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "resize",
     "stage_weight",
     "stages",
+    "swap",
     "tensor",
     "why_no_adapter",
 ]

@@ -13,7 +13,8 @@ from rankfold.factors import Factors
 from rankfold.layers.geometry import Geometry
 
 A = TypeVar("A", bound="type[Adapter]")
-CODE = {"forward": "forward", "_conv_forward": "convolution"}  # names in messages of the methods that adapters rely on
+# Names in messages of the methods that adapters rely on.
+CODE = {"forward": "forward", "_conv_forward": "convolution", "_output_padding": "output padding"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Adapter(ABC):
 
     kind: ClassVar[str]
     weight_axes: ClassVar[tuple[int, int]] = (0, 1)
-    """Axes of the stored weight that are output and input channels."""
+    """Axes of the stored weight that are output and input channels, of a layer without groups."""
     operators: ClassVar[tuple[Operator, ...]] = ()
     """Operators by which its layers stand in exported graphs, where no other kind names them already."""
     methods: ClassVar[tuple[str, ...]] = ("forward",)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,24 +17,22 @@ class ConvAdapter(Adapter):
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` with any stride, padding and mode, dilation and groups."""
 
     kind = "conv"
-    operators = tuple(Operator(f"conv{axes}d", axis=1, grouped=True) for axes in (1, 2, 3))
-    methods = ("forward", "_conv_forward")
+    operators: ClassVar[tuple[Operator, ...]] = tuple(
+        Operator(f"conv{axes}d", axis=1, grouped=True) for axes in (1, 2, 3)
+    )
+    methods: ClassVar[tuple[str, ...]] = ("forward", "_conv_forward")
 
     def geometry(self, layer: nn.Module) -> Geometry:
         """The geometry that the layer's attributes give."""
         conv = _conv(layer)
         kernel = tuple(conv.weight.shape[2:])
-
-        def sizes(value: int | tuple[int, ...]) -> tuple[int, ...]:  # a bare int, set after the layer was built
-            return (value,) * len(kernel) if isinstance(value, int) else tuple(int(size) for size in value)
-
         return Geometry(
             conv.in_channels,
             conv.out_channels,
             kernel,
-            sizes(conv.stride),
-            conv.padding if isinstance(conv.padding, str) else sizes(conv.padding),
-            sizes(conv.dilation),
+            sizes(conv.stride, kernel),
+            conv.padding if isinstance(conv.padding, str) else sizes(conv.padding, kernel),
+            sizes(conv.dilation, kernel),
             conv.groups,
             conv.padding_mode,
             conv.bias is not None,
@@ -45,7 +45,7 @@ class ConvAdapter(Adapter):
 
     def sample_size(self, layer: nn.Module, inputs: Tensor) -> tuple[tuple[int, ...], int]:
         """Spatial size, and the number of samples."""
-        axes = _conv(layer).weight.ndim - 2
+        axes = len(self.geometry(layer).kernel)
         return tuple(inputs.shape[-axes:]), (inputs.shape[0] if inputs.ndim == axes + 2 else 1)
 
     def patches(self, layer: nn.Module, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -76,11 +76,11 @@ class ConvAdapter(Adapter):
 
     def outputs(self, layer: nn.Module, outputs: Tensor, positions: Tensor | None = None) -> Tensor:
         """Output pixels."""
-        conv = _conv(layer)
-        axes = conv.weight.ndim - 2
+        geometry = self.geometry(layer)
+        axes = len(geometry.kernel)
         if outputs.ndim == axes + 1:
             outputs = outputs[None]
-        flat = torch.unflatten(outputs.flatten(2), 1, (conv.groups, -1))  # samples × groups × out × positions
+        flat = torch.unflatten(outputs.flatten(2), 1, (geometry.groups, -1))  # samples × groups × out × positions
         if positions is not None:
             flat = flat[..., positions.to(flat.device)]
         return flat.permute(1, 0, 3, 2).flatten(1, 2)
@@ -92,6 +92,11 @@ class ConvAdapter(Adapter):
         if conv.groups > 1:
             conv.groups = out // (conv.out_channels // conv.groups)
         conv.in_channels, conv.out_channels = inner * conv.groups, out
+
+
+def sizes(value: int | tuple[int, ...], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """A layer's attribute for each axis of a kernel; a bare int, set after the layer was built, is that of all."""
+    return (value,) * len(kernel) if isinstance(value, int) else tuple(int(size) for size in value)
 
 
 def _places(geometry: Geometry, size: torch.Size, positions: Tensor) -> Tensor:

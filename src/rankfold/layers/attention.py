@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
@@ -12,10 +10,11 @@ from rankfold.layers.geometry import Geometry, tensor
 
 
 class SplitAttention(nn.Module):
-    """An `nn.MultiheadAttention` in eval mode, as linear layers for queries, keys, values and outputs.
+    """An `nn.MultiheadAttention` as linear layers for queries, keys, values and outputs.
 
-    It computes `softmax(QKᵀ/√d + mask) V` head by head, by the fused operator. It takes the arguments of the module it
-    replaces and returns a pair whose second item, the weights of attention, is always None.
+    It computes `softmax(QKᵀ/√d + mask) V` head by head, by the fused operator; in training mode it drops weights of
+    attention as the original does. It takes the arguments of the module it replaces and returns a pair whose second
+    item, the weights of attention, is always None.
 
     Args:
         original: The module to replace.
@@ -23,6 +22,11 @@ class SplitAttention(nn.Module):
     Raises:
         ModelError: The module appends keys or values of its own (`add_bias_kv`, `add_zero_attn`).
     """
+
+    # `nn.TransformerEncoderLayer` reads these, and keeps off its fused kernel, which would read packed weights.
+    in_proj_bias: Tensor | None = None
+    _qkv_same_embed_dim = False
+    dropout = 0.0
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__()
@@ -34,7 +38,8 @@ class SplitAttention(nn.Module):
                 cure="leave this module as it is",
             )
         self.num_heads, self.head_dim = original.num_heads, original.head_dim
-        self.batch_first = original.batch_first
+        self.embed_dim, self.batch_first = original.embed_dim, original.batch_first
+        self.dropout = original.dropout
         width = original.embed_dim
         packed = original._qkv_same_embed_dim
         own = [original.q_proj_weight, original.k_proj_weight, original.v_proj_weight]
@@ -59,7 +64,9 @@ class SplitAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
-        """Same as `nn.MultiheadAttention.forward`; the second of the pair is always None."""
+        """Same as `nn.MultiheadAttention.forward`, where `is_causal` is but a hint on what `attn_mask` says; the second
+        of the pair is always None.
+        """
         batched = query.ndim == 3
         if not batched:
             query, key, value = query[None], key[None], value[None]
@@ -70,9 +77,53 @@ class SplitAttention(nn.Module):
             for layer, each in ((self.q, query), (self.k, key), (self.v, value))
         )
         mask = _mask(attn_mask, key_padding_mask, q)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None)
+        dropped = self.dropout if self.training else 0.0
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, mask, dropped)
         result: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return (result[0] if not batched else result if self.batch_first else result.transpose(0, 1)), None
+
+
+def packed(split: SplitAttention) -> nn.MultiheadAttention | None:
+    """The `nn.MultiheadAttention` that computes the same; None where a part is no plain linear layer of its full size.
+
+    Args:
+        split: The split attention, left untouched; no tensor is shared with it.
+    """
+    width, parts = split.embed_dim, [split.q, split.k, split.v, split.out]
+    layers = [part for part in parts if type(part) is nn.Linear and part.out_features == width]
+    if len(layers) < len(parts) or split.num_heads * split.head_dim != width:
+        return None
+    q, k, v, out = layers
+    biases: list[Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    if (q.in_features, out.in_features) != (width, width) or len(biases) not in (0, len(layers)):
+        return None
+    module = nn.MultiheadAttention(
+        width,
+        split.num_heads,
+        split.dropout,
+        bias=bool(biases),
+        kdim=k.in_features,
+        vdim=v.in_features,
+        batch_first=split.batch_first,
+        device="meta",
+        dtype=q.weight.dtype,
+    )
+    own: dict[str, list[Tensor]] = {
+        "q_proj_weight": [q.weight],
+        "k_proj_weight": [k.weight],
+        "v_proj_weight": [v.weight],
+    }
+    if module._qkv_same_embed_dim:
+        own = {"in_proj_weight": [q.weight, k.weight, v.weight]}
+    if biases:
+        own["in_proj_bias"] = biases[:3]
+    for name, sources in own.items():
+        trained = any(source.requires_grad for source in sources)
+        setattr(module, name, nn.Parameter(torch.cat([source.detach() for source in sources]), requires_grad=trained))
+    for name, source in out.named_parameters():
+        copied = nn.Parameter(source.detach().clone(), requires_grad=source.requires_grad)
+        setattr(module.out_proj, name, copied)
+    return module.train(split.training)
 
 
 def _mask(attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor) -> Tensor | None:
@@ -105,35 +156,3 @@ def _linear(weight: Tensor, bias: Tensor | None, rows: slice | None = None, entr
         if bias is not None:
             tensor(layer, "bias").copy_(bias[entries or slice(None)]).requires_grad_(bias.requires_grad)
     return layer
-
-
-def split_attention(model: nn.Module) -> nn.Module:
-    """A copy of a model in which every `nn.MultiheadAttention` is a `SplitAttention` of the same weights.
-
-    `nn.MultiheadAttention` holds its projections as bare parameters, and the size of its heads follows from the size
-    of its inputs: none of its layers can be compressed, and no head can be removed. The copy computes the same and can
-    be compressed; a checkpoint of it is loaded with `factory=lambda: rankfold.split_attention(build())`. Modules that
-    look into their attention's parameters (`nn.TransformerEncoderLayer` does) cannot use the copy's and are left as
-    they are, with their attention.
-
-    Args:
-        model: Model, left untouched.
-
-    Raises:
-        ModelError: `model` is no module, or an attention appends keys or values of its own.
-    """
-    if not isinstance(model, nn.Module):
-        raise ModelError("model", law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
-    result = copy.deepcopy(model)
-    if type(result) is nn.MultiheadAttention:
-        return SplitAttention(result)
-    split: dict[int, SplitAttention] = {}  # one for a module that stands in several places
-    for parent in list(result.modules()):
-        if isinstance(parent, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            continue
-        for name, child in list(parent._modules.items()):
-            if type(child) is nn.MultiheadAttention:  # a subclass may compute something else
-                if id(child) not in split:
-                    split[id(child)] = SplitAttention(child)
-                setattr(parent, name, split[id(child)])
-    return result

@@ -59,5 +59,6 @@ def places_of(module: nn.Module) -> dict[str, int]:
     """Axes of the output channels of a module's tensors, by name of the tensor; all of these keep the same channels."""
     adapter, carrier = adapter_for(module), carrier_of(module)
     if adapter is not None:
-        return {"weight": adapter.weight_axes[0], "bias": 0}
+        depthwise = getattr(module, "groups", 1) > 1  # then the weight's first axis is that of both
+        return {"weight": 0 if depthwise else adapter.weight_axes[0], "bias": 0}
     return {} if carrier is None else dict.fromkeys(carrier.tensors, 0)

@@ -103,7 +103,12 @@ def _matrix(geometry: Geometry, rank: Rank) -> Stages:
     if geometry.table is not None:
         width = _single(rank)
         return replace(geometry, inputs=width, outputs=width), Geometry(width, geometry.outputs, bias=geometry.bias)
+    if geometry.tied:  # the last stage has the rows of the table
+        width = _single(rank)
+        return Geometry(geometry.inputs, width), replace(geometry, inputs=width)
     axes = set(range(len(geometry.kernel)))
+    if geometry.transposed and not _has_kernel(geometry) and pivoted_ends("matrix", geometry.canonical_shape)[0]:
+        return _pair(geometry, _single(rank), set(), axes)  # its steps are the second stage's: none go past the first
     return _pair(geometry, _single(rank), axes, set())
 
 

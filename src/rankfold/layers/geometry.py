@@ -22,9 +22,15 @@ def tensor(layer: nn.Module, name: str) -> Tensor:
 
 
 def stage_weight(layer: nn.Module) -> Tensor:
-    """The weight of a layer as out × in × kernel…, a view; of a table, whose rows are its inputs, as entries × rows."""
+    """The weight of a layer as groups × out × in × kernel…, a view; of a table, whose rows are its inputs, as 1 ×
+    entries × rows.
+    """
     weight = tensor(layer, "weight")
-    return weight.mT if isinstance(layer, nn.Embedding) else weight
+    if isinstance(layer, nn.Embedding):
+        return weight.mT[None]
+    groups = getattr(layer, "groups", 1)
+    split = torch.unflatten(weight, 0, (groups, -1))
+    return split.transpose(1, 2) if isinstance(layer, tuple(_TRANSPOSED.values())) else split
 
 
 @dataclass(frozen=True)
@@ -45,11 +51,16 @@ class Table:
 
 
 _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, type[nn.ConvTranspose1d] | type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape and wiring of a linear or convolution layer, or of one that looks rows of a table up.
+    """Shape and wiring of a linear layer, a convolution or its transpose, or a layer that looks rows of a table up.
 
     A table of vectors with d entries is a linear layer behind them, `y = I x` with d × d, whose identity is multiplied
     into the table: what is to be decomposed is that identity, on the vectors as often as they occur.
@@ -65,6 +76,8 @@ class Geometry:
         padding_mode: Name of the padding mode in torch.
         bias: True if there is a bias.
         table: The rows that are looked up; None where the input is multiplied.
+        output_padding: Positions that a transposed convolution adds at the end of each axis; None for any other layer.
+        tied: True if the weight of a linear layer is a table that another layer holds.
     """
 
     inputs: int
@@ -77,6 +90,13 @@ class Geometry:
     padding_mode: str = "zeros"
     bias: bool = False
     table: Table | None = None
+    output_padding: tuple[int, ...] | None = None
+    tied: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        """True of a transposed convolution, whose stride sets its inputs apart."""
+        return self.output_padding is not None
 
     @property
     def canonical_shape(self) -> tuple[int, ...]:
@@ -97,8 +117,8 @@ class Geometry:
 
     @property
     def n_params(self) -> int:
-        """Elements of weight and bias."""
-        return self.n_weights + (self.outputs if self.bias else 0)
+        """Elements of weight and bias; a tied weight is counted where it is held."""
+        return (0 if self.tied else self.n_weights) + (self.outputs if self.bias else 0)
 
     def axis_padding(self, axis: int) -> tuple[int, int]:
         """Padding before and after along one axis, in samples."""
@@ -116,6 +136,9 @@ class Geometry:
         Args:
             size: Spatial size before the layer, one int per axis (empty for a linear layer).
         """
+        if self.output_padding is not None:
+            reach = [self.dilation[i] * (self.kernel[i] - 1) + 1 - sum(self.axis_padding(i)) for i in range(len(size))]
+            return tuple((n - 1) * self.stride[i] + reach[i] + self.output_padding[i] for i, n in enumerate(size))
         return tuple(
             (n + sum(self.axis_padding(i)) - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i] + 1
             for i, n in enumerate(size)
@@ -124,14 +147,18 @@ class Geometry:
     def macs(self, size: tuple[int, ...]) -> int:
         """Multiply-accumulates of one sample: weights × output positions; the bias, and looking rows up, are free.
 
+        Of a transposed convolution weights × input positions, each of which meets each weight once, padding included.
+
         Args:
             size: Spatial size of the input (empty for a linear layer: one position).
         """
-        return 0 if self.table is not None else self.n_weights * prod(self.output_size(size))
+        if self.table is not None:
+            return 0
+        return self.n_weights * prod(size if self.transposed else self.output_size(size))
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
-        """The empty `nn.Linear`, `nn.ConvNd` or `nn.Embedding` of this geometry, uninitialised; no random numbers are
-        drawn.
+        """The empty `nn.Linear`, `nn.ConvNd`, `nn.ConvTransposeNd` or `nn.Embedding` of this geometry, uninitialised;
+        no random numbers are drawn.
         """
         skip_init: Callable[..., nn.Module] = nn.utils.skip_init  # untyped in torch
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -148,8 +175,9 @@ class Geometry:
             )
         if not self.kernel:
             return skip_init(nn.Linear, self.inputs, self.outputs, bias=self.bias, **factory)
+        own: dict[str, Any] = {} if self.output_padding is None else {"output_padding": self.output_padding}
         return skip_init(
-            _CONVS[len(self.kernel)],
+            (_TRANSPOSED if self.transposed else _CONVS)[len(self.kernel)],
             self.inputs,
             self.outputs,
             self.kernel,
@@ -159,11 +187,14 @@ class Geometry:
             groups=self.groups,
             bias=self.bias,
             padding_mode=self.padding_mode,
+            **own,
             **factory,
         )
 
     def on_axes(self, axes: set[int], *, inputs: int, outputs: int, bias: bool, groups: int | None = None) -> Geometry:
         """A convolution with other widths that does this one's spatial work on `axes` and none on the others.
+
+        It is transposed where this one is and there is such work.
 
         Args:
             axes: Spatial axes.
@@ -189,4 +220,5 @@ class Geometry:
             groups=self.groups if groups is None else groups,
             bias=bias,
             padding_mode=self.padding_mode if busy else "zeros",
+            output_padding=keep(self.output_padding, 0) if self.output_padding is not None and axes else None,
         )

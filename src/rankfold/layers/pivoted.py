@@ -22,8 +22,8 @@ class PivotedLayer(nn.Module):
     """A layer whose outer factors are stored by pivots; see `rankfold.factors.PivotedFactors`.
 
     `z = x_J + input(x_R)`, `v = core(z)`, and `y` is `(v, output(v))` in the order of the channels. Its children are
-    standard `nn.Linear` or `nn.ConvNd`; of a table `core` is an `nn.Embedding`. Without `input`, `z = x`; without
-    `output`, `y = v`.
+    standard `nn.Linear` or `nn.ConvNd`; of a transposed convolution `core` is one too, of a table an `nn.Embedding`.
+    Without `input`, `z = x`; without `output`, `y = v`.
 
     Attributes:
         kept: Input channels `J`, shape (groups·r,), int32; None without `input`.
@@ -49,13 +49,13 @@ class PivotedLayer(nn.Module):
             self.add_module(name, layer)
         self._geometry, self._parts = geometry, dict(parts)
         self._axis = -1 - len(geometry.kernel)
-        pointwise = all(size == 1 for size in geometry.kernel)  # the stage that is first takes the steps then
+        pointwise = not geometry.transposed and all(size == 1 for size in geometry.kernel)  # the first takes the steps
         self._steps = geometry.stride if pointwise and any(step > 1 for step in geometry.stride) else ()
         pads = [geometry.axis_padding(axis) for axis in range(len(geometry.kernel))] if pointwise else []
         self._pads = [size for pair in reversed(pads) for size in pair] if any(map(any, pads)) else []
         self._mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
         device = tensor(self.core, "weight").device
-        rank = 0 if geometry.table is not None else tensor(self.core, "weight").shape[1] * geometry.groups
+        rank = 0 if geometry.table is not None else parts[CORE].inputs
 
         def places(count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)
@@ -124,12 +124,12 @@ class PivotedLayer(nn.Module):
         core, bias = self._parts[CORE], getattr(self.core, "bias", None)
         parts = [(stage_weight(self.core), replace(core, bias=core.bias and self.order is None), bias)]
         if self.kept is not None and self.others is not None:
-            dense = _with_identity(self._table(self.input).mT, self.kept, self.others).mT.flatten(0, 1)
+            dense = _with_identity(self._table(self.input).mT, self.kept, self.others).mT
             own = replace(self._parts[INPUT], inputs=self._geometry.inputs)
             parts.insert(0, (dense.reshape(*dense.shape, *ones), own, None))
         if self.order is not None:
             kept, others = self.order.argsort().tensor_split([core.outputs])
-            dense = _with_identity(self._table(self.output), kept, others).flatten(0, 1)
+            dense = _with_identity(self._table(self.output), kept, others)
             if bias is not None:
                 rest = widen(tensor(self.output, "bias")) + self._through(widen(bias))
                 bias = torch.cat([widen(bias), rest])[self.order.long()]

@@ -45,14 +45,14 @@ def fill_shell(shell: nn.Module, groups: Sequence[Factors], bias: Tensor | None)
 
 
 def chain_of(shell: nn.Module) -> list[tuple[Tensor, Geometry, Tensor | None]] | None:
-    """Weight, geometry and bias of the layers whose product a shell is; None for a module that is no shell.
+    """Weight by group, geometry and bias of the layers whose product a shell is; None for a module that is no shell.
 
     Args:
         shell: A module.
     """
     if isinstance(shell, PivotedLayer):
         return shell.chain()
-    parts = []
+    parts: list[tuple[Tensor, Geometry, Tensor | None]] = []
     for layer in shell.children():
         adapter = adapter_for(layer)
         if adapter is None:
@@ -75,6 +75,7 @@ def dense_geometry(parts: Sequence[Geometry]) -> Geometry:
 
     padding = first.padding if isinstance(first.padding, str) else axis("padding", 0)
     modes = [part.padding_mode for part in parts if part.padding_mode != "zeros"]
+    more = [part.output_padding for part in parts if part.output_padding is not None]
     return Geometry(
         first.inputs,
         last.outputs,
@@ -85,4 +86,5 @@ def dense_geometry(parts: Sequence[Geometry]) -> Geometry:
         first.groups,
         modes[0] if modes else "zeros",
         last.bias,
+        output_padding=tuple(map(max, zip(*more, strict=True))) if more else None,
     )

@@ -1,6 +1,6 @@
 """The plan: the decisions about every layer."""
 
-from rankfold.plan.decisions import ChannelDecision, Decision
+from rankfold.plan.decisions import BranchDecision, ChannelDecision, Decision
 from rankfold.plan.plan import Plan
 
-__all__ = ["ChannelDecision", "Decision", "Plan"]
+__all__ = ["BranchDecision", "ChannelDecision", "Decision", "Plan"]

@@ -1,4 +1,4 @@
-"""Decisions about a site, and about a group of channels."""
+"""Decisions about a site, about a group of channels, and about a residual branch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rankfold.registry import to_json
 
 @dataclass(frozen=True)
 class Decision:
-    """Decision about a site: dense, or a method at a rank.
+    """Decision about a site: dense, a method at a rank, or gone with its branch (no method, rank 0).
 
     Attributes:
         site: Path of the site.
-        method: The decomposition; None leaves the site dense.
-        rank: The rank; None where dense.
+        method: The decomposition; None leaves the site dense, or is for one that goes.
+        rank: The rank; None where dense, 0 where the site goes with its branch.
         why: Reason of the selector, in words.
         error: The predicted error, as `measure` defines it; None where dense, and in plans written by hand.
     """
@@ -30,9 +30,16 @@ class Decision:
     error: float | None = None
 
     @property
+    def gone(self) -> bool:
+        """Whether the site goes with its branch."""
+        return self.method is None and self.rank == 0
+
+    @property
     def form(self) -> str:
-        """Form of the factors, or "dense"."""
-        return "dense" if self.method is None else self.method.form
+        """Form of the factors, "dense", or "gone"."""
+        if self.method is None:
+            return "gone" if self.gone else "dense"
+        return self.method.form
 
     def to_json(self) -> dict[str, Any]:
         """The decision as a dict."""
@@ -64,3 +71,23 @@ class ChannelDecision:
         """The decision as a dict."""
         kept = as_ranges(self.kept)
         return {"group": self.group, "units": self.units, "kept": kept, "why": self.why, "fold": self.fold}
+
+
+@dataclass(frozen=True)
+class BranchDecision:
+    """Decision about a residual branch: it goes.
+
+    Attributes:
+        branch: Name of the branch: the last layer in it.
+        constant: Path of the module that becomes a constant, which is what is left of the branch; "" where a whole
+            block goes and nothing is left.
+        why: Reason, in words.
+    """
+
+    branch: str
+    constant: str = ""
+    why: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The decision as a dict."""
+        return {"branch": self.branch, "constant": self.constant, "why": self.why}

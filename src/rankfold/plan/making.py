@@ -87,6 +87,7 @@ def make_plan(
             seed,
             dict(calibration or {}),
             None if repair is None else to_json(repair),
+            split=sites.split,
         )
 
     problem = curves.problem(budget)
@@ -129,6 +130,8 @@ def check_kinds(given: Mapping[str, tuple[Any, type]]) -> None:
 
 def decision_cost(site: Site, decision: Decision) -> Cost:
     """Predicted cost of one site."""
+    if decision.gone:
+        return Cost()
     if decision.method is None or decision.rank is None:
         return dense_cost(site)
     return site_cost(site, decision.method.form, decision.rank)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rankfold.errors import PlanError, near_matches
-from rankfold.plan.decisions import ChannelDecision, Decision
+from rankfold.layers.stands import Stand
+from rankfold.plan.decisions import BranchDecision, ChannelDecision, Decision
 from rankfold.plan.indices import as_ranges
 from rankfold.plan.reading import OF_GROUP, VERSION, read_plan
 from rankfold.serialization import canonical_json, parse_json, read_json
@@ -36,6 +37,10 @@ class Plan:
         attributes: New values of numbers that modules keep about their channels (heads): path → attribute → value.
         removal: The family that removed the channels, with its options, as its JSON; None where none were removed.
         width_selector: The selector of how many channels stay, as its JSON; None where none were removed.
+        branches: Decisions, one per residual branch that goes.
+        stands: What takes the place of the modules that go with them, by path.
+        split: Paths of `nn.MultiheadAttention` in the original that are split into linear layers first. The fingerprint
+            and all else are of the model as that leaves it.
     """
 
     decisions: tuple[Decision, ...]
@@ -52,6 +57,9 @@ class Plan:
     attributes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     removal: Mapping[str, Any] | None = None
     width_selector: Mapping[str, Any] | None = None
+    branches: tuple[BranchDecision, ...] = ()
+    stands: Mapping[str, Stand] = field(default_factory=dict)
+    split: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Canonical JSON text: equal plans give equal bytes."""
@@ -64,11 +72,17 @@ class Plan:
             },
             "attributes": {path: dict(own) for path, own in self.attributes.items()},
         }
+        gone = {
+            "branches": [decision.to_json() for decision in self.branches],
+            "stands": {path: stand.to_json() for path, stand in self.stands.items()},
+        }
         chosen = {"removal": self.removal, "width_selector": self.width_selector}
         return canonical_json(
             {
                 **(removed if self.channels or self.cuts else {}),
+                **(gone if self.branches or self.stands else {}),
                 **{key: value for key, value in chosen.items() if value is not None},
+                **({"split": list(self.split)} if self.split else {}),
                 "version": VERSION,
                 "decisions": [decision.to_json() for decision in self.decisions],
                 "skips": [{"path": skip.path, "reason": skip.reason} for skip in self.skips],

@@ -15,13 +15,15 @@ from rankfold.cost.resources import RESOURCES, Budget
 from rankfold.data.draws import SEED_LAW, is_seed
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.errors import BudgetError, PlanError, near_matches, shown
-from rankfold.plan.decisions import ChannelDecision, Decision
+from rankfold.layers.stands import BYPASS, CONSTANT, Stand
+from rankfold.plan.decisions import BranchDecision, ChannelDecision, Decision
 from rankfold.plan.indices import from_ranges
 from rankfold.registry import from_json
 from rankfold.serialization import converted
 from rankfold.sites.site import Skip
 
 VERSION = 1
+MOST = 2**31  # channels of a constant
 AS_THEY_ARE = (
     "fingerprint",
     "model",
@@ -52,6 +54,21 @@ class _Channels(msgspec.Struct, forbid_unknown_fields=True):
     fold: bool = True
 
 
+class _Branch(msgspec.Struct, forbid_unknown_fields=True):
+    branch: str
+    constant: str = ""
+    why: str = ""
+
+
+class _Stand(msgspec.Struct, forbid_unknown_fields=True):
+    kind: str
+    items: list[bool] = []
+    channels: int = 0
+    axes: int = 0
+    full: bool = False
+    copied: bool = False
+
+
 class _Skip(msgspec.Struct, forbid_unknown_fields=True):
     path: str
     reason: str
@@ -73,6 +90,9 @@ class _Plan(msgspec.Struct, forbid_unknown_fields=True):
     attributes: dict[str, Any] = {}
     removal: dict[str, Any] | None = None
     width_selector: dict[str, Any] | None = None
+    branches: list[_Branch] = []
+    stands: dict[str, _Stand] = {}
+    split: list[str] = []
 
 
 def read_plan(value: Any, place: str) -> dict[str, Any]:
@@ -108,6 +128,9 @@ def read_plan(value: Any, place: str) -> dict[str, Any]:
         "channels": channels,
         "cuts": {name: _axes(axes, f"{place}.cuts.{name}", kept) for name, axes in read.cuts.items()},
         "attributes": {path: _numbers(own, f"{place}.attributes.{path}") for path, own in read.attributes.items()},
+        "branches": tuple(BranchDecision(each.branch, each.constant, each.why) for each in read.branches),
+        "stands": {path: _stand(each, f"{place}.stands.{path}") for path, each in read.stands.items()},
+        "split": tuple(read.split),
         **{name: getattr(read, name) for name in AS_THEY_ARE},
     }
 
@@ -133,14 +156,29 @@ def _decision(read: _Decision, place: str) -> Decision:
     rank = tuple(read.rank) if isinstance(read.rank, list) else read.rank
     parts = rank if isinstance(rank, tuple) else (rank,)
     whole = bool(parts) and all(type(part) is int and part > 0 for part in parts)
+    if method is None and type(rank) is int and rank == 0:
+        return Decision(read.site, None, 0, read.why, read.error)
     if (method is None) != (rank is None) or (rank is not None and not whole):
         raise PlanError(
             f"{place} ({read.site})",
-            law="a method with a rank of at least 1, or both null (dense)",
+            law="a method with a rank of at least 1, null with 0 (gone with its branch), or both null (dense)",
             got=shown(rank),
             cure="correct the rank, or set both to null",
         )
     return Decision(read.site, method, rank, read.why, read.error)
+
+
+def _stand(read: _Stand, place: str) -> Stand:
+    """What takes the place of one module."""
+    constant = read.kind == CONSTANT and 0 < read.channels < MOST and 0 <= read.axes <= 3 and not read.copied
+    if not constant and not (read.kind == BYPASS and read.channels == read.axes == 0 and not read.full):
+        raise PlanError(
+            place,
+            law=f'a "{BYPASS}", or a "{CONSTANT}" of at least one channel',
+            got=shown(msgspec.to_builtins(read)),
+            cure="make the plan again",
+        )
+    return Stand(read.kind, tuple(read.items), read.channels, read.axes, read.full, read.copied)
 
 
 def _channels(read: _Channels, place: str) -> ChannelDecision:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rankfold.checks import check_count, check_flag, check_number
-from rankfold.registry import register
+from rankfold.registry import added, register
 
 
 @register("lockstep")
@@ -19,6 +19,9 @@ class Lockstep:
     `y + (skip − skip')/a`, so that the site also takes up the error its skip branch carries. A layer without a bias
     gets none: a batch norm right behind it takes the shift into its running mean, otherwise raw moments are used.
 
+    With an anchor `α` below 1 the target `t` of a site is mixed with what its own weight makes of its input:
+    `α t + (1 − α)(W₀x' + b₀)`. Few samples hold noise, and α is how far it is followed.
+
     A site whose repair does not lower the error on n held-out samples by more than `0.16/√n` of it keeps the
     unrepaired layer.
 
@@ -30,6 +33,7 @@ class Lockstep:
         batch: Number of samples in a micro-batch.
         reestimate_batch_norms: True if batch norms get new running moments at the end, from the fitted samples; see
             `rankfold.reestimate_batch_norms` for what that can cost.
+        anchor: Share `α` of the original's output in the target, in (0, 1]; 1 is the original's output alone.
     """
 
     ridge: float = 1e-3
@@ -38,10 +42,12 @@ class Lockstep:
     samples_per_feature: int = 48
     batch: int = 128
     reestimate_batch_norms: bool = False
+    anchor: float = added(1.0)
 
     def __post_init__(self) -> None:
         law = "a number in (0, 1]"
         check_number("Lockstep.ridge", self.ridge, law=law, cure="try 1e-3", high=1, open_low=True)
+        check_number("Lockstep.anchor", self.anchor, law=law, cure="try 1.0, or 0.5", high=1, open_low=True)
         for name in ("absorb_skip", "dense", "reestimate_batch_norms"):
             check_flag(f"Lockstep.{name}", getattr(self, name))
         for name in ("samples_per_feature", "batch"):

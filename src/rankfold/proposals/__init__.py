@@ -16,10 +16,12 @@ from rankfold.proposals._base import (
 from rankfold.proposals._ranks import RankProposer  # registered first: its proposals come first
 
 from rankfold.proposals._channels import ChannelProposer  # isort: skip
+from rankfold.proposals._branches import BranchProposer  # isort: skip
 
 __all__ = [
     "Asked",
     "Basis",
+    "BranchProposer",
     "ChannelProposer",
     "FamilyForecast",
     "Outlook",

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import nn
 
@@ -134,8 +134,21 @@ class Proposer(ABC):
         families: Families of its kind among `basis.families`.
     """
 
+    traces: ClassVar[bool] = True
+    """True if its proposals read the graph of the model."""
+
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
         self.basis, self.families = basis, tuple(families)
+        self.beside: list[Proposer] = []  # proposers of the families of other kinds
+
+    def on(self, basis: Basis) -> Proposer:
+        """The same for the model without some branches, whose layers and statistics are some of this one's."""
+        other = self._on(basis)
+        other.beside = [each._on(basis) for each in self.beside if each.families and each.basis is self.basis]
+        return other
+
+    def _on(self, basis: Basis) -> Proposer:
+        return type(self)(basis, self.families)
 
     @abstractmethod
     def proposals(self, asked: Asked) -> list[Proposal]:
@@ -200,7 +213,10 @@ def kinds_of(families: Sequence[Family]) -> dict[type[Proposer], list[Family]]:
 
 def proposers_of(basis: Basis) -> list[Proposer]:
     """The proposers of the families of a basis."""
-    return [proposer(basis, own) for proposer, own in kinds_of(basis.families).items()]
+    found = [proposer(basis, own) for proposer, own in kinds_of(basis.families).items()]
+    for proposer in found:
+        proposer.beside = [other for other in found if other is not proposer]
+    return found
 
 
 def numbers_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool = True) -> tuple[int, int]:

@@ -8,17 +8,20 @@ from functools import partial
 
 import torch
 
-from rankfold.allocation import Lagrangian, RankSelector, Uniform
+from rankfold.allocation import Curves, Lagrangian, RankSelector
 from rankfold.channels.elimination import RemovalCurve, even
 from rankfold.channels.groups import ChannelGroup, find_channels
+from rankfold.channels.joint import Ledger
 from rankfold.channels.ledger import Widths, stacks_of
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.distributed import world
 from rankfold.errors import SiteError
+from rankfold.plan import Plan
+from rankfold.plan.making import DIGITS, make_plan
 from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
-from rankfold.proposals._ranks import curve_seconds
+from rankfold.proposals._ranks import RankProposer, curve_seconds
 from rankfold.proposals._remover import Remover
 from rankfold.registry import name_of
 
@@ -36,6 +39,8 @@ class ChannelWay:
         sizes: Selector of how many units of each group stay.
         selector: Selector of the ranks.
         always: True if it is always tried, as in `Proposal`.
+        measured: True if the errors of channels are scaled by what plans of channels alone, and of ranks alone, were
+            measured to lose.
     """
 
     name: str
@@ -43,11 +48,12 @@ class ChannelWay:
     sizes: WidthSelector
     selector: RankSelector
     always: bool
+    measured: bool = False
 
 
 @proposes(Interpolative)
 class ChannelProposer(Proposer):
-    """Proposer of plans that remove channels all the way to the budget, or half of it with ranks for the rest."""
+    """Proposer of plans that remove channels: alone, and weighed against ranks."""
 
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
         super().__init__(basis, families)
@@ -63,26 +69,20 @@ class ChannelProposer(Proposer):
             ranks=bool(forms),
         )
         found = []
+        ranks = next((each for each in self.beside if isinstance(each, RankProposer)), None)
         for method in self.families:
             if not isinstance(method, Interpolative):
                 continue
             remover = self._remover(method, ways, alone=not forms)
             if remover is None:
                 continue
+            curves = None if ranks is None or not forms else ranks.curves(multiple)
+            maker = _Maker(self.basis, asked, remover, forms, curves)
             for way in ways:
-                make = partial(
-                    remover.plan,
-                    asked.budget,
-                    share=way.share,
-                    sizes=way.sizes,
-                    families=forms,
-                    selector=way.selector,
-                    seed=self.basis.seed,
-                    repair=asked.repair,
-                    evaluate=asked.evaluate,
-                    world=world(),
-                )
-                found.append(Proposal(way.name, make, always=way.always))
+                if not way.measured:
+                    found.append(Proposal(way.name, partial(maker.plan, way), always=way.always))
+                elif asked.evaluate is not None and asked.repair is not None:
+                    found.append(Proposal(way.name, partial(maker.measured, way, ways[0]), always=way.always))
         return found
 
     def _remover(self, method: Interpolative, ways: Sequence[ChannelWay], *, alone: bool) -> Remover | None:
@@ -121,7 +121,7 @@ class ChannelProposer(Proposer):
     def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
         """See `Proposer.numbers`."""
         if ranks:
-            many, few = (2 if chosen_by else 3), 2
+            many, few = 4, 3
         else:
             many = few = 1 if chosen_by else len(SIZES)
         return many * len(families), few * len(families)
@@ -147,6 +147,71 @@ class ChannelProposer(Proposer):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    """Maker of the plans of one method.
+
+    Attributes:
+        basis: The measured model.
+        asked: The request.
+        remover: The channels.
+        forms: Families that have ranks.
+        curves: Curves of those; None where there are none.
+    """
+
+    basis: Basis
+    asked: Asked
+    remover: Remover
+    forms: Sequence[Decomposition]
+    curves: Curves | None
+
+    def plan(self, way: ChannelWay) -> Plan:
+        """The plan of a way."""
+        return self.remover.plan(
+            self.asked.budget,
+            share=way.share,
+            sizes=way.sizes,
+            families=self.forms,
+            selector=way.selector,
+            seed=self.basis.seed,
+            repair=self.asked.repair,
+            evaluate=self.asked.evaluate,
+            world=world(),
+            ranks=self.curves,
+        )
+
+    def measured(self, way: ChannelWay, alone: ChannelWay) -> Plan:
+        """The plan of a way whose errors of channels are scaled.
+
+        The scale is what an error predicted for channels costs, over what one predicted for ranks does: each measured,
+        after repair, on the plan that reaches the budget by them alone. These plans are tried anyway.
+
+        Args:
+            way: The way, by a `Ledger`.
+            alone: The way that removes channels alone.
+        """
+        asked, curves = self.asked, self.curves
+        if curves is None or asked.evaluate is None:
+            raise TypeError("a scale is measured on plans that are carried out")
+        by_channels = self.plan(alone)
+        by_ranks = make_plan(
+            curves,
+            budget=asked.budget,
+            selector=way.selector,
+            seed=self.basis.seed,
+            calibration=self.basis.stats.manifest,
+            repair=asked.repair,
+            evaluate=asked.evaluate,
+        )
+        predicted = self.remover.errors(by_channels, curves)
+        others = sum(decision.error or 0.0 for decision in by_ranks.decisions)
+        scale = 1.0
+        if min(predicted, others) > 0:
+            lost, less = asked.evaluate(by_channels), asked.evaluate(by_ranks)
+            scale = (lost / predicted) / (less / others) if min(lost, less) > 0 else 1.0
+        return self.plan(replace(way, sizes=Ledger(scale=float(f"{scale:.{DIGITS}g}"))))
+
+
 def _narrowest(outlook: Outlook, groups: Sequence[ChannelGroup], method: Interpolative) -> Cost:
     """The whole model with each group at as few units as the method leaves."""
     curves = [RemovalCurve(group, torch.arange(group.units), torch.zeros(group.units + 1)) for group in groups]
@@ -169,17 +234,23 @@ def _ordering(outlook: Outlook, group: ChannelGroup) -> float:
 
 
 def channel_ways(selector: RankSelector | None, sizes: WidthSelector | None, *, ranks: bool) -> list[ChannelWay]:
-    """Ways to remove channels: all the way, and half of it with ranks for the rest; without ranks, by all selectors.
+    """Ways to remove channels: all the way, half of it with ranks for the rest, and by the ledger, with predicted and
+    with measured errors; without ranks, by all selectors.
 
     Args:
         selector: Selector of ranks that the caller gave; None is each of the defaults.
         sizes: Selector of channels that the caller gave; None is each of the defaults.
         ranks: True if there are families with ranks.
     """
-    ranked = [Lagrangian(), Uniform()] if selector is None else [selector]
+    ranks_by = Lagrangian() if selector is None else selector
     if not ranks:
         tried = SIZES if sizes is None else {name_of(sizes): sizes}
-        return [ChannelWay(f"channels, {name}", 1.0, each, ranked[0], True) for name, each in tried.items()]
+        return [ChannelWay(f"channels, {name}", 1.0, each, ranks_by, True) for name, each in tried.items()]
     half = SIZES[HALF_WAY]
-    mixed = [ChannelWay(f"channels + {name_of(each)}", 0.5, half, each, each is ranked[0]) for each in ranked]
-    return [ChannelWay("channels", 1.0, half, ranked[0], True), *mixed]
+    by, joint = name_of(ranks_by), Ledger()
+    return [
+        ChannelWay("channels", 1.0, half, ranks_by, True),
+        ChannelWay(f"channels + {by}", 0.5, half, ranks_by, True),
+        ChannelWay(f"ledger + {by}", 1.0, joint, ranks_by, True),
+        ChannelWay(f"measured ledger + {by}", 1.0, joint, ranks_by, False, measured=True),
+    ]

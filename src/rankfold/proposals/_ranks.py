@@ -1,4 +1,4 @@
-"""Plans that cut ranks: of all families that have some together, and of each alone."""
+"""Plans that cut ranks, of all families that have some."""
 
 from __future__ import annotations
 
@@ -24,11 +24,25 @@ HALVES = 2  # number of parts of the samples, between which curves are cross-fit
 
 @proposes(Decomposition)
 class RankProposer(Proposer):
-    """Proposer of ranks, by each selector with all families, with positions as independent, with each family alone."""
+    """Proposer of ranks, by each selector, and with positions as independent."""
+
+    traces = False
 
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
         super().__init__(basis, families)
         self._curves: dict[int, Curves] = {}
+
+    def _on(self, basis: Basis) -> RankProposer:
+        """The curves of the layers that are left are those of this one."""
+        other, left = RankProposer(basis, self.families), {site.path for site in basis.sites}
+        for multiple, curves in self._curves.items():
+            other._curves[multiple] = replace(
+                curves,
+                sites=basis.sites,
+                curves=tuple(curve for curve in curves if curve.site.path in left),
+                spectra={key: own for key, own in curves.spectra.items() if key[0] in left},
+            )
+        return other
 
     @property
     def forms(self) -> list[Decomposition]:
@@ -82,8 +96,7 @@ class RankProposer(Proposer):
         """See `Proposer.numbers`: curves with positions as independent give one more plan."""
         if chosen_by:
             return 1, 1
-        maps = {family.map for family in families if isinstance(family, Decomposition)}
-        return 3 + weighting + (len(maps) if len(maps) > 1 else 0), 3
+        return 3 + weighting, 3
 
     @classmethod
     def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
@@ -118,15 +131,11 @@ def _least(site: Site, forms: Sequence[Decomposition]) -> Cost:
 def by_ranks(
     curves: Curves, selector: RankSelector | None, make: Callable[[Curves, RankSelector], Plan]
 ) -> list[Proposal]:
-    """Ways to cut ranks: by each selector with all families, with positions as independent, with each family alone.
+    """Ways to cut ranks: by each selector, and with positions as independent.
 
     How errors add up within a sample is measured for one layer at a time. Where it is much the same everywhere (in
     residual networks) its noise costs more than the measurement gains, so a plan that takes positions as independent is
     tried too.
-
-    The choice among all families includes each family alone, which by the curves is no better. But curves are
-    estimates, and where a layer's neighbours are cut too a family may do better alone than in the choice: so it is
-    tried.
 
     Args:
         curves: Curves of all families.
@@ -135,14 +144,10 @@ def by_ranks(
     """
     if selector is not None:
         return [Proposal(name_of(selector), partial(make, curves, selector))]
-    methods = list(dict.fromkeys(curve.method.map for curve in curves))
     first = Lagrangian()
     found = [Proposal(name_of(each), partial(make, curves, each)) for each in (first, Uniform(), HalfWay())]
     if any(curve.independent is not None for curve in curves):
         found.append(
             Proposal(f"{name_of(first)}, independent", partial(make, curves.independent(), first), always=False)
         )
-    for method in methods if len(methods) > 1 else ():
-        own = replace(curves, curves=tuple(curve for curve in curves if curve.method.map == method))
-        found.append(Proposal(f"{name_of(first)}, {name_of(method)} alone", partial(make, own, first), always=False))
     return found

@@ -144,6 +144,7 @@ class Remover:
         repair: Lockstep | None,
         evaluate: Callable[[Plan], float] | None = None,
         world: World = ALONE,
+        ranks: Curves | None = None,
     ) -> Plan:
         """A plan in which removing channels covers a share of the way to the budget, and the other families the rest.
 
@@ -157,13 +158,17 @@ class Remover:
             repair: The repair, recorded in the plan; None for none.
             evaluate: Function that carries a plan out and returns its divergence, as for `make_plan`.
             world: Processes that divide the curves among themselves.
+            ranks: Curves of the original's ranks, for selectors of sizes that read "ranks": these weigh channels
+                against ranks themselves, all the way to the budget, whatever `share` is.
 
         Raises:
             BudgetError: The budget cannot be met on this way.
         """
         whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
-        part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
-        widths = Widths(self.model, self.curves, self.sites, part, self.stacks)
+        joint = ranks if "ranks" in sizes.reads else None
+        way = 1.0 if joint is not None else share
+        part = {name: whole[name] - int((whole[name] - bound) * way) for name, bound in bounds.items()}
+        widths = Widths(self.model, self.curves, self.sites, part, self.stacks, joint)
         chosen = sizes.select(widths)
         decided = []
         for curve in self.curves:
@@ -197,7 +202,7 @@ class Remover:
                 width_selector=to_json(sizes) if decided else None,
             )
 
-        if share < 1 and families:
+        if (share < 1 or joint is not None) and families:
             spectra = "spectra" in selector.reads
             key = (*decided, *families, spectra)
             if key not in self.narrowed:
@@ -223,8 +228,15 @@ class Remover:
                 seed=seed,
                 calibration=dict(self.stats.manifest),
                 repair=None if repair is None else to_json(repair),
+                split=self.sites.split,
             )
         return complete(plan)
+
+    def errors(self, plan: Plan, ranks: Curves) -> float:
+        """The error that is predicted for the channels that a plan removes, in the unit of the errors of ranks."""
+        gone = {decision.group: decision.units - len(decision.kept) for decision in plan.channels}
+        lost = (float(each.errors[gone[each.group.name]]) for each in self.curves if each.group.name in gone)
+        return sum(lost) / ranks.unit
 
     def _curves(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from rankfold.data.batches import Batch
 from rankfold.data.draws import enough_positions, generator
 from rankfold.distributed import ALONE, World
 from rankfold.layers import Adapter
-from rankfold.layers.calls import rows_of
+from rankfold.layers.calls import input_of, rows_of
 from rankfold.repair.moments import FIRST, HELD, SECOND, SplitMoments
 from rankfold.repair.widened import channel_axis, narrowed
 from rankfold.statistics.collect import chunks, labels_of_rows, of_rows, tells_apart
@@ -129,3 +130,22 @@ class Gather:
             return None
         key = (self._seed, self._share.numbers[index], *([call] if call > 1 else []))
         return torch.randperm(available, generator=generator(*key))[:wanted].sort().values
+
+
+class LaterCalls:
+    """Forward hook of a site on one micro-batch: collects all calls but the first.
+
+    Args:
+        gather: Collector of the site's inputs and targets.
+        index: Index of the micro-batch.
+    """
+
+    def __init__(self, gather: Gather, index: int) -> None:
+        self._gather, self._index, self._calls = gather, index, 0
+
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
+        """Collect a call that is not the first."""
+        self._calls += 1
+        if self._calls > 1:
+            inputs = input_of(args, options)
+            self._gather.add(self._index, inputs, output, call=self._calls)

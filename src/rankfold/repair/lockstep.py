@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,12 +21,15 @@ from rankfold.errors import DistributedError, NumericsError, SelfCheckError, Tra
 from rankfold.graph.spill import Spill
 from rankfold.graph.trace import followed_output
 from rankfold.graph.walk import Arrival, Returned, Walk, weights_of
-from rankfold.install.swap import swap, train_as_
+from rankfold.install.swap import train_as_
+from rankfold.layers.stands import Always, Constant
+from rankfold.layers.swapping import swap
 from rankfold.plan import Plan
 from rankfold.plan.repair import Lockstep
 from rankfold.progress import Progress, silent
 from rankfold.repair.gather import Share
-from rankfold.repair.site import Recall, SiteSolver, always_solve
+from rankfold.repair.removed import Removed
+from rankfold.repair.site import Recall, SiteSolver, Solved, always_solve
 from rankfold.repair.widened import Widened
 from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
@@ -130,7 +134,8 @@ def lockstep_pass(
             got=f"{number} for {world.size} processes",
             cure="pass more data or a smaller Lockstep(batch=...), or start fewer processes",
         )
-    calls = sites.in_graph()
+    removed = Removed.of(program, model, plan)
+    calls = [call for call in sites.in_graph() if call.exit not in removed.dead]
     reached = {call.path for call in calls}
     missed = [decision.site for decision in plan.changes if decision.site not in reached]
     if missed:
@@ -146,16 +151,37 @@ def lockstep_pass(
     share = Share(
         result.parts, result.held, numbers, starts, samples if drawn_for is None else drawn_for, judging, world
     )
-    solver = SiteSolver(modules, plan, options, stats, share, kept, {site.path: site.rows for site in sites})
-    if several := {path for path, times in Counter(call.path for call in calls).items() if times > 1}:
-        solver.look_ahead(model, several)
+    alone = {part.path: part.rows for site in sites for part in site.parts}
+    solver = SiteSolver(modules, plan, options, stats, share, kept, alone)
+    heads = {site.path: site.head.path for site in sites if site.head is not None}
+    tables = {head: table for table, head in heads.items()}
+    several = {path for path, times in Counter(call.path for call in calls).items() if times > 1}
+    if ahead := several - {*heads, *tables}:
+        solver.look_ahead(model, ahead)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     overrides: dict[str, Tensor] = {}  # buffers of the walk, which is as wide as the original
-    with progress("lockstep", len({call.path for call in calls})) as advance, evaluating(model):
+    with progress("lockstep", len({call.path for call in [*calls, *removed.calls]})) as advance, evaluating(model):
+
+        @cache
+        def table(path: str) -> Solved:
+            return recall(path, lambda: solver.table(path, heads[path]))
 
         def solve(arrival: Arrival) -> nn.Module:
             path = arrival.call.path
-            solved = recall(path, lambda: solver.solve(arrival))
+            if arrival.call in removed.calls:
+                constant = removed.constant(arrival, share, alone.get(path, ()))
+                if (place := removed.places[path]) and isinstance(new := modules[place], Constant):
+                    left = plan.cuts.get(f"{place}.bias", {}).get(0)
+                    flat = constant.reshape(-1)
+                    result.layers[place] = new.of(flat if left is None else flat[list(left)])
+                advance()
+                return Always(constant)
+            if path in heads:
+                solved = table(path)
+            elif path in tables:  # holds the table's parameter itself, which a solution on disk does not
+                solved = solver.head(arrival, tables[path], table(tables[path]).layer, alone=path not in several)
+            else:
+                solved = recall(path, lambda: solver.solve(arrival))
             if solved.layer is not modules[path]:
                 result.layers[path] = solved.layer
             if solved.errors is not None:
@@ -171,7 +197,10 @@ def lockstep_pass(
                 return solved.layer
             return Widened(solved.layer, originals[path], kept[path])
 
-        result.outputs = Walk(program, weights_of(model), calls, result.parts, solve, overrides, spill).run()
+        walked = [*calls, *removed.calls]
+        result.outputs = Walk(
+            program, weights_of(model), walked, result.parts, solve, overrides, spill, removed.dead
+        ).run()
     return result
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,16 @@ from rankfold.factors import Factors
 from rankfold.graph.regions import channel_scale
 from rankfold.graph.walk import Arrival
 from rankfold.install.fill import unrepaired
+from rankfold.install.tied import fill_head
 from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
-from rankfold.layers.calls import input_of
+from rankfold.layers.tied import build_head, table_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.plan.repair import Lockstep
-from rankfold.repair.gather import Gather, Share
+from rankfold.repair.gather import Gather, LaterCalls, Share
+from rankfold.repair.head import gathered, repaired_map, root_of
 from rankfold.repair.moments import PairMoments, SplitMoments
-from rankfold.repair.solve import as_moments, best_bias, ridge
+from rankfold.repair.solve import as_moments, best_bias, mean_target, ridge
 from rankfold.sites.site import Site
 from rankfold.statistics import Statistics
 from rankfold.statistics.size import size_of
@@ -140,6 +142,58 @@ class SiteSolver:
             solved = self._solved(decision, layer, adapter, norm, seen) if mine else None
         return solved if self._share.world.size == 1 and solved else self._given(solved, decision, layer, norm, turn)
 
+    def table(self, path: str, head: str) -> Solved:
+        """The shell of a table that is tied to a head, without repair: what is looked up is the same in both networks.
+
+        Args:
+            path: Path of the table.
+            head: Path of the head.
+        """
+        layer, decision = self._modules[path], self._plan.at(path)
+        adapter = adapter_for(layer)
+        if decision.method is None or adapter is None:
+            return Solved(layer)
+        turn, self._turn = self._turn, self._turn + 1
+        shell = self._shell(layer, decision)
+        if self._share.world.owns(turn):
+            factors, _ = unrepaired(decision, layer, self._stats, head)
+            fill_shell(shell, adapter.stored(layer, factors), None)
+        self._share.world.broadcast_([*shell.parameters(), *shell.buffers()], turn)
+        return Solved(shell)
+
+    def head(self, arrival: Arrival, table: str, shell: nn.Module, *, alone: bool) -> Solved:
+        """The head of a table: two layers, of which the second holds the table of the shell.
+
+        Args:
+            arrival: State of the walk before the head.
+            table: Path of the table.
+            shell: The table's new layer.
+            alone: True if the head is called once; the map of one that is called more often is not solved anew.
+        """
+        path, decision = arrival.call.path, self._plan.at(table)
+        layer = self._modules[path]
+        if decision.method is None:
+            return Solved(layer)
+        built, weight = build_head(layer, shell), widen(tensor(layer, "weight"))
+        metric = self._gradient_gram(path, 0)
+        turn, self._turn = self._turn, self._turn + 1
+        told = torch.zeros(3, dtype=torch.float64)
+        fill_head(built, layer, metric)
+        if alone:
+            root = root_of(weight.mT @ weight if metric is None else metric.to(weight))
+            seen = gathered(arrival, root, lambda *own: self.gather(path, *own))
+            self._check_finite(arrival, seen)
+            if self._share.world.owns(turn):
+                own, errors = repaired_map(layer, table_of(shell), metric, root, seen, self._options)
+                helps = errors[1] <= errors[0] * (1 - doubt(self._share.judging if seen.held.count else 0))
+                told = torch.tensor([*errors, float(helps)], dtype=torch.float64)
+                if helps:
+                    with torch.no_grad():
+                        tensor(next(built.children()), "weight").copy_(own)
+        self._share.world.broadcast_([told, tensor(next(built.children()), "weight")], turn)
+        before, after, repaired = told.tolist()
+        return Solved(built, {}, (before, after if repaired else before) if alone else None, bool(repaired))
+
     def _given(
         self, solved: Solved | None, decision: Decision, layer: nn.Module, norm: str | None, turn: int
     ) -> Solved:
@@ -190,14 +244,19 @@ class SiteSolver:
     ) -> _Map:
         bias = adapter.geometry(layer).bias or absorbs
         weights, factors, shifts = [], [], []
-        for group, original in enumerate(widen(adapter.canonical(layer))):
-            target, _ = ridge(seen, group, original.flatten(1), bias=bias, strength=self._options.ridge)
+        ridge_least, anchor = self._options.ridge, self._options.anchor
+        originals, own = widen(adapter.canonical(layer)), adapter.bias(layer)
+        shares = [None] * len(originals) if own is None else widen(own).chunk(len(originals))
+        for group, (original, share) in enumerate(zip(originals, shares, strict=True)):
+            dense = original.flatten(1)
+            target, _ = ridge(seen, group, dense, bias=bias, strength=ridge_least, anchor=anchor)
             if decision.method is not None and decision.rank is not None:
                 moments = as_moments(seen, group, bias=bias, gradient_gram=self._gradient_gram(decision.site, group))
                 factors.append(factorise(decision.method, target.reshape(original.shape), decision.rank, moments))
                 target = factors[-1].reconstruct().flatten(1)
             weights.append(target)
-            shifts.append(best_bias(seen.fit, group, target))
+            mean = mean_target(seen.fit, group, dense, share, anchor)
+            shifts.append(best_bias(seen.fit, group, target, mean))
         return _Map(weights, factors, torch.cat(shifts) if bias else None)
 
     def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Map:
@@ -225,15 +284,19 @@ class SiteSolver:
         seen = gather.summed()
         if path in self._later:
             seen = seen.add(self._later[path])
+        self._check_finite(arrival, seen)
+        return seen
+
+    def _check_finite(self, arrival: Arrival, seen: SplitMoments) -> None:
+        """Refuse activations that are not finite."""
         for moments, part in zip(seen.parts, ("fitted", "fitted", "held-out"), strict=True):
             if not bool(torch.isfinite(moments.xx).all() and torch.isfinite(moments.yx).all()):
                 raise NumericsError(
-                    repr(path),
+                    repr(arrival.call.path),
                     law="every activation of both networks is finite",
                     got=f"NaN or infinity in {_not_finite(arrival, part, self._share.starts)}",
                     cure="look at that sample, or exclude the layers before this one",
                 )
-        return seen
 
     def gather(self, path: str, layer: nn.Module, adapter: Adapter, device: torch.device) -> Gather:
         """The collector of a site's inputs and targets."""
@@ -260,7 +323,7 @@ class SiteSolver:
             gathers[path] = self.gather(path, self._modules[path], adapter, device_of(model))
         with evaluating(model):
             for index, part in enumerate(self._share.parts):
-                hooks = [_LaterCalls(gather, index) for gather in gathers.values()]
+                hooks = [LaterCalls(gather, index) for gather in gathers.values()]
                 handles = [
                     originals[path].register_forward_hook(hook, with_kwargs=True)
                     for path, hook in zip(gathers, hooks, strict=True)
@@ -310,24 +373,6 @@ class SiteSolver:
         """A buffer of the original."""
         module, _, buffer = name.rpartition(".")
         return tensor(self._modules[module], buffer)
-
-
-class _LaterCalls:
-    """Forward hook of a site on one micro-batch: collects all calls but the first.
-
-    Args:
-        gather: Collector of the site's inputs and targets.
-        index: Index of the micro-batch.
-    """
-
-    def __init__(self, gather: Gather, index: int) -> None:
-        self._gather, self._index, self._calls = gather, index, 0
-
-    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], options: dict[str, Any], output: Tensor) -> None:
-        self._calls += 1
-        if self._calls > 1:
-            inputs = input_of(args, options)
-            self._gather.add(self._index, inputs, output, call=self._calls)
 
 
 def _not_finite(arrival: Arrival, part: str, starts: Sequence[int]) -> str:

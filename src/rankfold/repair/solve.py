@@ -31,13 +31,18 @@ def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Te
     return second, crossed, mean_x, mean_y
 
 
-def ridge(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float) -> tuple[Tensor, float]:
+def ridge(
+    moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float, anchor: float = 1.0
+) -> tuple[Tensor, float]:
     """Least squares with a ridge towards the original weight: `W_λ = W + (C − WS)(S + λ diag(S))⁻¹`.
 
     `λ` goes from `strength`, next to full least squares, to infinity, the original weight itself. It is the one whose
     `W_λ` from one half of the samples has the least error on the other, both ways, among `strength` times powers of
     ten; with all samples half of it is taken, since chance is half as large then. So a repair that few samples do not
     support is made weaker instead of discarded. `diag(S)` gives every input a ridge in its own scale.
+
+    With an anchor `α` below 1 the target is `α y + (1 − α)(W x' + b)`, with the cross moment `C_α = α C + (1 − α) W S`.
+    As `C_α − WS = α (C − WS)`, the change is `α` times that of `α = 1`, and the halves choose the same `λ`.
 
     Where the halves are not distinguished, `λ` is `ρ/(1 − ρ)` for the shrinkage `ρ` of `S`, at most features over
     samples.
@@ -48,6 +53,7 @@ def ridge(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, stre
         weight: The original's `W`, shape (out, n).
         bias: True if a bias absorbs the means.
         strength: Least value of `λ`.
+        anchor: Share `α`, in (0, 1].
 
     Returns:
         `W_λ`, shape (out, n), and `λ`. A site that saw only zeros keeps `W`, at infinity. Rank-deficient `S` is normal:
@@ -57,7 +63,7 @@ def ridge(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, stre
     second, crossed, _, _ = centred(moments.fit, group, bias=bias)
     if math.isinf(chosen) or not float(second.diagonal().mean()) > 0:
         return weight.clone(), math.inf
-    return weight + _change(second, crossed - weight @ second, chosen), chosen
+    return weight + anchor * _change(second, crossed - weight @ second, chosen), chosen
 
 
 def _chosen(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float) -> float:
@@ -130,7 +136,29 @@ def as_moments(moments: SplitMoments, group: int, *, bias: bool, gradient_gram: 
     return Moments(shrunk(gram, mean, rho), mean, None, bias, gradient_gram)
 
 
-def best_bias(moments: PairMoments, group: int, weight: Tensor) -> Tensor:
-    """The bias that makes the mean output the target's: `b = E[y] − W E[x']`."""
+def best_bias(moments: PairMoments, group: int, weight: Tensor, target: Tensor) -> Tensor:
+    """The bias that makes the mean output the target's: `b = E[t] − W E[x']`.
+
+    Args:
+        moments: Moments of the fitted samples.
+        group: Index of the group.
+        weight: Weight `W`, shape (out, n).
+        target: Mean target `E[t]`, shape (out,), from `mean_target`.
+    """
+    return target - weight @ (moments.x[group] / max(moments.count, 1))
+
+
+def mean_target(moments: PairMoments, group: int, weight: Tensor, bias: Tensor | None, anchor: float) -> Tensor:
+    """Mean of the target with an anchor `α`: `E[t] = α E[y] + (1 − α)(W E[x'] + b)`, shape (out,).
+
+    Args:
+        moments: Moments of the fitted samples.
+        group: Index of the group.
+        weight: The original's `W`, shape (out, n).
+        bias: The original's `b`, shape (out,); None is 0.
+        anchor: Share `α`, in (0, 1].
+    """
     n = max(moments.count, 1)
-    return moments.y[group] / n - weight @ (moments.x[group] / n)
+    own = weight @ (moments.x[group] / n)
+    own = own if bias is None else own + bias
+    return anchor * (moments.y[group] / n) + (1 - anchor) * own

@@ -151,6 +151,9 @@ def render_sites(sites: Sites, *, width: int = 110) -> str:
         lines += ["", "left alone:", *(f"  {skip.path or '(the model)'}: {skip.reason}" for skip in sites.skips)]
     lines += ["", f"whole model: {cost.params:,} params, {cost.macs:,} MACs per sample, {cost.bytes:,} bytes"]
     lines += _reach(sites)
+    if sites.split:
+        named = _few([path or "(the model)" for path in sites.split])
+        lines.append(f"note: attention is split into linear layers first: {named}")
     if sites.graph.reason is not None:
         lines.append(f"note: no graph, module hooks are used instead: {sites.graph.reason}")
     return "\n".join(lines) + "\n"

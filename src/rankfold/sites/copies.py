@@ -8,10 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree
 
 from rankfold.cost.counted import run_one
 from rankfold.data.batches import Batch
+from rankfold.data.running import evaluating, run
 from rankfold.errors import ModelError
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -61,6 +65,23 @@ def check_copy(model: nn.Module, example: Batch) -> None:
             got=f"another {differing!r}" if called == [] else f"a copy that calls {called[0]!r} of the original",
             cure="write what the model keeps in a lambda or bound method as a method, or use rankfold.apply_",
         )
+
+
+def in_single(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
+    """The model and its batch with float32 for half precision, where the model runs in float32; else as they are.
+
+    Half precision hides a fault behind its rounding.
+    """
+    if not any(parameter.dtype in HALF for parameter in model.parameters()):
+        return model, batch
+    wide = _pytree.tree_map_only(Tensor, lambda leaf: leaf.float() if leaf.dtype in HALF else leaf, batch)
+    try:
+        single = copied(model).float()
+        with evaluating(single):
+            run(single, wide)
+    except Exception:  # noqa: BLE001 - code that names a dtype; it is then tried as it is
+        return model, batch
+    return single, wide
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

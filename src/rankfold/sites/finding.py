@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,13 +14,17 @@ from torch.nn.parameter import is_lazy
 from rankfold.cost.counted import Counted, amounts_of, counted, holdings
 from rankfold.data.batches import Batch, split_batch
 from rankfold.errors import ModelError, OptionError, SiteError, TraceError, is_out_of_memory, near_matches, shown
+from rankfold.graph.regions import readers_of
 from rankfold.graph.trace import trace
-from rankfold.layers import adapter_for
+from rankfold.layers import Adapter, adapter_for, tensor
+from rankfold.layers.splitting import split_at
+from rankfold.layers.tied import head_geometry, heads_of
 from rankfold.sites.models import check_model, check_module
-from rankfold.sites.probe import observe, paths_of
+from rankfold.sites.probe import Seen, observe, paths_of
 from rankfold.sites.refusals import Context, why_entangled, why_unfit
 from rankfold.sites.room import has_room
 from rankfold.sites.site import Site, Sites, Skip
+from rankfold.sites.splitting import Split, split_where_same
 
 
 def find_sites(
@@ -29,7 +33,9 @@ def find_sites(
     """Find every layer that can be compressed, and the reason for every one that cannot.
 
     The model is run twice on one sample (once to count, once with a stand-in at every layer) and traced once, in eval
-    mode, and left as it was.
+    mode, and left as it was. Where it holds an `nn.MultiheadAttention`, all that is done on a copy in which each is
+    split into linear layers (`split_attention`), if that copy computes the same on the example; `split` names them, and
+    sites in them have paths such as `encoder.layers.0.self_attn.q`.
 
     Args:
         model: The trained model, on a real device.
@@ -47,34 +53,68 @@ def find_sites(
         OptionError: A selection is no list of strings.
         SiteError: A pattern matches nothing, and near matches are named; or the selection leaves no site.
     """
-    model = check_model(model)
+    return sites_in(model, example, only=only, exclude=exclude)[1]
+
+
+def sites_in(
+    model: nn.Module,
+    example: Batch,
+    *,
+    only: Sequence[str] | None = None,
+    exclude: Sequence[str] = (),
+    split: Sequence[str] | None = None,
+) -> tuple[nn.Module, Sites]:
+    """The sites, as `find_sites` finds them, and the model that they are of.
+
+    Args:
+        model: The trained model.
+        example: One batch.
+        only: As for `find_sites`.
+        exclude: As for `find_sites`.
+        split: Paths of the attention that is split, as in a plan; None tries which can be.
+
+    Returns:
+        The model with its attention split, the very same object where nothing is, and the sites.
+    """
+    given = model = check_model(model)
     check_selection(only, exclude)
+    macs = _counted(model, example)  # also shows whether it runs at all
+    parts = split_where_same(model, example) if split is None else Split.at(model, split)
+    if parts.model is not model:
+        model = parts.model
+        macs = _counted(model, example)
     layers = {
         id(module): (module, adapter)
         for _, module, _ in paths_of(model)
         if why_unfit(module) is None and (adapter := adapter_for(module)) is not None
     }
-    macs = _counted(model, example)
     seen = observe(model, example, layers)
     graph = trace(model, example)
     context = Context.of(model, graph, seen)
+    readers = {} if graph.program is None else readers_of(graph.program)
     sites, skips, fixed = [], [], []
+    tied = _tied(model, context, {key: adapter for key, (_, adapter) in layers.items()})
+    heads = {site.head.path for site in tied.values() if site.head is not None}
     for path, module, aliases in paths_of(model):
-        reason = why_unfit(module)
+        if path in heads:
+            continue
+        if path in tied:
+            sites.append(tied[path])
+            continue
+        reason = parts.whole.get(path, why_unfit(module))
         if reason is None and id(module) in layers:
             reason = why_entangled(path, module, aliases, context)
         site = None
         if id(module) in layers and (reason is None or Skip(path, reason).kind == "read elsewhere"):
             _, adapter = layers[id(module)]
-            size = adapter.canonical(module).element_size()
-            own = seen[id(module)]
-            rows = tuple(sorted(set(own.rows)))
-            site = Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(own.calls), size, rows=rows)
+            site = _site(path, module, aliases, adapter, seen[id(module)])
             if reason is None and not has_room(site):
                 reason = "no room: no factorisation of rank 1 is smaller than the layer"
         if reason is not None:
             skips.append(Skip(path, reason))
-            if site is not None and site.calls:  # a layer that is never called itself shows no inputs to solve it on
+            # A layer that is never called itself shows no inputs to solve it on. Where an operator of another kind
+            # reads its weight too (a decoder's, its encoder's), channels are read and made along other axes there.
+            if site is not None and site.calls and not _misread(site, layers[id(module)][1], readers):
                 fixed.append(replace(site, fixed=reason))
         elif site is not None:
             sites.append(site)
@@ -84,12 +124,48 @@ def find_sites(
         graph,
         amounts_of(model, macs),
         fingerprint(model),
-        type(model).__name__,
+        type(given).__name__,
         tuple(fixed),
         holdings(model, macs.by_module),
         macs.missed,
+        split=parts.paths,
     )
-    return select(found, only=only, exclude=exclude)
+    return model, select(found, only=only, exclude=exclude)
+
+
+def _misread(site: Site, adapter: Adapter, readers: Mapping[str, set[str]]) -> bool:
+    """Whether an operator of another layer kind reads a layer's weight; kinds that name no operator may have any."""
+    own = {operator.name for operator in adapter.operators}
+    names = (f"{path}.weight" if path else "weight" for path in site.paths)
+    return bool(own) and any(readers.get(name, set()) - own for name in names)
+
+
+def _site(path: str, module: nn.Module, aliases: tuple[str, ...], adapter: Adapter, seen: Seen) -> Site:
+    """The site of a layer, by its record in the forward."""
+    size, rows = tensor(module, "weight").element_size(), tuple(sorted(set(seen.rows)))
+    return Site(path, aliases, adapter.kind, adapter.geometry(module), tuple(seen.calls), size, rows=rows)
+
+
+def _tied(model: nn.Module, context: Context, adapters: Mapping[int, Adapter]) -> dict[str, Site]:
+    """Sites of the tables whose weight is a head's too, with that head, by path of the table."""
+    every = {path: (module, aliases) for path, module, aliases in paths_of(model)}
+    found = {}
+    for table, head in heads_of(model).items():
+        (own, names), (other, others) = every[table], every[head]
+        if id(own) not in adapters or id(other) not in adapters:
+            continue
+        reasons = (
+            why_entangled(table, own, names, context, (other, (head, *others))),
+            why_entangled(head, other, others, context, (own, (table, *names))),
+        )
+        if reasons != (None, None):
+            continue
+        end = _site(head, other, others, adapters[id(other)], context.seen[id(other)])
+        site = _site(table, own, names, adapters[id(own)], context.seen[id(own)])
+        site = replace(site, head=replace(end, geometry=head_geometry(other)))
+        if has_room(site):
+            found[table] = site
+    return found
 
 
 def select(found: Sites, *, only: Sequence[str] | None, exclude: Sequence[str] = ()) -> Sites:
@@ -167,7 +243,8 @@ def check_sites(model: nn.Module, sites: Sites) -> nn.Module:
     """Refuse sites that are not this model's.
 
     Returns:
-        The plain model; see `check_module`.
+        The plain model (see `check_module`), with its attention split as the sites name it: a copy that shares tensors
+        with the model, or the model itself where nothing is to be split.
 
     Raises:
         OptionError: The sites are not what `find_sites` returns.
@@ -182,6 +259,7 @@ def check_sites(model: nn.Module, sites: Sites) -> nn.Module:
             got=shown(sites),
             cure="pass rankfold.find_sites(model, example)",
         )
+    model = split_at(model, sites.split)
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = next((site.path for site in sites if site.path not in modules), None)
     if missing is not None:

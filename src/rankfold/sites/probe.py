@@ -36,12 +36,14 @@ class Seen:
         rows: Number of entries per sample of the axis of samples, of every call: 1, or several, as for windows.
         misuse: Reason why a replacement would break the code around the layer; None where it would not.
         by_batch: True if one sample alone does not reach the layer, and the whole batch does.
+        strange: True if some call had other arguments than one plain tensor; no size is known then.
     """
 
     calls: Calls = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     misuse: str | None = None
     by_batch: bool = False
+    strange: bool = False
 
 
 class _StandIn(nn.Sequential):
@@ -61,6 +63,7 @@ class _StandIn(nn.Sequential):
             self._seen.calls.append(self._adapter.sample_size(self._layer, read))
             self._seen.rows.append(rows_of(self._adapter, self._layer, read))
         else:
+            self._seen.strange = True
             given = ", ".join([*(type(value).__name__ for value in args), *options])
             self._note(f"it is called with ({given}) where a replacement takes one plain tensor")
         return self._layer(*args, **options)
@@ -171,7 +174,7 @@ def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module
         for parent, name, child in places:
             parent._modules[name] = child
     for each in seen.values():
-        each.calls = [(size, max(1, round(count / samples))) for size, count in each.calls]
+        each.calls = [(size, max(1, round(count / samples))) for size, count in each.calls if not each.strange]
         each.rows = [rows // samples for rows in each.rows if rows % samples == 0]
     return seen
 
@@ -180,7 +183,7 @@ def _observe(model: nn.Module, example: Batch, layers: dict[int, tuple[nn.Module
 def _afresh(seen: dict[int, Seen]) -> Iterator[None]:
     """Context of a new try, in which the records of an earlier one are deleted."""
     for each in seen.values():
-        each.calls, each.rows, each.misuse = [], [], None
+        each.calls, each.rows, each.misuse, each.strange = [], [], None, False
     yield
 
 

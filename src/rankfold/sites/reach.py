@@ -71,7 +71,7 @@ def blockers(
     frozen = frozen or {}
     whole = max(sites.whole.amounts()[resource], 1)
     skips = {skip.path: skip.reason for skip in sites.skips}
-    cut = ({site.path for site in sites} | set(reduced)) - set(frozen)
+    cut = ({part.path for site in sites for part in site.parts} | set(reduced)) - _with_heads(sites, frozen)
     found = []
     for holding in sites.holdings:
         amount = holding.cost.amounts()[resource]
@@ -80,6 +80,11 @@ def blockers(
             found.append(Blocker(holding.path, holding.kind, amount, amount / whole, reason))
     found.sort(key=lambda one: -one.amount)
     return tuple(found[:most])
+
+
+def _with_heads(sites: Sites, paths: Collection[str]) -> set[str]:
+    """Paths of layers, and of the heads of those that have one."""
+    return {*paths, *(part.path for site in sites if site.path in paths for part in site.parts)}
 
 
 def _reason(holding: Holding, known: Mapping[str, str]) -> str:

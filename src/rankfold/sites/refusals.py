@@ -84,14 +84,29 @@ def why_unfit(module: nn.Module) -> str | None:
     return None
 
 
-def why_entangled(path: str, module: nn.Module, aliases: tuple[str, ...], context: Context) -> str | None:
-    """Reason why the rest of the model rules out a layer that is fit by itself; None for a site."""
+def why_entangled(
+    path: str,
+    module: nn.Module,
+    aliases: tuple[str, ...],
+    context: Context,
+    partner: tuple[nn.Module, tuple[str, ...]] | None = None,
+) -> str | None:
+    """Reason why the rest of the model rules out a layer that is fit by itself; None for a site.
+
+    Args:
+        path: Path of the layer.
+        module: The layer.
+        aliases: Its other paths.
+        context: Facts of the model.
+        partner: The other layer of a table and its head, with all its paths: it may hold and read the weight.
+    """
+    other, theirs = (None, ()) if partner is None else partner
     own = dict(module.named_parameters(recurse=False))
     others = [
         name
         for parameter in own.values()
         for owner, name in context.owners.get(address(parameter), ())
-        if owner is not module
+        if owner is not module and owner is not other
     ]
     if others:
         return f"tied: the weight is also {', '.join(others[:3])}"
@@ -104,7 +119,7 @@ def why_entangled(path: str, module: nn.Module, aliases: tuple[str, ...], contex
         return "not called: the forward on the example does not reach it"
     for name in own if context.readers is not None else ():
         full = f"{path}.{name}" if path else name
-        strangers = (context.readers or {}).get(full, set()) - {path, *aliases}
+        strangers = (context.readers or {}).get(full, set()) - {path, *aliases, *theirs}
         if strangers:
             where = ", ".join(repr(stranger) for stranger in sorted(strangers)[:3])
             return f"read elsewhere: its {name} is also read by the code of {where}"

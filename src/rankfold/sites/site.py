@@ -29,6 +29,7 @@ class Site:
             can.
         rows: Numbers of entries of the axis of samples at the calls on one sample alone: 1, or several, as for windows
             or where time is the first axis; empty where they are not known.
+        head: The linear layer whose weight is the table of this one, which is compressed with it; None elsewhere.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Site:
     element_size: int
     fixed: str = ""
     rows: tuple[int, ...] = ()
+    head: Site | None = None
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -51,12 +53,18 @@ class Site:
     @property
     def macs(self) -> int:
         """Multiply-accumulates per sample."""
-        return sum(count * self.geometry.macs(size) for size, count in self.calls)
+        own = sum(count * self.geometry.macs(size) for size, count in self.calls)
+        return own if self.head is None else own + self.head.macs
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The path and its aliases."""
-        return (self.path, *self.aliases)
+        """The path and its aliases, and those of the head."""
+        return (self.path, *self.aliases, *(() if self.head is None else self.head.paths))
+
+    @property
+    def parts(self) -> tuple[Site, ...]:
+        """The site, and its head: the layers whose inputs are looked at."""
+        return (self,) if self.head is None else (self, self.head)
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ class Sites(Sequence[Site]):
         holdings: Holdings of each module, the cost of its children left out, in the order of the model's modules.
         uncounted: Operators that multiply matrices, or may, and are in no count of MACs, with where they are called.
         original: Cost of the model before any channel was removed, where these are the sites of a narrowed one.
+        split: Paths of the attention that was split into linear layers first: all else is of the model as that leaves
+            it.
     """
 
     sites: tuple[Site, ...]
@@ -104,6 +114,7 @@ class Sites(Sequence[Site]):
     holdings: tuple[Holding, ...] = ()
     uncounted: tuple[str, ...] = ()
     original: Cost | None = None
+    split: tuple[str, ...] = ()
 
     @property
     def whole(self) -> Cost:
@@ -113,7 +124,8 @@ class Sites(Sequence[Site]):
     def in_graph(self) -> list[Call]:
         """Every call of the sites' layers in the graph, in its order; none where there is no graph."""
         names = {path: site.path for site in self for path in site.paths}
-        return [] if self.graph.program is None else find_calls(self.graph.program, names)
+        heads = {site.path: site.head.path for site in self if site.head is not None}
+        return [] if self.graph.program is None else find_calls(self.graph.program, names, heads)
 
     def with_fixed(self) -> Sites:
         """The same with the fixed layers among the sites, for the removal of channels."""

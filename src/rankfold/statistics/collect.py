@@ -88,9 +88,13 @@ def collect(
     kinds = [cast(type[Statistic], lookup(name, Statistic)) for name in statistics]
     modules = dict(model.named_modules(remove_duplicate=False))
     collected = {site.path: {kind.name: kind() for kind in kinds} for site in sites}
+    # of a head, whose outputs are as many as the table has rows, the inputs alone are looked at
+    ends = {site.head.path: site.head for site in sites if site.head is not None}
+    collected |= {path: {kind.name: kind() for kind in kinds if not kind.reads_outputs} for path in ends}
     feeders = [
         _Feeder(site, modules[site.path], list(collected[site.path].values()), drawn(site), (seed, index))
-        for index, site in enumerate(sites)
+        for index, site in enumerate((*sites, *ends.values()))
+        if collected[site.path]
     ]
     handles = [feeder.module.register_forward_hook(feeder, with_kwargs=True) for feeder in feeders] if kinds else []
     device, samples, looked_at, sha = device_of(model), 0, 0, hashlib.sha256()
@@ -118,7 +122,7 @@ def collect(
         raise no_batch()
     world.agree("calibration data", sha.hexdigest())
     sum_up([statistic for feeder in feeders for statistic in feeder.statistics], device, world)
-    unseen = [feeder.site.path for feeder in feeders if kinds and feeder.statistics[0].count == 0]
+    unseen = [feeder.site.path for feeder in feeders if feeder.statistics[0].count == 0]
     if unseen:
         raise DataError(
             repr(unseen[0]),

@@ -16,7 +16,8 @@ from rankfold.data.splits import no_batch
 from rankfold.distributed import ALONE, World
 from rankfold.errors import NumericsError, is_out_of_memory
 from rankfold.layers import adapter_for
-from rankfold.layers.calls import rows_of
+from rankfold.layers.calls import input_of, rows_of
+from rankfold.layers.splitting import split_at
 from rankfold.outputs.taken import Output, Outputs, Taken, first_samples, outputs_to_json, settled
 from rankfold.progress import Progress, silent
 from rankfold.sites.models import check_module
@@ -76,10 +77,11 @@ def collect_gradients(
         DataError: There is no batch, or an output is not of the kind that was given.
         OptionError: `outputs` is no kind of output, nor a dict of kinds by name.
     """
-    model = check_module(model)
+    model = split_at(check_module(model), sites.split)
     modules = dict(model.named_modules(remove_duplicate=False))
-    grams = {site.path: GradientGram() for site in sites}
-    energies = {site.path: torch.zeros(2, dtype=torch.float64) for site in sites}
+    parts_of_sites = [part for site in sites for part in site.parts]
+    grams = {site.path: GradientGram() for site in parts_of_sites}
+    energies = {site.path: torch.zeros(2, dtype=torch.float64) for site in parts_of_sites}
     device = device_of(model)
     at_once = sites.graph.at_once(BATCH)
     taken = settled(model, batches, outputs, at_once)
@@ -110,7 +112,7 @@ def collect_gradients(
         world.sum_([failed])
         if bool(failed > 0):
             return why or "the outputs cannot be differentiated in another process"
-        sum_up([grams[site.path] for site in sites], device, world)
+        sum_up(list(grams.values()), device, world)
         world.sum_(list(energies.values()))
         blind = _weight_evenly(grams, {path: float(e[0] / e[1].clamp_min(1)) for path, e in energies.items()})
         for path, statistic in grams.items():
@@ -118,7 +120,9 @@ def collect_gradients(
         followed = {
             site.path: own
             for site in sites
-            if site.path not in blind and (own := Followed.of(site, modules[site.path], stats)) is not None
+            if site.head is None
+            and site.path not in blind
+            and (own := Followed.of(site, modules[site.path], stats)) is not None
         }
         for number, _, part in parts:
             if followed:
@@ -141,7 +145,7 @@ def collect_gradients(
     return None
 
 
-_Reached = list[tuple[Site, nn.Module, Tensor]]  # a site, its layer, its output
+_Reached = list[tuple[Site, nn.Module, Tensor]]  # a site, its layer, its output; of a head its input
 
 
 def _differentiated(
@@ -155,6 +159,10 @@ def _differentiated(
     """Every call of a site on a batch, and the gradient of one random projection of the outputs there."""
     seen: _Reached = []
     handles = [modules[site.path].register_forward_hook(_watch(site, seen)) for site in sites]
+    heads = [site.head for site in sites if site.head is not None]
+    handles += [
+        modules[head.path].register_forward_pre_hook(_watch_input(head, seen), with_kwargs=True) for head in heads
+    ]
     try:
         with evaluating(model), torch.enable_grad():
             returned = taken.of(run(model, to_device(part, device_of(model))))
@@ -226,6 +234,18 @@ def _watch(site: Site, seen: _Reached) -> Any:
         value = output if output.requires_grad else output.detach().requires_grad_()
         seen.append((site, layer, value))
         return value.clone()
+
+    return hook
+
+
+def _watch_input(site: Site, seen: _Reached) -> Any:
+    """A hook that keeps the input of a head: with its table `E` the gradient there is `Eᵀ g`, as wide as a vector."""
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = input_of(args, kwargs)
+        value = given if given.requires_grad else given.detach().requires_grad_()
+        seen.append((site, layer, value))
+        return (value.clone(),), {}  # a site is called with one tensor alone
 
     return hook
 

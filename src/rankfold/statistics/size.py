@@ -109,9 +109,11 @@ def size_of(site: Site, statistics: Sequence[str], *, repaired: bool = True) -> 
     pairs = groups * (features * features + outputs * features + features + outputs + 1) if repaired else 0
     working = WORKING * max(largest, features * features if repaired else 0)
     followed = 0
-    if GradientGram.name in statistics:
+    if GradientGram.name in statistics and site.head is None:
         kept += 3 * (rank + 1)
         followed = 2 * groups * rank * (rank + outputs)
+    if site.head is not None:  # of its head, inputs and the gradients there are looked at in the same way
+        kept *= 2
     return SiteSize(site.path, ELEMENT * kept, ELEMENT * PAIRS * pairs, ELEMENT * working, ELEMENT * followed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from rankfold.decompositions import Moments
 from rankfold.errors import CheckpointError, DataError, RegistryError
+from rankfold.linalg.pooling import pooled
 from rankfold.linalg.whitening import (
     correlations,
     covariance,
@@ -54,6 +55,8 @@ class Statistics:
             shrink: True to shrink the input Gram for its number of samples (see `shrinkage_of`), which fitting needs;
                 judging uses the Gram as it is.
         """
+        if site.head is not None:
+            return self._of_both_ends(site, site.head, half=half, shrink=shrink)
         own = self.sites.get(site.path, {})
 
         def average(name: str) -> torch.Tensor | None:
@@ -71,6 +74,22 @@ class Statistics:
             site.geometry.bias,
             self.gradient_gram(site.path, group, half=half, shrink=shrink),
         )
+
+    def _of_both_ends(self, site: Site, head: Site, *, half: int | None, shrink: bool) -> Moments:
+        """The moments of a table and of its head as those of one identity.
+
+        With `D` the error of the identity, looking up loses `tr(G D A Dᵀ)`, with the second moment `A` of the vectors,
+        and the head `tr(M Dᵀ H D) = tr(H D M Dᵀ)`, with the second moment `H` of its inputs and the Gram `M` of the
+        gradients there. `pooled` makes one pair of both. Without gradients the moments are those of the vectors alone.
+        """
+        own, end = (
+            self.moments(replace(each, head=None), 0, half=half, shrink=shrink)
+            for each in (site, replace(head, geometry=site.geometry))
+        )
+        if own.gradient_gram is None or own.gram is None or end.gram is None or end.gradient_gram is None:
+            return own
+        weighting, gram = pooled([(own.gradient_gram, own.gram), (end.gram, end.gradient_gram)])
+        return replace(own, gram=gram, gradient_gram=weighting)
 
     def has_halves(self, path: str) -> bool:
         """Whether the input moments of a site distinguish two halves of the samples."""

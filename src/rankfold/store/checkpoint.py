@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 from rankfold.errors import CheckpointError, ModelError, OptionError, PlanError, RankfoldError, WriteError, shown
-from rankfold.install.checks import check_plan
+from rankfold.install.checks import check_plan, split_by
 from rankfold.install.fill import install_shells
 from rankfold.plan import Plan
 from rankfold.serialization import canonical_json, check_json_size, read_json, sha256_file, write_directory, write_text
@@ -78,7 +78,8 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
 
     Args:
         path: A directory that `save` wrote.
-        factory: Function that builds the *original* architecture on a real device; its weights are overwritten.
+        factory: Function that builds the *original* architecture on a real device; its weights are overwritten, and its
+            attention is split as that of the original was.
 
     Returns:
         A plain module in eval mode, with the bits that were saved.
@@ -126,6 +127,7 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module]) -> nn.Module:
                 got="a tensor on meta",
                 cure="build it outside torch.device('meta'); its weights are overwritten",
             )
+    model = split_by(model, plan, inplace=True)
     try:
         check_plan(model, plan)
     except PlanError as cause:

@@ -165,7 +165,12 @@ class Work:
             }
             for curve in curves
         ]
-        head = {"sha256": _sha256(rows), "families": [to_json(method) for method in families], "curves": rows}
+        head = {
+            "sha256": _sha256(rows),
+            "families": [to_json(method) for method in families],
+            "curves": rows,
+            "unit": curves.unit,
+        }
         write_file(self._folder / CURVES, canonical_json(head).encode())
         return curves
 
@@ -225,7 +230,7 @@ class Work:
             costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
             apart = None if row["independent"] is None else tuple(row["independent"])
             curves.append(RankCurve(site, method, ranks, costs, tuple(row["errors"]), row["energy"], apart))
-        return Curves(sites, tuple(curves))
+        return Curves(sites, tuple(curves), unit=head.get("unit", 1.0))
 
 
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -46,6 +46,36 @@ _LAYERS: dict[str, tuple[_Build, tuple[int, ...]]] = {
     "conv3d": (_conv(nn.Conv3d, 3, 5, (2, 3, 2), stride=(1, 2, 1), padding=1), (2, 3, 5, 6, 5)),
     "conv3d grouped, dilated": (_conv(nn.Conv3d, 4, 6, 2, dilation=2, groups=2), (2, 4, 5, 6, 5)),
     "conv3d same, replicate": (_conv(nn.Conv3d, 3, 5, 3, padding="same", padding_mode="replicate"), (2, 3, 4, 5, 4)),
+    "conv_transpose1d": (_conv(nn.ConvTranspose1d, 6, 8, 4, stride=2, padding=1), (3, 6, 9)),
+    "conv_transpose1d grouped, dilated": (
+        _conv(nn.ConvTranspose1d, 6, 8, 3, stride=3, padding=2, output_padding=1, dilation=2, groups=2),
+        (3, 6, 7),
+    ),
+    "conv_transpose2d": (_conv(nn.ConvTranspose2d, 6, 8, 4, stride=2, padding=1), (2, 6, 5, 4)),
+    "conv_transpose2d unstrided": (_conv(nn.ConvTranspose2d, 4, 6, 3), (2, 4, 5, 4)),
+    "conv_transpose2d oblong": (
+        _conv(nn.ConvTranspose2d, 4, 10, (3, 5), stride=(2, 1), padding=(2, 1), output_padding=(1, 0), dilation=(1, 2)),
+        (2, 4, 6, 7),
+    ),
+    "conv_transpose2d gaps": (_conv(nn.ConvTranspose2d, 4, 6, 2, stride=3, output_padding=2), (2, 4, 3, 4)),
+    "conv_transpose2d grouped": (
+        _conv(nn.ConvTranspose2d, 8, 12, 3, stride=2, padding=1, output_padding=1, groups=4),
+        (2, 8, 4, 3),
+    ),
+    "conv_transpose2d depthwise": (_conv(nn.ConvTranspose2d, 6, 6, 4, stride=2, padding=1, groups=6), (2, 6, 4, 5)),
+    "conv_transpose2d pointwise": (_conv(nn.ConvTranspose2d, 8, 10, 1, stride=2, output_padding=1), (2, 8, 4, 5)),
+    "conv_transpose2d pointwise, narrowing": (
+        _conv(nn.ConvTranspose2d, 10, 8, 1, stride=(2, 1), padding=(1, 0)),
+        (2, 10, 4, 5),
+    ),
+    "conv_transpose3d": (
+        _conv(nn.ConvTranspose3d, 3, 5, (2, 3, 2), stride=(1, 2, 1), padding=1, output_padding=(0, 1, 0)),
+        (2, 3, 4, 3, 4),
+    ),
+    "conv_transpose3d grouped, dilated": (
+        _conv(nn.ConvTranspose3d, 4, 6, 2, stride=2, dilation=2, groups=2),
+        (2, 4, 2, 3, 2),
+    ),
 }
 if importlib.util.find_spec("transformers") is not None:
     _LAYERS["transformers Conv1D"] = (_transformers_conv1d, (4, 9, 20))

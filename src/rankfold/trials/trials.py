@@ -38,6 +38,8 @@ FEWEST = 64  # least number of samples of that part
 SPARSEST = 8  # the part has at least one sample in so many
 LARGEST_BATCH = 128  # small batches of the part are put together up to this: a trial costs calls more than samples
 DENSER = 2  # factor by which more positions of each sample are looked at on the part
+WEAKER: Mapping[str, Lockstep | None] = {"anchor 0.5": Lockstep(anchor=0.5), "no repair": None}  # for few samples, to
+# which the default repair may fit what does not hold for others
 
 
 @dataclass(eq=False)
@@ -45,7 +47,8 @@ class Trials:
     """Carries plans out on copies of one model and judges them.
 
     Attributes:
-        model: The original.
+        model: The original, with its attention split.
+        original: The original as it was given, which compressed models are compared with.
         batches: The calibration data.
         sites: Sites of the model.
         judged: The held-out samples, or all where none are held out.
@@ -60,6 +63,7 @@ class Trials:
     """
 
     model: nn.Module
+    original: nn.Module
     batches: Iterable[Batch]
     sites: Sites
     judged: Iterable[Batch]
@@ -104,7 +108,7 @@ class Trials:
                 drawn_for=None if part is None else self.stats.manifest["samples"] // DENSER,
             )
             comparison = compare(
-                self.model, carried.model, self.judged, outputs=self.outputs, at_once=self.at_once, world=world()
+                self.original, carried.model, self.judged, outputs=self.outputs, at_once=self.at_once, world=world()
             )
             cost = count(carried.model, first_of(self.batches)) if part is None else None
             return Attempt(comparison, carried.model, plan, carried.details, cost, carried.errors)
@@ -185,10 +189,13 @@ class Trials:
         least = min(done, key=lambda one: one.divergence)
         plan = plans[least.selector]
         if len(plans) > 1 and self.every < HELD_OUT and plan.repair == to_json(Lockstep()):
-            # with few samples, what a repair fits to them may not hold for others
-            bare = {f"{least.selector}, no repair": replace(plan, repair=None)}
-            done += self._each("candidates", bare, whole, others=done)
-            plans |= bare
+            weaker = {
+                f"{least.selector}, {name}": replace(plan, repair=None if repair is None else to_json(repair))
+                for name, repair in WEAKER.items()
+                if repair is not None or not plan.branches  # a branch that goes needs one
+            }
+            done += self._each("candidates", weaker, whole, others=done)
+            plans |= weaker
             least = min(done, key=lambda one: one.divergence)
         if not best or best[0].plan is not plans[least.selector]:  # an earlier run judged it: its sites are kept
             best[:] = [self.attempt(plans[least.selector])]

@@ -1,0 +1,235 @@
+"""Channels and ranks on one state, at one price of cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankfold.allocation import Curves, Option
+from rankfold.channels.ledger import Widths
+from rankfold.channels.widths import WidthSelector, drawn
+from rankfold.checks import check_number
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.cost.resources import Cost
+from rankfold.registry import register
+from rankfold.sites.site import Site
+
+Array: TypeAlias = NDArray[np.float64]
+
+GRID = 32  # numbers of units of a stack that are looked at
+SWEEPS = 6  # largest number of rounds over all stacks at one price
+ABOVE = 1e3  # the highest price that is looked at, in all errors over the least cost of a channel
+LOWEST = 1e-18  # the lowest, in the highest
+NEAR = 1.02  # ratio of two prices between which no other is looked at
+
+
+@register("ledger")
+@dataclass(frozen=True)
+class Ledger(WidthSelector):
+    """Weighs channels against ranks on one state: what a layer's rank saves depends on the channels it has left.
+
+    At a price `λ` of cost, the state minimises `Σ_i e_i(o_i) + Σ_g E_g(u_g) + λ C(o, u)`: `e_i(o)` the error of option
+    `o` (dense, or a method at a rank) of site i, `E_g(u)` that of `u` units left of group g, and `C` the cost of the
+    whole model in shares of its bounds, computed from the state. The cost of an option is bilinear in the input and
+    output channels that are left, in every form. Groups are set one after the other, down or up, each to the best
+    number of units with the best options of all layers that it touches, until nothing changes. Only a
+    resource whose bound would be broken has a price, the least at which all bounds hold. The ranks are then chosen
+    anew, from curves of the model that the channels leave. `compress` makes such plans by itself: it is no selector to
+    be passed, since it is neither of channels nor of ranks alone.
+
+    Attributes:
+        evenness: Degree, in [0, 1], to which sizes are drawn towards those of `SameShare` at equal cost, as in
+            `RemovalGreedy`.
+        scale: Factor on the errors of channels, where they are measured to cost more, or less, than predicted.
+    """
+
+    evenness: float = 0.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("Ledger.evenness", self.evenness, law="a number in [0, 1]", cure="try 0.5, or 0", high=1)
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """See `Selector.reads`."""
+        return ("ranks",)
+
+    def shrink(self, widths: Widths) -> None:
+        """See `WidthSelector.shrink`."""
+        if widths.ranks is None:
+            raise TypeError("the widths lack the curves that the selector reads")
+        state = _State(widths, widths.ranks, self.scale)
+        highest = state.highest_price()
+        if bool((state.settle(np.full(len(widths.bounds), highest)) > 0).any()):
+            for stack in range(len(widths.stacks)):
+                widths.set(stack, widths.stacks[stack].allowed[0])
+            raise widths.impossible()
+        priced = np.zeros(len(widths.bounds))  # 1 for a resource that has a price
+        excess = state.settle(np.zeros_like(priced))
+        while bool((excess > 0).any()):
+            priced[np.where(priced > 0, -np.inf, excess).argmax()] = 1.0
+            low, high = highest * LOWEST, highest
+            while high / low > NEAR:
+                middle = math.sqrt(low * high)
+                held = bool((state.settle(middle * priced)[priced > 0] <= 0).all())
+                low, high = (low, middle) if held else (middle, high)
+            excess = state.settle(high * priced)
+        wanted = list(state.left)
+        for stack, left in enumerate(wanted):
+            widths.set(stack, left)
+        if self.evenness > 0 and any(left < widths.units(s) for s, left in enumerate(wanted)):
+            reached = widths.cost.amounts()
+            bounds, widths.bounds = widths.bounds, {name: reached[name] for name in widths.bounds}
+            drawn(widths, wanted, self.evenness)
+            widths.bounds = bounds
+
+
+class _Layer:
+    """Options of a site: errors, and the coefficients of their costs.
+
+    The cost of an option with shares `a` of the inputs and `b` of the outputs left is `α a + β b + γ + δ a b`, which
+    the costs at once and twice the channels give.
+    """
+
+    def __init__(self, site: Site, options: Sequence[Option], weights: dict[str, float]) -> None:
+        self.inputs, self.outputs = site.geometry.inputs, site.geometry.outputs
+        self.errors = np.array([option.error for option in options])
+        depthwise = site.geometry.groups > 1
+
+        def priced(option: Option, inputs: int, outputs: int) -> Array:
+            geometry = site.geometry
+            if depthwise:
+                geometry = replace(
+                    geometry,
+                    inputs=geometry.inputs * inputs,
+                    outputs=geometry.outputs * inputs,
+                    groups=geometry.groups * inputs,
+                )
+            else:
+                geometry = replace(geometry, inputs=geometry.inputs * inputs, outputs=geometry.outputs * outputs)
+            own = replace(site, geometry=geometry)
+            cost = dense_cost(own) if option.method is None else site_cost(own, option.method.form, option.rank or 0)
+            return _weighted(cost, weights)
+
+        rows = []
+        for option in options:
+            one, wide, high, both = (priced(option, *sizes) for sizes in ((1, 1), (2, 1), (1, 2), (2, 2)))
+            product = np.zeros_like(one) if depthwise else both - wide - high + one
+            first = wide - one - product
+            second = np.zeros_like(one) if depthwise else high - one - product
+            rows.append((first, second, one - first - second - product, product))
+        self.coefficients = np.array(rows).transpose(1, 2, 0)  # 4 × resources × options
+
+    def costs(self, inputs: Array, outputs: Array) -> Array:
+        """Costs with some shares of the channels left, shape (resources, options, shares)."""
+        alpha, beta, gamma, delta = (part[..., None] for part in self.coefficients)
+        result: Array = alpha * inputs + beta * outputs + gamma + delta * inputs * outputs
+        return result
+
+    def best(self, prices: Array, inputs: Array, outputs: Array) -> tuple[Array, Array]:
+        """Error plus priced cost of the best option, and its cost in each resource, for each pair of shares."""
+        costs = self.costs(inputs, outputs)
+        totals = self.errors[:, None] + np.tensordot(prices, costs, 1)
+        chosen = totals.argmin(0)
+        columns = np.arange(len(inputs))
+        return totals[chosen, columns], costs[:, chosen, columns]
+
+
+def _weighted(cost: Cost, weights: dict[str, float]) -> Array:
+    """A cost in units of its own, resource by resource."""
+    amounts = cost.amounts()
+    return np.array([amounts[name] * weight for name, weight in weights.items()])
+
+
+class _State:
+    """Units left of every stack, and the best options of all layers at a price."""
+
+    def __init__(self, widths: Widths, ranks: Curves, scale: float) -> None:
+        self._widths = widths
+        weights = {name: 1 / max(bound, 1) for name, bound in widths.bounds.items()}
+        by_site: dict[str, list[Option]] = {}
+        for curve in ranks:
+            own = by_site.setdefault(curve.site.path, [])
+            own += [Option(curve.method, *each) for each in zip(curve.ranks, curve.costs, curve.errors, strict=True)]
+        self._layers = {
+            site.path: _Layer(site, [Option(None, None, dense_cost(site), 0.0), *by_site.get(site.path, [])], weights)
+            for site in widths.sites
+        }
+        layers = sum((dense_cost(site) for site in widths.sites), Cost())
+        self._fixed = _weighted(widths.sites.cost - layers, weights)
+        self._touched = [widths.touched(s) for s in range(len(widths.stacks))]
+        self._carried: list[Array] = [
+            np.array([weight * widths.carried(s, name) for name, weight in weights.items()]) for s in self._stacks
+        ]
+        self._errors = [
+            np.sum([curve.errors.numpy() for curve in widths.groups(s)], axis=0) * scale / ranks.unit
+            for s in self._stacks
+        ]
+        self._grid = []
+        for stack in widths.stacks:
+            allowed = np.array(stack.allowed)
+            places = np.unique(np.linspace(0, len(allowed) - 1, GRID).round().astype(int))
+            self._grid.append(allowed[places])
+        self.left = [widths.units(s) for s in self._stacks]
+        self._gone = {path: np.zeros(2) for path in self._layers}  # input and output channels gone
+        self._least = min(weights.values())  # cost of one parameter, MAC or byte
+
+    @property
+    def _stacks(self) -> range:
+        return range(len(self._widths.stacks))
+
+    def highest_price(self) -> float:
+        """A price at which everything goes that can: far above all errors over all savings."""
+        errors = sum(float(layer.errors.max()) for layer in self._layers.values())
+        errors += sum(float(own[-1]) for own in self._errors)
+        return ABOVE * (errors or 1.0) / self._least
+
+    def settle(self, prices: Array) -> Array:
+        """Set every stack to its best size at some prices, again and again.
+
+        Returns:
+            By how much each bound is then broken, in shares of it; 0 and less where it holds.
+        """
+        for stack in self._stacks:
+            self._set(stack, self._widths.units(stack))
+        for _ in range(SWEEPS):
+            before = list(self.left)
+            for stack in self._stacks:
+                self._set(stack, self._best(stack, prices))
+            if self.left == before:
+                break
+        total = self._fixed - 1.0
+        for path, layer in self._layers.items():
+            total = total + layer.best(prices, *(np.array([share]) for share in self._shares(path)))[1][:, 0]
+        for stack, left in enumerate(self.left):
+            total = total - self._carried[stack][:, self._widths.units(stack) - left]
+        return total
+
+    def _shares(self, path: str) -> tuple[float, float]:
+        layer, gone = self._layers[path], self._gone[path]
+        return 1 - gone[0] / layer.inputs, 1 - gone[1] / layer.outputs
+
+    def _best(self, stack: int, prices: Array) -> int:
+        """The number of units at which a stack costs least, all else as it is."""
+        units = self._widths.units(stack)
+        grid = self._grid[stack]
+        total: Array = self._errors[stack][units - grid] - prices @ self._carried[stack][:, units - grid]
+        now = units - self.left[stack]
+        for path, (inputs, outputs) in self._touched[stack].items():
+            layer, gone = self._layers[path], self._gone[path]
+            a = 1 - (gone[0] - inputs[now] + inputs[units - grid]) / layer.inputs
+            b = 1 - (gone[1] - outputs[now] + outputs[units - grid]) / layer.outputs
+            total = total + layer.best(prices, a, b)[0]
+        return int(grid[total.argmin()])
+
+    def _set(self, stack: int, left: int) -> None:
+        units = self._widths.units(stack)
+        before, after = units - self.left[stack], units - left
+        for path, (inputs, outputs) in self._touched[stack].items():
+            self._gone[path] += (inputs[after] - inputs[before], outputs[after] - outputs[before])
+        self.left[stack] = left
