@@ -270,6 +270,10 @@ def test_spectra_are_there_for_layers_that_lost_channels_too(forget: list[type])
     families = [rf.Interpolative(), rf.SVD()]
     rf.compress(network(), images(), budget=rf.Budget(params=0.5), families=families, selector=Watching())
     assert seen == [{"0", "2", "6"}] * 3
+    many = [batch + shift for shift in range(8) for batch in images()]  # so many that errors of channels are measured
+    out = rf.compress(network(), many, budget=rf.Budget(params=0.5), families=families, selector=Watching())
+    assert all(each == {"0", "2", "6"} for each in seen)
+    assert not any("dropped" in note for note in out.report.notes)
     sites = rf.find_sites(network(), images()[0])
     curves = rf.measure(network(), sites=sites, families=[rf.SVD()])
     with pytest.raises(OptionError, match=r"^curves · watching reads the spectra of the sites · got curves without"):

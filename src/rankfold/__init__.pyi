@@ -16,7 +16,7 @@ from .applying import apply_ as apply_
 from .channels.groups import ChannelGroup as ChannelGroup
 from .channels.groups import Channels as Channels
 from .channels.groups import find_channels as find_channels
-from .channels.joint import Ledger as Ledger
+from .channels.ledger import Ledger as Ledger
 from .channels.widths import InterpolativeGreedy as InterpolativeGreedy
 from .channels.widths import RemovalGreedy as RemovalGreedy
 from .channels.widths import SameShare as SameShare

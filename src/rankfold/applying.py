@@ -150,8 +150,6 @@ def carry_out(
     sites = replace(sites, sites=tuple(site for site in sites if not below(site.path, plan.stands)))
     if plan.stands:
         base, shells = install_stands_(target, plan.stands), replace(plan, stands={}, branches=())
-        if not plan.cuts:
-            _check_runs(base, first_of(batches), sites)
     if plan.cuts:
         norms: dict[str, str | None] | None = None
         if any(decision.fold for decision in plan.channels):
@@ -160,6 +158,7 @@ def carry_out(
                 norms = {call.path: call.norm for call in sites.in_graph()}
         stats = fold_and_cut_(target, model, sites, plan.cuts, stats, norms, plan.attributes)
         base, shells = target, replace(shells, cuts={}, attributes={}, channels=())
+    if base is not None:
         _check_runs(base, first_of(batches), sites)
     if plan.repair is None:
         return Carried(install_shells(target, shells, shared_out(filler(stats, heads_of(target)), world)))
@@ -216,7 +215,7 @@ def _check_runs(narrow: nn.Module, example: Batch, sites: Sites) -> None:
             raise
         raise PlanError(
             "plan",
-            law="the model runs as the cuts leave it",
+            law="the model runs as the cuts leave it, and without the branches that go",
             got=f"{type(cause).__name__}: {str(cause).splitlines()[0]}",
             cure="make the plan again",
         ) from cause
@@ -329,9 +328,8 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
     decided = replace(found, sites=decided_sites(found, plan))
     if stats is None:
         stats = _collected(model, batches, decided, names, plan)
-    if (
-        plan.cuts or plan.stands
-    ) and target is model:  # the narrow model is solved against the original, so that is needed to the end
+    smaller = plan.cuts or plan.stands
+    if smaller and target is model:  # it is solved against the original, so that is needed to the end
         carried = carry_out(model, copied(model), plan, sites=decided, stats=stats, batches=batches)
         return take_over(model, carried.model, plan)
     return carry_out(model, target, plan, sites=decided, stats=stats, batches=batches).model

@@ -8,7 +8,7 @@ from torch import nn
 
 import rankfold as rf
 from rankfold.channels.elimination import RemovalCurve
-from rankfold.channels.ledger import Widths, stacks_of
+from rankfold.channels.stacks import Widths, stacks_of
 from rankfold.channels.widths import SIZES, WidthSelector
 from rankfold.cost.counted import count
 from rankfold.errors import BudgetError, OptionError

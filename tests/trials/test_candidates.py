@@ -180,7 +180,7 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
 
 
 def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = [candidate.selector for candidate in many().report.candidates if candidate.samples is None]
+    first = [candidate.selector for candidate in many().report.candidates if candidate.samples is None][:FINALISTS]
     rightly = Trials.attempt
     failed: list[Any] = []
 
@@ -195,7 +195,7 @@ def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pyte
     whole = [candidate.selector for candidate in out.report.candidates if candidate.samples is None]
     assert len(whole) == FINALISTS + len(WEAKER)
     assert not set(whole) & set(first)
-    assert sum("was dropped" in note for note in out.report.notes) == FINALISTS + len(WEAKER)
+    assert sum("was dropped" in note for note in out.report.notes) == FINALISTS
 
 
 def test_without_repair_each_is_carried_out_once_on_all_samples(monkeypatch: pytest.MonkeyPatch) -> None:

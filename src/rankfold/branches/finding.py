@@ -14,24 +14,10 @@ from rankfold.graph.regions import ADDS, Call, ancestors, same_shape, tensor_nam
 from rankfold.layers import layer_operators
 
 STEPS = {  # operators that leave every channel where it is
-    *(
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "clamp",
-        "dropout",
-        "clone",
-        "contiguous",
-        "alias",
-        "getitem",
-        "to",
-        "_to_copy",
-    ),
+    *("add", "sub", "mul", "div", "neg", "clamp", "dropout", "clone", "contiguous", "alias", "getitem"),
     *("relu", "relu6", "gelu", "silu", "tanh", "sigmoid", "hardswish", "hardsigmoid", "hardtanh", "leaky_relu", "elu"),
     *("mish", "softplus", "batch_norm", "_native_batch_norm_legit_no_training", "layer_norm", "native_layer_norm"),
-    *("group_norm", "native_group_norm"),
+    *("group_norm", "native_group_norm", "to", "_to_copy"),
 }
 VIEWS = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze")
 
@@ -80,10 +66,15 @@ def find_branches(program: ExportedProgram, names: Mapping[str, str]) -> list[Br
         program: The functional program.
         names: First path of each module by each of its paths, from `first_names`.
     """
-    nodes = list(program.graph.nodes)
     owners = {node: owner for node, owner in _owners(program, names).items() if _is_matrix(node)}
+    layers = {}  # path of the layer whose weight a node multiplies with, in the order of the graph
+    for node in program.graph.nodes:
+        own = next((owners[each] for each in node.all_input_nodes if each in owners), None)
+        if own is not None and _multiplies(node):
+            layers[node] = own
+    unread = unread_in(program)
     found: list[Branch] = []
-    for add in nodes:
+    for add in program.graph.nodes:
         if add.target not in ADDS or len(add.args) != 2 or add.kwargs:
             continue
         operands = [argument for argument in add.args if isinstance(argument, Node)]
@@ -91,14 +82,11 @@ def find_branches(program: ExportedProgram, names: Mapping[str, str]) -> list[Br
             continue
         options = []
         for value, skip in (operands, operands[::-1]):
-            gone = dying(nodes, [(value, add)])
-            weighted = [
-                n for n in nodes if n in gone and _multiplies(n) and any(e in owners for e in n.all_input_nodes)
-            ]
-            if weighted and skip not in gone and _shares_a_source(gone, skip):
-                last = next(owners[each] for each in weighted[-1].all_input_nodes if each in owners)
-                axes, channels = _channels_of(value, weighted[-1])
-                options.append((len(weighted), Branch(last, value, skip, add, channels, axes)))
+            gone = dying(unread, [(value, add)])
+            inside = [node for node in layers if node in gone]
+            if inside and skip not in gone and _shares_a_source(gone, skip):
+                axes, channels = _channels_of(value, inside[-1])
+                options.append((len(inside), Branch(layers[inside[-1]], value, skip, add, channels, axes)))
         if options:
             found.append(max(options, key=lambda option: option[0])[1])
     every = [branch.name for branch in found]
@@ -157,11 +145,10 @@ def _keeps_last(node: Node) -> bool:
 
 def layers_in(program: ExportedProgram, branches: Sequence[Branch], names: Mapping[str, str]) -> dict[str, set[str]]:
     """Paths of the modules whose tensors only a branch reads, by name of the branch."""
-    nodes = list(program.graph.nodes)
-    owners = _owners(program, names)
+    owners, unread = _owners(program, names), unread_in(program)
     found = {}
     for branch in branches:
-        gone = dying(nodes, [(branch.value, branch.add)])
+        gone = dying(unread, [(branch.value, branch.add)])
         read = {each for node in gone for each in node.all_input_nodes if each in owners}
         found[branch.name] = {owners[each] for each in read if all(user in gone for user in each.users)}
     return found
@@ -178,32 +165,42 @@ def without(program: ExportedProgram, gone: Sequence[Branch]) -> tuple[list[Call
         A call for each branch that is not inside another, of a layer that reads the skip branch and returns what is
         left of the branch; and the nodes that have no value any more.
     """
-    nodes = list(program.graph.nodes)
-    dead = dying(nodes, [(branch.value, branch.add) for branch in gone])
+    unread = unread_in(program)
+    dead = dying(unread, [(branch.value, branch.add) for branch in gone])
     calls = []
     for each in gone:
         if each.add not in dead:
-            inside = frozenset(dying(nodes, [(each.value, each.add)]))
+            inside = frozenset(dying(unread, [(each.value, each.add)]))
             calls.append(Call(each.name, each.skip, each.value, inside, None, each.skip, ()))
     return calls, dead
 
 
-def dying(nodes: Sequence[Node], ends: Collection[tuple[Node, Node]]) -> set[Node]:
-    """The nodes whose values nobody reads any more.
+def dying(unread: Collection[Node], ends: Collection[tuple[Node, Node]]) -> set[Node]:
+    """The nodes whose values nobody reads any more, found from the ends upwards.
 
     Args:
-        nodes: All nodes, in the order of the graph.
+        unread: Nodes whose values nobody reads as it is, from `unread_in`.
         ends: Operands that go, each with the sum that no longer reads it.
     """
-    return _unread(nodes, set(ends)) - _unread(nodes, set())
-
-
-def _unread(nodes: Sequence[Node], cut: set[tuple[Node, Node]]) -> set[Node]:
-    gone: set[Node] = set()
-    for node in reversed(nodes):
-        if node.op == "call_function" and all(user in gone or (node, user) in cut for user in node.users):
+    cut, gone = set(ends), set[Node]()
+    open_ = [value for value, _ in ends]
+    while open_:
+        node = open_.pop()
+        if node in gone or node.op != "call_function":
+            continue
+        if all(user in gone or user in unread or (node, user) in cut for user in node.users):
             gone.add(node)
+            open_ += node.all_input_nodes  # looked at again with each of its users
     return gone
+
+
+def unread_in(program: ExportedProgram) -> set[Node]:
+    """The nodes of a graph whose values nobody reads: checks, and items of tuples that are not used."""
+    found: set[Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op == "call_function" and all(user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def _shares_a_source(gone: set[Node], skip: Node) -> bool:

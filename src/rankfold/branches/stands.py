@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from rankfold.branches.finding import Branch, BranchError, dying
+from rankfold.branches.finding import Branch, BranchError, dying, unread_in
 from rankfold.branches.installing import below
 from rankfold.graph.nodes import has_tensors, operator_of
 from rankfold.graph.regions import SAME_VALUE, same_shape
@@ -27,13 +27,11 @@ class Places:
         idle: Those among them whose output is their input.
         constants: Path of the module that each branch ends in, by name of the branch; branches that end in a module
             that hands a value on have none.
-        dead: Nodes that no longer have a value.
     """
 
     bypasses: list[str] = field(default_factory=list)
     idle: list[str] = field(default_factory=list)
     constants: dict[str, str] = field(default_factory=dict)
-    dead: set[Node] = field(default_factory=set)
 
     def holds(self, path: str) -> bool:
         """Whether a module is one of those that something stands for, or below one."""
@@ -58,13 +56,13 @@ def places_of_stands(
     Raises:
         BranchError: A branch does not end in a module of its own, or one that is called elsewhere too.
     """
-    nodes = list(program.graph.nodes)
     removed = {branch.add: branch for branch in gone}
-    dead = dying(nodes, [(branch.value, branch.add) for branch in gone])
-    found = Places(dead=dead)
+    unread = unread_in(program)
+    dead = dying(unread, [(branch.value, branch.add) for branch in gone]) | unread
+    found = Places()
     passed: set[Node] = set()  # sums inside modules that hand their input on
     never: list[str] = []  # modules whose every value is dead
-    own = _nodes_by_module(nodes, modules)
+    own = _nodes_by_module(program.graph.nodes, modules)
     for path in sorted(own, key=lambda path: path.count(".")):
         if found.holds(path):
             continue
@@ -151,7 +149,7 @@ def _never_negative(node: Node, removed: Mapping[Node, Branch]) -> bool:
     return False
 
 
-def _nodes_by_module(nodes: Sequence[Node], modules: Mapping[str, str]) -> dict[str, set[Node]]:
+def _nodes_by_module(nodes: Iterable[Node], modules: Mapping[str, str]) -> dict[str, set[Node]]:
     """The nodes that the code of each module, and of those below it, makes."""
     own: dict[str, set[Node]] = {}
     for node in nodes:

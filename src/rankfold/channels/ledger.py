@@ -1,263 +1,227 @@
-"""Cost of a model while units of its channel groups are removed, step by step."""
+"""Channels and ranks on one state, at one price of cost."""
 
 from __future__ import annotations
 
-import re
-from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from rankfold.allocation import Curves
-from rankfold.channels.elimination import RemovalCurve
-from rankfold.channels.groups import ChannelGroup
-from rankfold.cost.formula import dense_cost
-from rankfold.cost.resources import RESOURCES, Cost
-from rankfold.errors import BudgetError
-from rankfold.sites.reach import NO_CHANNELS, unreachable
-from rankfold.sites.site import Sites
+from rankfold.allocation import Curves, Option
+from rankfold.channels.stacks import Widths
+from rankfold.channels.widths import WidthSelector
+from rankfold.checks import check_number
+from rankfold.cost.formula import dense_cost, site_cost
+from rankfold.cost.resources import Cost
+from rankfold.registry import register
+from rankfold.sites.site import Site
 
-NAMES = tuple(RESOURCES)
+Array: TypeAlias = NDArray[np.float64]
+
+GRID = 32  # numbers of units of a stack that are looked at
+SWEEPS = 6  # largest number of rounds over all stacks at one price
+ABOVE = 1e3  # the highest price that is looked at, in all errors over the least cost of a channel
+LOWEST = 1e-18  # the lowest, in the highest
+NEAR = 1.02  # ratio of two prices between which no other is looked at
 
 
+@register("ledger")
 @dataclass(frozen=True)
-class Stack:
-    """Groups that keep equally many units.
+class Ledger(WidthSelector):
+    """Weighs channels against ranks on one state: what a layer's rank saves depends on the channels it has left.
+
+    At a price `λ` of cost, the state minimises `Σ_i e_i(o_i) + Σ_g E_g(u_g) + λ C(o, u)`: `e_i(o)` the error of option
+    `o` (dense, or a method at a rank) of site i, `E_g(u)` that of `u` units left of group g, and `C` the cost of the
+    whole model in shares of its bounds, computed from the state. The cost of an option is bilinear in the input and
+    output channels that are left, in every form. Groups are set one after the other, down or up, each to the best
+    number of units with the best options of all layers that it touches, until nothing changes. Only a resource whose
+    bound would be broken has a price, the least at which all bounds hold. The ranks are then chosen anew, from curves
+    of the model that the channels leave. `compress` makes such plans by itself: it is no selector to be passed, since
+    it is neither of channels nor of ranks alone.
 
     Attributes:
-        members: Indices of the groups in the list of all groups.
-        allowed: Numbers of units that each group may keep, ascending; the last is all.
+        scale: Factor on the errors of channels, where they are measured to cost more, or less, than predicted.
     """
 
-    members: tuple[int, ...]
-    allowed: tuple[int, ...]
+    scale: float = 1.0
 
-
-class Widths:
-    """Numbers of units left of each group on the way to a budget, and what the model then costs.
-
-    Args:
-        model: The original model.
-        curves: Removal curves, one for each group.
-        sites: Sites of the model, from `find_sites`.
-        bounds: Absolute bounds on the whole model, by resource.
-        stacks: Groups that go together, with the numbers of units they may keep.
-        ranks: Curves of the ranks of the model's layers, for selectors that read "ranks".
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        curves: Sequence[RemovalCurve],
-        sites: Sites,
-        bounds: Mapping[str, int],
-        stacks: Sequence[Stack],
-        ranks: Curves | None = None,
-    ) -> None:
-        self.ranks, self.sites = ranks, sites
-        self.curves, self.bounds, self.stacks = tuple(curves), dict(bounds), tuple(stacks)
-        self._ledger = _Ledger(model, curves, sites)
-        self.left = [self.units(s) for s in range(len(self.stacks))]
-
-    def units(self, stack: int) -> int:
-        """Units that each group of a stack had."""
-        return self.stacks[stack].allowed[-1]
-
-    def groups(self, stack: int) -> tuple[RemovalCurve, ...]:
-        """The groups of a stack."""
-        return tuple(self.curves[i] for i in self.stacks[stack].members)
+    def __post_init__(self) -> None:
+        law = "a number above 0"
+        check_number("Ledger.scale", self.scale, law=law, cure="try 1.0", high=math.inf, open_low=True)
 
     @property
-    def cost(self) -> Cost:
-        """Cost of the whole model."""
-        return self._ledger.cost
+    def reads(self) -> tuple[str, ...]:
+        """See `Selector.reads`."""
+        return ("ranks",)
 
-    def broken(self) -> list[str]:
-        """Resources whose bound does not hold yet."""
-        amounts = self.cost.amounts()
-        return [name for name, bound in self.bounds.items() if amounts[name] > bound]
-
-    def rounded(self, stack: int, wanted: int) -> int:
-        """The allowed number of units at or below a wanted one; the smallest allowed where there is none below."""
-        allowed = self.stacks[stack].allowed
-        return allowed[max(0, bisect_right(allowed, wanted) - 1)]
-
-    def saved(self, stack: int, after: int) -> Cost:
-        """Approximate saving when the groups of a stack go down to `after` units."""
-        return sum((self._ledger.saved(i, self.left[stack], after) for i in self.stacks[stack].members), Cost())
-
-    def touched(self, stack: int) -> dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Input and output channels that each layer loses, by units of a stack removed, shape (units + 1,) each."""
-        found: dict[str, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
-        for i in self.stacks[stack].members:
-            for path, (inputs, outputs) in self._ledger.changes[i].items():
-                before = found.get(path, (np.zeros_like(inputs.numpy()),) * 2)
-                found[path] = before[0] + inputs.numpy(), before[1] + outputs.numpy()
-        return found
-
-    def carried(self, stack: int, resource: str) -> NDArray[np.int64]:
-        """What goes with units of a stack outside the layers, by units removed, shape (units + 1,)."""
-        own = [self._ledger.carried[i][NAMES.index(resource)].numpy() for i in self.stacks[stack].members]
-        return np.sum(own, axis=0)  # type: ignore[no-any-return]
-
-    def work(self, stack: int) -> int:
-        """MACs of the layers that make and read a stack, as they are now."""
-        return sum(self._ledger.work(i) for i in self.stacks[stack].members)
-
-    def set(self, stack: int, after: int) -> None:
-        """Set the units left of each group of a stack, down or back up."""
-        for i in self.stacks[stack].members:
-            self._ledger.take(i, self.left[stack], after)
-        self.left[stack] = after
-
-    def give_back(self, stacks: Sequence[int]) -> None:
-        """Let units that fit again come back, stack after stack, since a last step went further than it had to."""
-        for stack in stacks:
-            while (have := self.left[stack]) < self.units(stack):
-                allowed = self.stacks[stack].allowed
-                self.set(stack, allowed[bisect_right(allowed, have)])
-                if self.broken():
-                    self.set(stack, have)
-                    break
-
-    def chosen(self) -> dict[str, int]:
-        """Units left by name of the group."""
-        return {curve.group.name: left for stack, left in enumerate(self.left) for curve in self.groups(stack)}
-
-    def impossible(self) -> BudgetError:
-        """The error for bounds that are broken where no step is left."""
-        reached = self.cost.amounts()
-        touched = {path for curve in self.curves for path in (*curve.group.made, *curve.group.read)}
-        touched |= {name.rpartition(".")[0] for curve in self.curves for name in curve.group.carried}
-        return unreachable(
-            self.sites.whole,
-            self.bounds,
-            {name: reached[name] for name in self.bounds},
-            sites=self.sites,
-            frozen={site.path: NO_CHANNELS for site in self.sites if site.path not in touched},
-            reduced=touched,
-            cure="allow families that shrink layers without channel groups, or ask for no multiples",
-        )
+    def shrink(self, widths: Widths) -> None:
+        """See `WidthSelector.shrink`."""
+        if widths.ranks is None:
+            raise TypeError("the widths lack the curves that the selector reads")
+        state = _State(widths, widths.ranks, self.scale)
+        highest = state.highest_price()
+        if bool((state.settle(np.full(len(widths.bounds), highest)) > 0).any()):
+            for stack in range(len(widths.stacks)):
+                widths.set(stack, widths.stacks[stack].allowed[0])
+            raise widths.impossible()
+        priced = np.zeros(len(widths.bounds))  # 1 for a resource that has a price
+        excess = state.settle(np.zeros_like(priced))
+        while bool((excess > 0).any()):
+            priced[np.where(priced > 0, -np.inf, excess).argmax()] = 1.0
+            low, high = highest * LOWEST, highest
+            while high / low > NEAR:
+                middle = math.sqrt(low * high)
+                held = bool((state.settle(middle * priced)[priced > 0] <= 0).all())
+                low, high = (low, middle) if held else (middle, high)
+            excess = state.settle(high * priced)
+        for stack, left in enumerate(state.left):
+            widths.set(stack, left)
 
 
-def stacks_of(
-    groups: Sequence[ChannelGroup],
-    *,
-    multiple_of: int = 1,
-    uniform: bool = False,
-    allowed: Callable[[Sequence[ChannelGroup]], Collection[int]] | None = None,
-) -> tuple[Stack, ...]:
-    """Groups that go together, with the numbers of units they may keep.
+class _Layer:
+    """Options of a site: errors, and the coefficients of their costs.
 
-    Args:
-        groups: All groups.
-        multiple_of: Number of which kept units are a multiple, where a group has so many.
-        uniform: True if groups at the same place of like layers go together.
-        allowed: Function of the groups that go together, which returns the numbers of units below the whole that they
-            may keep; None allows all.
-    """
-    numbers: dict[object, list[int]] = {}
-    for i, group in enumerate(groups):
-        numbers.setdefault(_place_of(group) if uniform else i, []).append(i)
-    stacks = []
-    for members in numbers.values():
-        own = [groups[i] for i in members]
-        units = own[0].units
-        fewer = range(multiple_of, units, multiple_of) if units > multiple_of else range(0)
-        fits = fewer if allowed is None else set(allowed(own))
-        stacks.append(Stack(tuple(members), (*(count for count in fewer if count in fits), units)))
-    return tuple(stacks)
-
-
-def _place_of(group: ChannelGroup) -> tuple[object, ...]:
-    """Key that groups at the same place of like layers share: their size, and their paths but for the numbers."""
-    paths = [re.sub(r"\d+", "*", path) for path in (group.name, *group.made, *group.read)]
-    return (group.units, *paths)
-
-
-class _Ledger:
-    """Channels left of every layer, and the cost of the whole model.
-
-    Args:
-        model: The original model.
-        curves: Removal curves, one for each group.
-        sites: Sites of the model, from `find_sites`.
+    The cost of an option with shares `a` of the inputs and `b` of the outputs left is `α a + β b + γ + δ a b`, which
+    the costs at once and twice the channels give.
     """
 
-    def __init__(self, model: nn.Module, curves: Sequence[RemovalCurve], sites: Sites) -> None:
-        self.cost = sites.cost
-        self._sites = {site.path: site for site in sites}
-        self._layers: dict[tuple[str, int, int], Cost] = {}
-        self._left = {site.path: [site.geometry.inputs, site.geometry.outputs] for site in sites}
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
-        weights = {f"{path}.weight" if path else "weight": path for path in self._sites}
-        biases = {f"{path}.bias" if path else "bias" for path in self._sites}
-        self.changes: list[dict[str, list[torch.Tensor]]] = []  # group → layer → inputs, outputs gone by units removed
-        self.carried: list[torch.Tensor] = []  # group → amounts gone by units removed, shape (resources, units + 1)
-        for curve in curves:
-            units, order = curve.group.units, curve.order
-            changes: dict[str, list[torch.Tensor]] = {}
+    def __init__(self, site: Site, options: Sequence[Option], weights: dict[str, float]) -> None:
+        self.inputs, self.outputs = site.geometry.inputs, site.geometry.outputs
+        self.errors = np.array([option.error for option in options])
+        depthwise = site.geometry.groups > 1
 
-            def gone(own: Sequence[int], units: int = units, order: torch.Tensor = order) -> torch.Tensor:
-                places = torch.tensor(own)
-                counts = torch.bincount(places[places >= 0], minlength=units)[order]
-                return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        def priced(option: Option, inputs: int, outputs: int) -> Array:
+            geometry = site.geometry
+            if depthwise:
+                geometry = replace(
+                    geometry,
+                    inputs=geometry.inputs * inputs,
+                    outputs=geometry.outputs * inputs,
+                    groups=geometry.groups * inputs,
+                )
+            else:
+                geometry = replace(geometry, inputs=geometry.inputs * inputs, outputs=geometry.outputs * outputs)
+            own = replace(site, geometry=geometry)
+            cost = dense_cost(own) if option.method is None else site_cost(own, option.method.form, option.rank or 0)
+            return _weighted(cost, weights)
 
-            for side, table in enumerate((curve.group.read, curve.group.made)):
-                for path, own in table.items():
-                    changes.setdefault(path, [torch.zeros(units + 1, dtype=torch.int64)] * 2)[side] = gone(own)
-            carried = torch.zeros(len(RESOURCES), units + 1, dtype=torch.int64)
-            if curve.group.macs:
-                carried[NAMES.index("macs"), 1:] = torch.tensor(curve.group.macs)[order].cumsum(0)
-            for name, axes in curve.group.carried.items():
-                if name in weights:  # a depthwise convolution, or a table
-                    both = gone(next(iter(axes.values())))
-                    changes[weights[name]] = [both, both]
-                elif name not in biases and name in tensors:
-                    value = tensors[name]
-                    for axis, own in axes.items():
-                        slices = gone(own) * (value.numel() // value.shape[axis])
-                        carried[NAMES.index("params")] += slices * (name in parameters)
-                        carried[NAMES.index("bytes")] += slices * value.element_size()
-            self.changes.append(changes)
-            self.carried.append(carried)
+        rows = []
+        for option in options:
+            one, wide, high, both = (priced(option, *sizes) for sizes in ((1, 1), (2, 1), (1, 2), (2, 2)))
+            product = np.zeros_like(one) if depthwise else both - wide - high + one
+            first = wide - one - product
+            second = np.zeros_like(one) if depthwise else high - one - product
+            rows.append((first, second, one - first - second - product, product))
+        self.coefficients = np.array(rows).transpose(1, 2, 0)  # 4 × resources × options
 
-    def saved(self, group: int, left: int, after: int) -> Cost:
-        """Saving of a step."""
-        total = Cost()
-        units = self.carried[group].shape[1] - 1
-        for path, (inputs, outputs) in self.changes[group].items():
-            have_in, have_out = self._left[path]
-            fewer_in = int(inputs[units - after] - inputs[units - left])
-            fewer_out = int(outputs[units - after] - outputs[units - left])
-            after_in, after_out = have_in - fewer_in, have_out - fewer_out
-            total = total + self._layer(path, have_in, have_out) - self._layer(path, after_in, after_out)
-        gone = self.carried[group][:, units - after] - self.carried[group][:, units - left]
-        return total + Cost(*map(int, gone))
+    def costs(self, inputs: Array, outputs: Array) -> Array:
+        """Costs with some shares of the channels left, shape (resources, options, shares)."""
+        alpha, beta, gamma, delta = (part[..., None] for part in self.coefficients)
+        result: Array = alpha * inputs + beta * outputs + gamma + delta * inputs * outputs
+        return result
 
-    def take(self, group: int, left: int, after: int) -> None:
-        """Carry out a step, forwards or back."""
-        self.cost = self.cost - self.saved(group, left, after)
-        units = self.carried[group].shape[1] - 1
-        for path, (inputs, outputs) in self.changes[group].items():
-            self._left[path][0] -= int(inputs[units - after] - inputs[units - left])
-            self._left[path][1] -= int(outputs[units - after] - outputs[units - left])
+    def best(self, prices: Array, inputs: Array, outputs: Array) -> tuple[Array, Array]:
+        """Error plus priced cost of the best option, and its cost in each resource, for each pair of shares."""
+        costs = self.costs(inputs, outputs)
+        totals = self.errors[:, None] + np.tensordot(prices, costs, 1)
+        chosen = totals.argmin(0)
+        columns = np.arange(len(inputs))
+        return totals[chosen, columns], costs[:, chosen, columns]
 
-    def work(self, group: int) -> int:
-        """MACs of the layers that a group touches, as they are now."""
-        return sum(self._layer(path, *self._left[path]).macs for path in self.changes[group])
 
-    def _layer(self, path: str, inputs: int, outputs: int) -> Cost:
-        """Cost of a layer with so many channels left."""
-        known = self._layers.get((path, inputs, outputs))
-        if known is None:
-            site = self._sites[path]
-            groups = inputs if site.geometry.groups > 1 else 1
-            geometry = replace(site.geometry, inputs=inputs, outputs=outputs, groups=groups)
-            known = self._layers[path, inputs, outputs] = dense_cost(replace(site, geometry=geometry))
-        return known
+def _weighted(cost: Cost, weights: dict[str, float]) -> Array:
+    """A cost in units of its own, resource by resource."""
+    amounts = cost.amounts()
+    return np.array([amounts[name] * weight for name, weight in weights.items()])
+
+
+class _State:
+    """Units left of every stack, and the best options of all layers at a price."""
+
+    def __init__(self, widths: Widths, ranks: Curves, scale: float) -> None:
+        self._widths = widths
+        weights = {name: 1 / max(bound, 1) for name, bound in widths.bounds.items()}
+        by_site: dict[str, list[Option]] = {}
+        for curve in ranks:
+            own = by_site.setdefault(curve.site.path, [])
+            own += [Option(curve.method, *each) for each in zip(curve.ranks, curve.costs, curve.errors, strict=True)]
+        self._layers = {
+            site.path: _Layer(site, [Option(None, None, dense_cost(site), 0.0), *by_site.get(site.path, [])], weights)
+            for site in widths.sites
+        }
+        layers = sum((dense_cost(site) for site in widths.sites), Cost())
+        self._fixed = _weighted(widths.sites.cost - layers, weights)
+        self._touched = [widths.touched(s) for s in range(len(widths.stacks))]
+        self._carried: list[Array] = [
+            np.array([weight * widths.carried(s, name) for name, weight in weights.items()]) for s in self._stacks
+        ]
+        self._errors = [
+            np.sum([curve.errors.numpy() for curve in widths.groups(s)], axis=0) * scale / ranks.unit
+            for s in self._stacks
+        ]
+        self._grid = []
+        for stack in widths.stacks:
+            allowed = np.array(stack.allowed)
+            places = np.unique(np.linspace(0, len(allowed) - 1, GRID).round().astype(int))
+            self._grid.append(allowed[places])
+        self.left = [widths.units(s) for s in self._stacks]
+        self._gone = {path: np.zeros(2) for path in self._layers}  # input and output channels gone
+        self._least = min(weights.values())  # cost of one parameter, MAC or byte
+
+    @property
+    def _stacks(self) -> range:
+        return range(len(self._widths.stacks))
+
+    def highest_price(self) -> float:
+        """A price at which everything goes that can: far above all errors over all savings."""
+        errors = sum(float(layer.errors.max()) for layer in self._layers.values())
+        errors += sum(float(own[-1]) for own in self._errors)
+        return ABOVE * (errors or 1.0) / self._least
+
+    def settle(self, prices: Array) -> Array:
+        """Set every stack to its best size at some prices, again and again.
+
+        Returns:
+            By how much each bound is then broken, in shares of it; 0 and less where it holds.
+        """
+        for stack in self._stacks:
+            self._set(stack, self._widths.units(stack))
+        for _ in range(SWEEPS):
+            before = list(self.left)
+            for stack in self._stacks:
+                self._set(stack, self._best(stack, prices))
+            if self.left == before:
+                break
+        total = self._fixed - 1.0
+        for path, layer in self._layers.items():
+            total = total + layer.best(prices, *(np.array([share]) for share in self._shares(path)))[1][:, 0]
+        for stack, left in enumerate(self.left):
+            total = total - self._carried[stack][:, self._widths.units(stack) - left]
+        return total
+
+    def _shares(self, path: str) -> tuple[float, float]:
+        layer, gone = self._layers[path], self._gone[path]
+        return 1 - gone[0] / layer.inputs, 1 - gone[1] / layer.outputs
+
+    def _best(self, stack: int, prices: Array) -> int:
+        """The number of units at which a stack costs least, all else as it is."""
+        units = self._widths.units(stack)
+        grid = self._grid[stack]
+        total: Array = self._errors[stack][units - grid] - prices @ self._carried[stack][:, units - grid]
+        now = units - self.left[stack]
+        for path, (inputs, outputs) in self._touched[stack].items():
+            layer, gone = self._layers[path], self._gone[path]
+            a = 1 - (gone[0] - inputs[now] + inputs[units - grid]) / layer.inputs
+            b = 1 - (gone[1] - outputs[now] + outputs[units - grid]) / layer.outputs
+            total = total + layer.best(prices, a, b)[0]
+        return int(grid[total.argmin()])
+
+    def _set(self, stack: int, left: int) -> None:
+        units = self._widths.units(stack)
+        before, after = units - self.left[stack], units - left
+        for path, (inputs, outputs) in self._touched[stack].items():
+            self._gone[path] += (inputs[after] - inputs[before], outputs[after] - outputs[before])
+        self.left[stack] = left

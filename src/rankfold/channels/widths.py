@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 
 from rankfold.allocation import Selector
-from rankfold.channels.ledger import Widths
+from rankfold.channels.stacks import Widths
 from rankfold.checks import check_number
 from rankfold.errors import OptionError
 from rankfold.registry import register
@@ -193,20 +193,6 @@ class InterpolativeGreedy(WidthSelector):
             if chosen is None:
                 raise widths.impossible()
             widths.set(*chosen)
-
-
-def drawn(widths: Widths, sizes: Sequence[int], evenness: float) -> None:
-    """Draw sizes towards those of `SameShare` under the same bounds.
-
-    Args:
-        widths: Widths of all groups; changed in place.
-        sizes: Units left of each stack.
-        evenness: Degree, in [0, 1].
-    """
-    for s in _all(widths):
-        widths.set(s, widths.units(s))
-    SameShare().shrink(widths)
-    _shrink(widths, [evenness * a + (1 - evenness) * b for a, b in zip(list(widths.left), sizes, strict=True)])
 
 
 def _shrink(widths: Widths, wanted: Sequence[float]) -> None:

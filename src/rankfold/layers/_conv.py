@@ -111,7 +111,7 @@ def _places(geometry: Geometry, size: torch.Size, positions: Tensor) -> Tensor:
     return places
 
 
-def _conv(layer: nn.Module) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    if not isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+def _conv(layer: nn.Module) -> nn.modules.conv._ConvNd:
+    if not isinstance(layer, nn.modules.conv._ConvNd):
         raise TypeError(f"{type(layer).__name__} is no convolution")
     return layer

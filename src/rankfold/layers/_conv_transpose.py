@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 from typing import ClassVar
 
@@ -40,19 +41,8 @@ class ConvTransposeAdapter(ConvAdapter):
 
     def geometry(self, layer: nn.Module) -> Geometry:
         """The geometry that the layer's attributes give."""
-        conv = _transposed(layer)
-        kernel = tuple(conv.weight.shape[2:])
-        return Geometry(
-            conv.in_channels,
-            conv.out_channels,
-            kernel,
-            sizes(conv.stride, kernel),
-            sizes(conv.padding, kernel),  # type: ignore[arg-type]  # declared as that of a convolution, which may be text
-            sizes(conv.dilation, kernel),
-            conv.groups,
-            bias=conv.bias is not None,
-            output_padding=sizes(conv.output_padding, kernel),
-        )
+        own = super().geometry(layer)
+        return replace(own, output_padding=sizes(_transposed(layer).output_padding, own.kernel))
 
     def canonical(self, layer: nn.Module) -> Tensor:
         """(groups, out/groups, in/groups, kernel…), of a weight that is stored in × out/groups × kernel…."""

@@ -144,7 +144,7 @@ class Proposer(ABC):
     def on(self, basis: Basis) -> Proposer:
         """The same for the model without some branches, whose layers and statistics are some of this one's."""
         other = self._on(basis)
-        other.beside = [each._on(basis) for each in self.beside if each.families and each.basis is self.basis]
+        other.beside = [each._on(basis) for each in self.beside]
         return other
 
     def _on(self, basis: Basis) -> Proposer:

@@ -11,15 +11,15 @@ import torch
 from rankfold.allocation import Curves, Lagrangian, RankSelector
 from rankfold.channels.elimination import RemovalCurve, even
 from rankfold.channels.groups import ChannelGroup, find_channels
-from rankfold.channels.joint import Ledger
-from rankfold.channels.ledger import Widths, stacks_of
+from rankfold.channels.ledger import Ledger
+from rankfold.channels.stacks import Widths, stacks_of
 from rankfold.channels.widths import HALF_WAY, SIZES, WidthSelector
 from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family, Interpolative
 from rankfold.distributed import world
 from rankfold.errors import SiteError
 from rankfold.plan import Plan
-from rankfold.plan.making import DIGITS, make_plan
+from rankfold.plan.making import DIGITS
 from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
 from rankfold.proposals._ranks import RankProposer, curve_seconds
 from rankfold.proposals._remover import Remover
@@ -76,8 +76,7 @@ class ChannelProposer(Proposer):
             remover = self._remover(method, ways, alone=not forms)
             if remover is None:
                 continue
-            curves = None if ranks is None or not forms else ranks.curves(multiple)
-            maker = _Maker(self.basis, asked, remover, forms, curves)
+            maker = _Maker(asked, self.basis.seed, remover, forms, ranks)
             for way in ways:
                 if not way.measured:
                     found.append(Proposal(way.name, partial(maker.plan, way), always=way.always))
@@ -152,18 +151,24 @@ class _Maker:
     """Maker of the plans of one method.
 
     Attributes:
-        basis: The measured model.
         asked: The request.
+        seed: Seed, recorded in the plans.
         remover: The channels.
         forms: Families that have ranks.
-        curves: Curves of those; None where there are none.
+        ranks: Proposer of those; None where there are none.
     """
 
-    basis: Basis
     asked: Asked
+    seed: int
     remover: Remover
     forms: Sequence[Decomposition]
-    curves: Curves | None
+    ranks: RankProposer | None
+
+    def curves(self, selector: RankSelector) -> Curves | None:
+        """Curves of the original's ranks, as a selector reads them."""
+        if self.ranks is None:
+            return None
+        return self.ranks.curves(selector.multiple, spectra="spectra" in selector.reads)
 
     def plan(self, way: ChannelWay) -> Plan:
         """The plan of a way."""
@@ -173,11 +178,11 @@ class _Maker:
             sizes=way.sizes,
             families=self.forms,
             selector=way.selector,
-            seed=self.basis.seed,
+            seed=self.seed,
             repair=self.asked.repair,
             evaluate=self.asked.evaluate,
             world=world(),
-            ranks=self.curves,
+            ranks=self.curves(way.selector) if "ranks" in way.sizes.reads else None,
         )
 
     def measured(self, way: ChannelWay, alone: ChannelWay) -> Plan:
@@ -190,19 +195,10 @@ class _Maker:
             way: The way, by a `Ledger`.
             alone: The way that removes channels alone.
         """
-        asked, curves = self.asked, self.curves
-        if curves is None or asked.evaluate is None:
+        asked, curves = self.asked, self.curves(way.selector)
+        if self.ranks is None or curves is None or asked.evaluate is None:
             raise TypeError("a scale is measured on plans that are carried out")
-        by_channels = self.plan(alone)
-        by_ranks = make_plan(
-            curves,
-            budget=asked.budget,
-            selector=way.selector,
-            seed=self.basis.seed,
-            calibration=self.basis.stats.manifest,
-            repair=asked.repair,
-            evaluate=asked.evaluate,
-        )
+        by_channels, by_ranks = self.plan(alone), self.ranks.plan(asked, curves, way.selector)
         predicted = self.remover.errors(by_channels, curves)
         others = sum(decision.error or 0.0 for decision in by_ranks.decisions)
         scale = 1.0

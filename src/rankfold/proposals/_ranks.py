@@ -78,18 +78,26 @@ class RankProposer(Proposer):
         selector = asked.selector if isinstance(asked.selector, RankSelector) else None
         multiple, reads = (1, ()) if selector is None else (selector.multiple, selector.reads)
 
-        def make(curves: Curves, selector: RankSelector) -> Plan:
-            return make_plan(
-                curves,
-                budget=asked.budget,
-                selector=selector,
-                seed=self.basis.seed,
-                calibration=self.basis.stats.manifest,
-                repair=asked.repair,
-                evaluate=asked.evaluate,
-            )
-
+        make = partial(self.plan, asked)
         return by_ranks(self.curves(multiple, spectra="spectra" in reads), selector, make)
+
+    def plan(self, asked: Asked, curves: Curves, selector: RankSelector) -> Plan:
+        """The plan of a selector.
+
+        Args:
+            asked: The request.
+            curves: Curves of the ranks, from `curves`.
+            selector: The selector.
+        """
+        return make_plan(
+            curves,
+            budget=asked.budget,
+            selector=selector,
+            seed=self.basis.seed,
+            calibration=self.basis.stats.manifest,
+            repair=asked.repair,
+            evaluate=asked.evaluate,
+        )
 
     @classmethod
     def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:

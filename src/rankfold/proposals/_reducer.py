@@ -27,6 +27,7 @@ from rankfold.sites.site import Sites, Skip
 from rankfold.statistics import Statistics
 from rankfold.statistics._coherence import coherences
 
+WHY = "its loss cost least for what it saves"
 NOT_SELECTED = "not selected"  # kind of the skips that the caller asked for
 
 
@@ -132,14 +133,11 @@ class Reducer:
 
     def sites_of(self, reduced: Reduced, model: nn.Module, *, traced: bool = True) -> Sites:
         """The sites that are left in the model without some branches, on a trace of it, or of the original."""
+        left = [site for site in self.sites if reduced.keeps(site.path)]
         return replace(
-            self.sites,
-            sites=tuple(site for site in self.sites if reduced.keeps(site.path)),
+            self.sites.smaller(left, cost=reduced.cost, fingerprint=fingerprint(model)),
             skips=tuple(skip for skip in self.sites.skips if reduced.keeps(skip.path)),
             graph=trace(model, self.example) if traced else self.sites.graph,
-            cost=reduced.cost,
-            original=self.sites.whole,
-            fingerprint=fingerprint(model),
         )
 
     def stats_of(self, reduced: Reduced, model: nn.Module) -> Statistics:
@@ -165,7 +163,7 @@ class Reducer:
         )
         return self.complete(plan, reduced)
 
-    def complete(self, plan: Plan, reduced: Reduced, why: str = "its loss cost least for what it saves") -> Plan:
+    def complete(self, plan: Plan, reduced: Reduced) -> Plan:
         """A plan of the smaller model as a plan of the original."""
         decided = {decision.site: decision for decision in plan.decisions}
         ends = {name: path for path, (name, _) in reduced.stands.items() if name}
@@ -178,7 +176,7 @@ class Reducer:
             ),
             skips=(*plan.skips, *(skip for skip in gone if skip not in plan.skips), *frozen),
             fingerprint=self.sites.fingerprint,
-            branches=tuple(BranchDecision(name, ends.get(name, ""), why) for name in reduced.gone),
+            branches=tuple(BranchDecision(name, ends.get(name, ""), WHY) for name in reduced.gone),
             stands={path: stand for path, (_, stand) in reduced.stands.items()},
         )
 

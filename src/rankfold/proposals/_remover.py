@@ -13,8 +13,8 @@ from rankfold.allocation import Budget, Curves, RankSelector
 from rankfold.allocation.measuring import measure, spectra_of
 from rankfold.channels.elimination import RemovalCurve, even, removal_curves
 from rankfold.channels.groups import ChannelGroup, find_channels
-from rankfold.channels.ledger import Stack, Widths, stacks_of
 from rankfold.channels.narrowing import Attributes, Cuts, attributes_of, cuts_of, fold_and_cut_, narrowed_sites
+from rankfold.channels.stacks import Stack, Widths, stacks_of
 from rankfold.channels.stock import is_stock, stock_units
 from rankfold.channels.trial import removable
 from rankfold.channels.widths import WidthSelector
@@ -152,23 +152,21 @@ class Remover:
             budget: Upper bounds on the whole model.
             share: Share of the way, in (0, 1]; at 1 every layer stays dense on the channels that it has left.
             sizes: Selector of how many units of each group stay.
-            families: Families for the rest of the way; read where `share` is below 1.
+            families: Families for the rest of the way; read where `share` is below 1, or `ranks` are given.
             selector: Selector of their ranks.
             seed: Seed, recorded in the plan.
             repair: The repair, recorded in the plan; None for none.
             evaluate: Function that carries a plan out and returns its divergence, as for `make_plan`.
             world: Processes that divide the curves among themselves.
             ranks: Curves of the original's ranks, for selectors of sizes that read "ranks": these weigh channels
-                against ranks themselves, all the way to the budget, whatever `share` is.
+                against ranks themselves.
 
         Raises:
             BudgetError: The budget cannot be met on this way.
         """
         whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
-        joint = ranks if "ranks" in sizes.reads else None
-        way = 1.0 if joint is not None else share
-        part = {name: whole[name] - int((whole[name] - bound) * way) for name, bound in bounds.items()}
-        widths = Widths(self.model, self.curves, self.sites, part, self.stacks, joint)
+        part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
+        widths = Widths(self.model, self.curves, self.sites, part, self.stacks, ranks)
         chosen = sizes.select(widths)
         decided = []
         for curve in self.curves:
@@ -202,7 +200,7 @@ class Remover:
                 width_selector=to_json(sizes) if decided else None,
             )
 
-        if (share < 1 or joint is not None) and families:
+        if (share < 1 or ranks is not None) and families:
             spectra = "spectra" in selector.reads
             key = (*decided, *families, spectra)
             if key not in self.narrowed:
@@ -251,13 +249,8 @@ class Remover:
         narrow = copied(self.model)
         norms = self.norms if self.method.fold else None
         stats = fold_and_cut_(narrow, self.model, self.sites, cuts, self.stats, norms, attributes)
-        sites = replace(
-            self.sites,
-            sites=narrowed_sites(self.model, self.sites, cuts),
-            cost=count(narrow, self.example),
-            original=self.sites.whole,
-            fingerprint=fingerprint(narrow),
-        )
+        left = narrowed_sites(self.model, self.sites, cuts)
+        sites = self.sites.smaller(left, cost=count(narrow, self.example), fingerprint=fingerprint(narrow))
         curves = measure(narrow, stats, sites=sites, families=families, world=world)
         if not spectra:
             return curves

@@ -22,8 +22,8 @@ from rankfold.graph.spill import Spill
 from rankfold.graph.trace import followed_output
 from rankfold.graph.walk import Arrival, Returned, Walk, weights_of
 from rankfold.install.swap import train_as_
+from rankfold.layers import swap
 from rankfold.layers.stands import Always, Constant
-from rankfold.layers.swapping import swap
 from rankfold.plan import Plan
 from rankfold.plan.repair import Lockstep
 from rankfold.progress import Progress, silent

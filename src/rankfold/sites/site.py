@@ -121,6 +121,16 @@ class Sites(Sequence[Site]):
         """Cost of the whole original model, to which every share refers."""
         return self.cost if self.original is None else self.original
 
+    def smaller(self, sites: Sequence[Site], *, cost: Cost, fingerprint: str) -> Sites:
+        """The sites of a smaller model made of this one; shares refer to the original all the same.
+
+        Args:
+            sites: Sites that are left, as they are in it.
+            cost: Its cost.
+            fingerprint: Its fingerprint.
+        """
+        return replace(self, sites=tuple(sites), cost=cost, fingerprint=fingerprint, original=self.whole)
+
     def in_graph(self) -> list[Call]:
         """Every call of the sites' layers in the graph, in its order; none where there is no graph."""
         names = {path: site.path for site in self for path in site.paths}

@@ -33,13 +33,13 @@ from rankfold.store.work import Work
 from rankfold.trials.attempts import Attempt
 from rankfold.trials.limits import Limit
 
-FINALISTS = 2  # number of the plans tried on a part of the samples that are carried out on all
+FINALISTS = 3  # number of the plans tried on a part of the samples that are carried out on all
 FEWEST = 64  # least number of samples of that part
 SPARSEST = 8  # the part has at least one sample in so many
 LARGEST_BATCH = 128  # small batches of the part are put together up to this: a trial costs calls more than samples
 DENSER = 2  # factor by which more positions of each sample are looked at on the part
-WEAKER: Mapping[str, Lockstep | None] = {"anchor 0.5": Lockstep(anchor=0.5), "no repair": None}  # for few samples, to
-# which the default repair may fit what does not hold for others
+# With few samples, what the default repair fits to them may not hold for others.
+WEAKER: Mapping[str, Lockstep | None] = {"anchor 0.5": Lockstep(anchor=0.5), "no repair": None}
 
 
 @dataclass(eq=False)

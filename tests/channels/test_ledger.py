@@ -14,12 +14,12 @@ import rankfold as rf
 from rankfold.allocation import Curves, Option
 from rankfold.allocation.measuring import measure
 from rankfold.channels.elimination import RemovalCurve
-from rankfold.channels.joint import _Layer
-from rankfold.channels.ledger import Widths, stacks_of
+from rankfold.channels.ledger import _Layer
+from rankfold.channels.stacks import Widths, stacks_of
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import RESOURCES
 from rankfold.decompositions import Decomposition
-from rankfold.errors import BudgetError
+from rankfold.errors import BudgetError, OptionError
 from rankfold.sites.site import Site
 
 X = torch.zeros(2, 6)
@@ -135,15 +135,6 @@ def test_dearer_ranks_take_more_channels() -> None:
     assert counts[0] > counts[2]
 
 
-def test_drawn_to_even_costs_what_the_ledger_found() -> None:
-    apart = _widths(int(_params(12, 10) * 0.5), [1.0, 0.001])
-    rf.Ledger().select(apart)
-    even = _widths(int(_params(12, 10) * 0.5), [1.0, 0.001])
-    rf.Ledger(evenness=1.0).select(even)
-    assert even.cost.params <= apart.cost.params
-    assert abs(even.left[0] / 12 - even.left[1] / 10) < abs(apart.left[0] / 12 - apart.left[1] / 10)
-
-
 def test_bounds_below_the_smallest_are_refused() -> None:
     with pytest.raises(BudgetError, match="the smallest"):
         rf.Ledger().select(_widths(5, [1.0, 1.0]))
@@ -177,3 +168,19 @@ def test_every_bound_holds_and_what_has_room_is_not_cut(shares: dict[str, float]
     left = widths.cost.amounts()
     assert all(left[name] <= bound for name, bound in bounds.items())
     assert any(left[name] >= 0.85 * bound for name, bound in bounds.items())
+
+
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan"), "1"])
+def test_a_scale_that_is_no_factor_is_refused(scale: object) -> None:
+    with pytest.raises(OptionError, match=r"Ledger\.scale"):
+        rf.Ledger(scale=scale)  # type: ignore[arg-type]
+
+
+def test_dearer_channels_leave_more_of_them() -> None:
+    left = []
+    for scale in (0.01, 1.0, 100.0):
+        widths = _widths(int(_params(12, 10) * 0.5), [0.01, 0.01], ranks=1.0)
+        rf.Ledger(scale=scale).select(widths)
+        left.append(sum(widths.left))
+    assert left == sorted(left)
+    assert left[0] < left[-1]
