@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -204,7 +205,8 @@ class _Maker:
         scale = 1.0
         if min(predicted, others) > 0:
             lost, less = asked.evaluate(by_channels), asked.evaluate(by_ranks)
-            scale = (lost / predicted) / (less / others) if min(lost, less) > 0 else 1.0
+            if min(lost, less) > 0 and math.isfinite(lost + less):
+                scale = (lost / predicted) / (less / others)
         return self.plan(replace(way, sizes=Ledger(scale=float(f"{scale:.{DIGITS}g}"))))
 
 

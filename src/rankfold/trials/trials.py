@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,6 +38,7 @@ FINALISTS = 3  # number of the plans tried on a part of the samples that are car
 FEWEST = 64  # least number of samples of that part
 SPARSEST = 8  # the part has at least one sample in so many
 LARGEST_BATCH = 128  # small batches of the part are put together up to this: a trial costs calls more than samples
+WRONG = (SelfCheckError, PlanError, NumericsError, BudgetError)  # errors by which a plan drops out
 DENSER = 2  # factor by which more positions of each sample are looked at on the part
 # With few samples, what the default repair fits to them may not hold for others.
 WEAKER: Mapping[str, Lockstep | None] = {"anchor 0.5": Lockstep(anchor=0.5), "no repair": None}
@@ -76,6 +78,7 @@ class Trials:
     spill: Spill
     notes: list[str] = field(default_factory=list)
     _tried: dict[str, Candidate] = field(default_factory=dict, init=False)
+    _failed: dict[str, Exception] = field(default_factory=dict, init=False)
 
     @property
     def at_once(self) -> int | None:
@@ -130,17 +133,28 @@ class Trials:
                 is taken is: compressed models are not kept, since each is as large as the network.)
         """
         key = plan.to_json()
+        if key in self._failed:
+            raise self._failed[key]
         if key not in self._tried:
             samples = None if self.part is None else sum(batch_size(batch) for batch in self.part)
             on = "all, for a selector" if samples is None else f"a part of {samples}"
-            self._tried[key] = self.work.result(
-                plan, on, Candidate, lambda: self.attempt(plan, self.part).told("", samples)
-            )
+            try:
+                self._tried[key] = self.work.result(
+                    plan, on, Candidate, lambda: self.attempt(plan, self.part).told("", samples)
+                )
+            except WRONG as cause:
+                self._failed[key] = cause
+                raise
         return self._tried[key]
 
     def score(self, plan: Plan) -> float:
-        """The divergence of a plan by `tried`; less is better."""
-        return self.tried(plan).divergence
+        """The divergence of a plan by `tried`; less is better, and infinity is a plan whose model is wrong."""
+        try:
+            return self.tried(plan).divergence
+        except WRONG:
+            if world().size > 1:
+                raise
+            return math.inf
 
     def best(
         self, proposals: Sequence[Proposal], budget: Budget, limits: Sequence[Limit] = ()
@@ -220,7 +234,7 @@ class Trials:
             others: Candidates that exist already, and are left where all of these fail.
         """
         done: list[Candidate] = []
-        failures: list[SelfCheckError | PlanError | NumericsError | BudgetError] = []
+        failures: list[Exception] = []
         wanted = len(plans) if wanted is None else min(wanted, len(plans))
         with self.progress(stage, wanted) as advance:
             for name, plan in plans.items():
@@ -228,7 +242,7 @@ class Trials:
                     break
                 try:
                     done.append(work(name, plan))
-                except (SelfCheckError, PlanError, NumericsError, BudgetError) as cause:
+                except WRONG as cause:
                     if (len(plans) == 1 and not others) or world().size > 1:
                         raise
                     failures.append(cause)
