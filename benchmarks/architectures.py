@@ -1,9 +1,9 @@
 """The whole road on twenty architectures: trace, compress, save, load, compare.
 
-    python -m benchmarks.architectures [NAME …] [--json FILE]
+    python -m benchmarks.architectures [NAME …] [--params 0.7] [--macs SHARE] [--reach] [--json FILE]
 
 A row passes when the loaded model's outputs equal the compressed model's bit by bit, the counted params and MACs equal
-the predicted ones, and the budget is kept.
+the predicted ones, and the budget is kept. "reach" is the share of the parameters in layers that can be compressed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ import rankfold as rf
 from benchmarks.zoo import CASES, Case
 from rankfold.channels.narrowing import narrow_
 from rankfold.cost.counted import count
+from rankfold.cost.formula import dense_cost
 from rankfold.data.running import evaluating, run
 from rankfold.outputs.taken import output_tensor
 from rankfold.sites.copies import copied
-
-KEPT = 0.7
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,7 @@ class Row:
     Attributes:
         name: Of the case.
         params: Of the original.
+        reach: Share of them in layers that can be compressed.
         trace_seconds: Of `find_sites`: one forward, one counted forward, one export.
         nodes: Of the traced graph; 0 where the model does not export.
         sites: Layers that can be compressed.
@@ -57,6 +57,7 @@ class Row:
 
     name: str
     params: int
+    reach: float
     trace_seconds: float
     nodes: int
     sites: int
@@ -83,7 +84,13 @@ def outputs(model: nn.Module, data: list[Any]) -> list[torch.Tensor]:
         return [output_tensor(run(model, batch))[0] for batch in data]
 
 
-def examine(case: Case, *, kept: float = KEPT) -> Row:
+def reach(case: Case) -> float:
+    """Share of an architecture's parameters that lies in layers that can be compressed."""
+    sites = rf.find_sites(case.make(), case.data()[0])
+    return sum(dense_cost(site).params for site in sites) / sites.cost.params
+
+
+def examine(case: Case, budget: rf.Budget) -> Row:
     """Take one architecture along the whole road."""
     model, data = case.make(), case.data()
     start = time.perf_counter()
@@ -93,7 +100,7 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
     outputs(model, data)
     forward_seconds = time.perf_counter() - start
     start = time.perf_counter()
-    out = rf.compress(model, data, budget=rf.Budget(params=kept))
+    out = rf.compress(model, data, budget=budget)
     compress_seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory() as folder:
         rf.save(out, Path(folder) / "small")
@@ -106,6 +113,7 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
     return Row(
         name=case.name,
         params=sites.cost.params,
+        reach=sum(dense_cost(site).params for site in sites) / sites.cost.params,
         trace_seconds=trace_seconds,
         nodes=0 if sites.graph.program is None else len(sites.graph.program.graph.nodes),
         sites=len(sites),
@@ -116,7 +124,11 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
         error=out.report.comparison.relative_error if out.report.comparison else float("nan"),
         bit_equal=all(torch.equal(a, b) for a, b in zip(expected, got, strict=True)),
         predicted=(counted.params, counted.macs) == (promised.params, promised.macs),
-        within=counted.params <= kept * sites.cost.params,
+        within=all(
+            amount <= share * sites.cost.amounts()[name]
+            for name, amount in counted.amounts().items()
+            if (share := getattr(budget, name)) is not None
+        ),
         compress_seconds=compress_seconds,
         stages=dict(out.report.seconds),
         forward_seconds=forward_seconds,
@@ -125,11 +137,26 @@ def examine(case: Case, *, kept: float = KEPT) -> Row:
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    head = ("model", "params", "trace s", "nodes", "sites", "cut", "kept", "MACs", "same", "s", "fwd s", "left alone")
+    head = (
+        "model",
+        "params",
+        "reach",
+        "trace s",
+        "nodes",
+        "sites",
+        "cut",
+        "kept",
+        "MACs",
+        "same",
+        "s",
+        "fwd s",
+        "left alone",
+    )
     lines = [head] + [
         (
             row.name,
             f"{row.params:,}",
+            f"{row.reach:.3f}",
             f"{row.trace_seconds:.1f}",
             str(row.nodes),
             str(row.sites),
@@ -146,7 +173,7 @@ def table(rows: list[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i in (0, 11) else cell.rjust(width)
+            cell.ljust(width) if i in (0, 12) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -158,7 +185,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}; all without one")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows to this file too")
+    parser.add_argument("--params", type=float, help="share of the parameters; 0.7 unless --macs is given")
+    parser.add_argument("--macs", type=float, help="share of the MACs")
+    parser.add_argument("--reach", action="store_true", help="compress nothing, print what can be")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    params = 0.7 if options.params is None and options.macs is None else options.params
+    budget = rf.Budget(params=params, macs=options.macs)
     if unknown := [name for name in options.name if name not in CASES]:
         parser.error(f"no case {unknown[0]!r}; there are {', '.join(CASES)}")
     rows: list[Row] = []
@@ -166,8 +200,13 @@ def main(arguments: list[str] | None = None) -> int:
         if (reason := case.missing()) is not None:
             print(f"{case.name}: left out, {reason}", file=sys.stderr)
             continue
-        rows.append(examine(case))
+        if options.reach:
+            print(f"{case.name}  {reach(case):.3f}", flush=True)
+            continue
+        rows.append(examine(case, budget))
         print(f"{case.name}: {'passed' if rows[-1].passed else 'FAILED'}", file=sys.stderr, flush=True)
+    if options.reach:
+        return 0
     print(table(rows))
     if options.json is not None:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")

@@ -101,12 +101,14 @@ IMAGES = F.interpolate(torch.randn(200, 3, 4, 4, generator=torch.Generator().man
 
 
 def repaired(model: nn.Module, *decisions: rf.Decision, **options: Any) -> Repaired:
-    """A lockstep pass in which all sites without a decision stay dense."""
+    """A lockstep pass on the outputs themselves in which all sites without a decision stay dense."""
     sites = find_sites(model, IMAGES[:8])
     own = {decision.site: decision for decision in decisions}
     plan = rf.Plan(tuple(own.get(site.path, rf.Decision(site.path)) for site in sites), sites.skips, sites.fingerprint)
     stats = collect(model, [IMAGES], sites=sites)
-    return lockstep_pass(model, sites, plan, [IMAGES], options=rf.Lockstep(**options), stats=stats, every=EVERY)
+    return lockstep_pass(
+        model, sites, plan, [IMAGES], options=rf.Lockstep(activation=0, **options), stats=stats, every=EVERY
+    )
 
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "groups", "norm", "skip", "skip and bias", "shared"])
@@ -141,7 +143,9 @@ def test_a_vanishing_anchor_factorises_the_weight_itself_in_the_metric_of_the_co
     decisions = (rf.Decision("0", rf.SVD(), 4), rf.Decision("1", rf.WhitenedSVD(), 3), rf.Decision("3"))
     plan = rf.Plan(decisions, sites.skips, sites.fingerprint)
     stats = collect(model, [x], sites=sites)
-    seen = lockstep_pass(model, sites, plan, [x], options=rf.Lockstep(anchor=1e-12), stats=stats, every=EVERY)
+    seen = lockstep_pass(
+        model, sites, plan, [x], options=rf.Lockstep(anchor=1e-12, activation=0), stats=stats, every=EVERY
+    )
     assert "1" not in seen.unrepaired
     with torch.no_grad():
         inputs = seen.layers["0"](x)[torch.arange(400) % EVERY != EVERY - 1].double()

@@ -31,7 +31,7 @@ def test_an_architecture_goes_the_whole_road(name: str) -> None:
     case = CASES[name]
     if (reason := case.missing()) is not None:
         pytest.skip(reason)
-    row = examine(case)
+    row = examine(case, rf.Budget(params=0.7))
     assert row.bit_equal
     assert row.predicted
     assert row.within

@@ -102,7 +102,7 @@ def _absorbs(call: Call, calls: Sequence[Call]) -> bool:
     (norm,) = call.exit.users
     mean = norm.args[3]
     exits = {other.exit for other in own}
-    return isinstance(mean, Node) and all(_is_batch_norm(user) and user.args[0] in exits for user in mean.users)
+    return isinstance(mean, Node) and all(is_batch_norm(user) and user.args[0] in exits for user in mean.users)
 
 
 def _call(node: Node, site: str, path: str, operator: Operator, buffers: dict[str, str]) -> Call:
@@ -125,7 +125,7 @@ def _call(node: Node, site: str, path: str, operator: Operator, buffers: dict[st
     norm = None
     if len(exit_node.users) == 1:
         (user,) = exit_node.users
-        if _is_batch_norm(user) and user.args[0] is exit_node and _channels_are_axis_1(exit_node, node, operator):
+        if is_batch_norm(user) and user.args[0] is exit_node and _channels_are_axis_1(exit_node, node, operator):
             norm = buffers.get(_name(user.args[3]))
     skip, steps = _residual(exit_node)
     return Call(site, entry, exit_node, frozenset(inside), norm, skip, steps)
@@ -149,8 +149,8 @@ def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
             if len(others) == 1 and isinstance(others[0], Node) and same_shape(others[0], start):
                 return others[0], tuple(steps)
             return None, ()
-        norm = _is_batch_norm(user) and user.args[0] is here
-        scaled = user.target in (aten.mul.Tensor, python_operator.mul) and _is_channel_scale(user, here)
+        norm = is_batch_norm(user) and user.args[0] is here
+        scaled = user.target in (aten.mul.Tensor, python_operator.mul) and is_channel_scale(user, here)
         through = user.target in SAME_VALUE or (user.target is python_operator.getitem and user.args[1] == 0)
         if not (norm or scaled or through) or (scaled and not same_shape(user, start)):
             return None, ()
@@ -160,7 +160,7 @@ def _residual(start: Node) -> tuple[Node | None, tuple[Node, ...]]:
     return None, ()
 
 
-def _is_channel_scale(node: Node, here: Node) -> bool:
+def is_channel_scale(node: Node, here: Node) -> bool:
     """Whether a product's other operand is a parameter (layer scale) that broadcasts over samples and positions."""
     others = [arg for arg in node.args if arg is not here]
     if len(others) != 1 or not isinstance(others[0], Node) or others[0].op != "placeholder":
@@ -182,7 +182,7 @@ def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
     """
     scale: Tensor | None = None
     for node in call.scale_nodes:
-        if _is_batch_norm(node):
+        if is_batch_norm(node):
             weight, variance, eps = node.args[1], node.args[4], _batch_norm_eps(node)
             step = (value_of(variance).double() + eps).rsqrt()  # type: ignore[arg-type]
             if weight is not None:
@@ -195,7 +195,7 @@ def channel_scale(call: Call, shape: torch.Size, value_of: Callable[[Node], Any]
     return scale
 
 
-def _is_batch_norm(node: Node) -> bool:
+def is_batch_norm(node: Node) -> bool:
     """Whether a node is a batch norm with running moments."""
     return node.target is _FUSED_NORM or (node.target is aten.batch_norm.default and not node.args[5])
 

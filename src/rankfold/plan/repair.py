@@ -22,6 +22,11 @@ class Lockstep:
     With an anchor `α` below 1 the target `t` of a site is mixed with what its own weight makes of its input:
     `α t + (1 − α)(W₀x' + b₀)`. Few samples hold noise, and α is how far it is followed.
 
+    Where an activation `φ` alone reads the output, perhaps behind a norm and a residual `add`, what counts is the error
+    of `φ`. The site is fitted anew to working targets `ŷ + w (t − ŷ)`, with the squared secant slope `w` of `φ` between
+    what `t` and the last fit's `ŷ` give it, at least 0.3 and at most 1; the fit that is best past `φ` on held-out
+    samples is taken.
+
     A site whose repair does not lower the error on n held-out samples by more than `0.16/√n` of it keeps the
     unrepaired layer.
 
@@ -34,6 +39,7 @@ class Lockstep:
         reestimate_batch_norms: True if batch norms get new running moments at the end, from the fitted samples; see
             `rankfold.reestimate_batch_norms` for what that can cost.
         anchor: Share `α` of the original's output in the target, in (0, 1]; 1 is the original's output alone.
+        activation: Number of fits to working targets at a site in front of an activation; 0 fits the output alone.
     """
 
     ridge: float = 1e-3
@@ -43,6 +49,7 @@ class Lockstep:
     batch: int = 128
     reestimate_batch_norms: bool = False
     anchor: float = added(1.0)
+    activation: int = added(2)
 
     def __post_init__(self) -> None:
         law = "a number in (0, 1]"
@@ -50,5 +57,7 @@ class Lockstep:
         check_number("Lockstep.anchor", self.anchor, law=law, cure="try 1.0, or 0.5", high=1, open_low=True)
         for name in ("absorb_skip", "dense", "reestimate_batch_norms"):
             check_flag(f"Lockstep.{name}", getattr(self, name))
+        if self.activation != 0:
+            check_count("Lockstep.activation", self.activation, cure="try 2, or 0 for none")
         for name in ("samples_per_feature", "batch"):
             check_count(f"Lockstep.{name}", getattr(self, name))

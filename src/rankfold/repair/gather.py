@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -100,20 +100,44 @@ class Gather:
             skip: The skip branch in both networks, and the inverse scale by which their difference counts.
             call: Number of the call, from 1.
         """
+        for labels, patches, wanted, _ in self.rows(index, inputs, target, *skip, call=call):
+            for label, moments in enumerate(self._seen.parts):
+                chosen = labels == label
+                if bool(chosen.any()):
+                    moments.update(of_rows(patches, chosen), of_rows(wanted, chosen))
+
+    def rows(
+        self, index: int, inputs: Tensor, target: Tensor, *skip: Tensor, call: int = 1, only: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """The positions of one call on one micro-batch, as `add` takes them, in chunks.
+
+        Args:
+            index: Index of the micro-batch, as for `add`; so are the other arguments.
+            inputs: Inputs of the layer.
+            target: Target of the output.
+            skip: The skip branch in both networks, and the inverse scale.
+            call: Number of the call.
+            only: Label of the rows that are looked at; None is all.
+
+        Yields:
+            Label of every row, patches (groups, positions, n), targets (groups, positions, out), and the compressed
+            network's skip branch there, in the shape of the targets; None without one.
+        """
         layer, adapter, axis = self._layer, self._adapter, channel_axis(self._layer)
         inputs = adapter.read(layer, inputs)
         positions = self._positions(inputs, index, call)
         labels = self._share.labels_of(index, rows_of(adapter, layer, inputs), self._alone).to(inputs.device)
         read = [narrowed(each, axis, self._kept.outputs) for each in (target, *skip)]
         inputs = narrowed(inputs, axis, self._kept.inputs)
+        if only is not None and not bool((chosen := labels == only).all()):
+            if not bool(chosen.any()):
+                return
+            labels, inputs, *read = (each[chosen] for each in (labels, inputs, *read))
         for rows, patches, (wanted, *rest) in chunks(adapter, layer, inputs, read, positions):
             if rest:
                 original, compressed, factor = rest
                 wanted = wanted + (original - compressed) * factor
-            for label, moments in enumerate(self._seen.parts):
-                chosen = labels[rows] == label
-                if bool(chosen.any()):
-                    moments.update(of_rows(patches, chosen), of_rows(wanted, chosen))
+            yield labels[rows], patches, wanted, rest[1] if rest else None
 
     def summed(self) -> SplitMoments:
         """The moments over the samples of all processes."""

@@ -157,7 +157,7 @@ def lockstep_pass(
     tables = {head: table for table, head in heads.items()}
     several = {path for path, times in Counter(call.path for call in calls).items() if times > 1}
     if ahead := several - {*heads, *tables}:
-        solver.look_ahead(model, ahead)
+        solver.targets.look_ahead(model, ahead)
     buffers = dict(model.named_buffers(remove_duplicate=False))
     overrides: dict[str, Tensor] = {}  # buffers of the walk, which is as wide as the original
     with progress("lockstep", len({call.path for call in [*calls, *removed.calls]})) as advance, evaluating(model):

@@ -48,13 +48,21 @@ class PairMoments:
             inputs: Inputs `x'`, shape (groups, positions, n).
             targets: Targets `y`, shape (groups, positions, out).
         """
-        wide = self.xx.dtype
         self.count += inputs.shape[1]
         self.xx += gram(inputs)
-        self.yx += cross(targets, inputs)
         self.x += total(inputs)
+        self.aim(inputs, targets)
+
+    def aim(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add targets of positions whose inputs are in the sums already."""
+        self.yx += cross(targets, inputs)
         self.y += total(targets)
-        self.yy += targets.to(wide).square().sum((1, 2))
+        self.yy += targets.to(self.xx.dtype).square().sum((1, 2))
+
+    def retargeted(self) -> PairMoments:
+        """The sums over the same inputs, with no target yet; the sums over inputs are shared."""
+        yx, y, yy = (torch.zeros_like(each) for each in (self.yx, self.y, self.yy))
+        return PairMoments(self.count, self.xx, yx, self.x, y, yy)
 
     def sum_over(self, world: World) -> None:
         """Take in the positions that all other processes saw."""
@@ -132,3 +140,7 @@ class SplitMoments:
     def add(self, other: SplitMoments) -> SplitMoments:
         """Sums over the positions of both."""
         return SplitMoments(self.first + other.first, self.second + other.second, self.held + other.held)
+
+    def retargeted(self) -> SplitMoments:
+        """Moments of the same inputs, with no target yet."""
+        return SplitMoments(*(each.retargeted() for each in self.parts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.channels.narrowing import Kept
-from rankfold.data.running import device_of, evaluating, run
 from rankfold.decompositions import factorise
-from rankfold.errors import NumericsError, allocating
-from rankfold.factors import Factors
-from rankfold.graph.regions import channel_scale
+from rankfold.errors import allocating
 from rankfold.graph.walk import Arrival
 from rankfold.install.fill import unrepaired
 from rankfold.install.tied import fill_head
@@ -25,16 +22,17 @@ from rankfold.layers.tied import build_head, table_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.plan.repair import Lockstep
-from rankfold.repair.gather import Gather, LaterCalls, Share
+from rankfold.repair.fitted import Fitted
+from rankfold.repair.gather import Share
 from rankfold.repair.head import gathered, repaired_map, root_of
-from rankfold.repair.moments import PairMoments, SplitMoments
+from rankfold.repair.moments import SplitMoments
 from rankfold.repair.solve import as_moments, best_bias, mean_target, ridge
+from rankfold.repair.targets import Targets
 from rankfold.sites.site import Site
 from rankfold.statistics import Statistics
 from rankfold.statistics.size import size_of
 
 DOUBT = 0.16  # share of the error by which a repair must lower it with one held-out sample; see `doubt`
-SMALL_SCALE = 0.05  # of the median scale: channels scaled by less cannot take up the skip branch's error
 
 
 @dataclass(eq=False)
@@ -74,24 +72,6 @@ def always_solve(path: str, solve: Callable[[], Solved]) -> Solved:
     return solve()
 
 
-@dataclass(eq=False)
-class _Map:
-    """A map for every group of a site: its factors, or its dense weight, and a bias over all groups or None."""
-
-    weights: list[Tensor]
-    factors: list[Factors]
-    bias: Tensor | None
-
-    def error(self, moments: PairMoments) -> float:
-        """Mean squared error over all groups."""
-        rows = self.weights[0].shape[0]
-        total = 0.0
-        for group, weight in enumerate(self.weights):
-            bias = None if self.bias is None else self.bias[group * rows : (group + 1) * rows]
-            total += moments.error(group, weight, bias)
-        return total
-
-
 class SiteSolver:
     """Solver of one site after another, with the data that all of them need.
 
@@ -115,10 +95,9 @@ class SiteSolver:
         kept: Mapping[str, Kept] | None = None,
         alone: Mapping[str, Collection[int]] | None = None,
     ) -> None:
-        self._alone = {} if alone is None else alone
         self._kept = {} if kept is None else kept
-        self._later: dict[str, SplitMoments] = {}  # moments of all calls but the first, by path
         self._modules, self._plan, self._options, self._stats, self._share = modules, plan, options, stats, share
+        self.targets = Targets(modules, options, share, plan.seed, self._kept, {} if alone is None else alone)
         self._turn = 0
 
     def solve(self, arrival: Arrival) -> Solved:
@@ -134,12 +113,14 @@ class SiteSolver:
             return Solved(layer)
         needs = size_of(Site(path, (), "", adapter.geometry(layer), (), 1), (), repaired=True)
         with allocating(repr(path), "the moments of a layer to be solved", needs=needs.repair):
-            seen = self._moments(arrival, layer, adapter)
+            seen = self.targets.moments(arrival, layer, adapter)
         norm = None if adapter.geometry(layer).bias else arrival.call.norm
         turn, self._turn = self._turn, self._turn + 1
         mine = self._share.world.owns(turn)
         with allocating(repr(path), "solving a layer", needs=needs.working):
-            solved = self._solved(decision, layer, adapter, norm, seen) if mine else None
+            maps = self._maps(arrival, decision, layer, adapter, norm, seen, turn)
+            held = bool(seen.held.count)
+            solved = self._judged(decision, layer, adapter, norm, *maps, held=held) if mine else None
         return solved if self._share.world.size == 1 and solved else self._given(solved, decision, layer, norm, turn)
 
     def table(self, path: str, head: str) -> Solved:
@@ -181,8 +162,8 @@ class SiteSolver:
         fill_head(built, layer, metric)
         if alone:
             root = root_of(weight.mT @ weight if metric is None else metric.to(weight))
-            seen = gathered(arrival, root, lambda *own: self.gather(path, *own))
-            self._check_finite(arrival, seen)
+            seen = gathered(arrival, root, lambda *own: self.targets.gather(path, *own))
+            self.targets.check_finite(arrival, seen)
             if self._share.world.owns(turn):
                 own, errors = repaired_map(layer, table_of(shell), metric, root, seen, self._options)
                 helps = errors[1] <= errors[0] * (1 - doubt(self._share.judging if seen.held.count else 0))
@@ -216,32 +197,70 @@ class SiteSolver:
         before, after, repaired = told.tolist()
         return Solved(new, buffers if repaired else {}, (before, after), bool(repaired))
 
-    def _solved(
+    def _maps(
         self,
+        arrival: Arrival,
         decision: Decision,
         layer: nn.Module,
         adapter: Adapter,
         norm: str | None,
         seen: SplitMoments,
+        turn: int,
+    ) -> tuple[list[Fitted], list[float]]:
+        """The maps that may take a site's place, the unrepaired one first, with their errors on held-out samples."""
+        mine = self._share.world.owns(turn)
+
+        def repaired(moments: SplitMoments) -> Fitted:
+            return self._repaired(decision, layer, adapter, moments, absorbs=norm is not None)
+
+        maps = [self._unrepaired(decision, layer, adapter), repaired(seen)] if mine else []
+        past = self.targets.past(arrival, layer, adapter)
+        if past is None:
+            judge = seen.held if seen.held.count else seen.fit
+            energy = float(judge.yy.sum() / max(judge.count, 1)) or 1.0
+            return maps, [each.error(judge) / energy for each in maps]
+        affine = [self._told(maps, number, seen, turn) for number in range(2)]
+        for number in range(2, 2 + self._options.activation):
+            moments = past.moments(seen, affine[-1])
+            maps += [repaired(moments)] if mine else []
+            affine.append(self._told(maps, number, seen, turn))
+        return maps, past.errors(seen, affine)
+
+    def _told(self, maps: list[Fitted], number: int, seen: SplitMoments, turn: int) -> tuple[Tensor, Tensor]:
+        """A map of the process whose turn it is, in every process."""
+        yx = seen.fit.yx
+        affine = maps[number].affine() if maps else (torch.zeros_like(yx), yx.new_zeros(len(yx), 1, yx.shape[1]))
+        weight, bias = (each.contiguous() for each in affine)
+        self._share.world.broadcast_([weight, bias], turn)
+        return weight, bias
+
+    def _judged(
+        self,
+        decision: Decision,
+        layer: nn.Module,
+        adapter: Adapter,
+        norm: str | None,
+        maps: list[Fitted],
+        errors: list[float],
+        *,
+        held: bool,
     ) -> Solved:
-        repaired = self._repaired(decision, layer, adapter, seen, absorbs=norm is not None)
-        plain = self._unrepaired(decision, layer, adapter)
-        judge = seen.held if seen.held.count else seen.fit
-        energy = float(judge.yy.sum() / max(judge.count, 1)) or 1.0
-        errors = plain.error(judge) / energy, repaired.error(judge) / energy
-        doubted = doubt(self._share.judging if seen.held.count else 0)
-        if not errors[1] <= errors[0] * (1 - doubted):
-            return Solved(self._build(layer, adapter, decision, plain), {}, (errors[0], errors[0]))
+        """The best repaired map, unless it is not clearly better than the unrepaired one."""
+        plain, before = maps[0], errors[0]
+        after = min(errors[1:])
+        if not after <= before * (1 - doubt(self._share.judging if held else 0)):
+            return Solved(self._build(layer, adapter, decision, plain), {}, (before, before))
+        best = maps[1 + errors[1:].index(after)]
         buffers = {}
-        if norm is not None and repaired.bias is not None:
+        if norm is not None and best.bias is not None:
             mean = self._buffer(norm)
             # (x + b − m)·s = (x − (m − b))·s: the norm's running mean takes the bias the layer does not have.
-            buffers[norm] = (widen(mean) - repaired.bias).to(mean.dtype)
-        return Solved(self._build(layer, adapter, decision, repaired), buffers, errors, repaired=True)
+            buffers[norm] = (widen(mean) - best.bias).to(mean.dtype)
+        return Solved(self._build(layer, adapter, decision, best), buffers, (before, after), repaired=True)
 
     def _repaired(
         self, decision: Decision, layer: nn.Module, adapter: Adapter, seen: SplitMoments, *, absorbs: bool
-    ) -> _Map:
+    ) -> Fitted:
         bias = adapter.geometry(layer).bias or absorbs
         weights, factors, shifts = [], [], []
         ridge_least, anchor = self._options.ridge, self._options.anchor
@@ -257,96 +276,21 @@ class SiteSolver:
             weights.append(target)
             mean = mean_target(seen.fit, group, dense, share, anchor)
             shifts.append(best_bias(seen.fit, group, target, mean))
-        return _Map(weights, factors, torch.cat(shifts) if bias else None)
+        return Fitted(weights, factors, torch.cat(shifts) if bias else None)
 
-    def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> _Map:
+    def _unrepaired(self, decision: Decision, layer: nn.Module, adapter: Adapter) -> Fitted:
         """The map that `apply` without repair would install at a site."""
         factors, bias = unrepaired(decision, layer, self._stats)
         weights = [each.reconstruct().flatten(1) for each in factors]
         if not factors:
             weights = [group.flatten(1) for group in widen(adapter.canonical(layer))]
-        return _Map(weights, factors, bias)
+        return Fitted(weights, factors, bias)
 
     def _gradient_gram(self, path: str, group: int) -> Tensor | None:
         """The output weighting of a site, where gradients were collected."""
         return None if self._stats is None else self._stats.gradient_gram(path, group)
 
-    def _moments(self, arrival: Arrival, layer: nn.Module, adapter: Adapter) -> SplitMoments:
-        """Moments of (x', target) over all calls of a site, by half and of held-out samples."""
-        path = arrival.call.path
-        gather = self.gather(path, layer, adapter, arrival.inputs.compressed[0].device)
-        scale = self._inverse_scale(arrival)
-        for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
-            skip: tuple[Tensor, ...] = ()
-            if scale is not None and arrival.skip is not None:
-                skip = (arrival.skip.original[i], arrival.skip.compressed[i], scale.expand(target.shape))
-            gather.add(i, inputs, target, *skip)
-        seen = gather.summed()
-        if path in self._later:
-            seen = seen.add(self._later[path])
-        self._check_finite(arrival, seen)
-        return seen
-
-    def _check_finite(self, arrival: Arrival, seen: SplitMoments) -> None:
-        """Refuse activations that are not finite."""
-        for moments, part in zip(seen.parts, ("fitted", "fitted", "held-out"), strict=True):
-            if not bool(torch.isfinite(moments.xx).all() and torch.isfinite(moments.yx).all()):
-                raise NumericsError(
-                    repr(arrival.call.path),
-                    law="every activation of both networks is finite",
-                    got=f"NaN or infinity in {_not_finite(arrival, part, self._share.starts)}",
-                    cure="look at that sample, or exclude the layers before this one",
-                )
-
-    def gather(self, path: str, layer: nn.Module, adapter: Adapter, device: torch.device) -> Gather:
-        """The collector of a site's inputs and targets."""
-        kept = self._kept.get(path, Kept())
-        dense, seed, alone = self._options.samples_per_feature, self._plan.seed, self._alone.get(path, ())
-        return Gather(layer, adapter, kept, self._share, dense, seed, device, alone)
-
-    def look_ahead(self, model: nn.Module, paths: Collection[str]) -> None:
-        """Run the original over the calibration set, and collect the moments of some sites at their later calls.
-
-        A layer that is called several times is solved at its first call, on the inputs of all calls. Its later inputs
-        in the compressed network depend on that very solution; the original's inputs and outputs stand for them.
-
-        Args:
-            model: The original.
-            paths: Paths of the sites.
-        """
-        originals = dict(model.named_modules(remove_duplicate=False))
-        gathers: dict[str, Gather] = {}
-        for path in sorted(paths):
-            adapter = adapter_for(self._modules[path])
-            if adapter is None:
-                raise TypeError(f"{path} has no adapter")
-            gathers[path] = self.gather(path, self._modules[path], adapter, device_of(model))
-        with evaluating(model):
-            for index, part in enumerate(self._share.parts):
-                hooks = [LaterCalls(gather, index) for gather in gathers.values()]
-                handles = [
-                    originals[path].register_forward_hook(hook, with_kwargs=True)
-                    for path, hook in zip(gathers, hooks, strict=True)
-                ]
-                try:
-                    run(model, part)
-                finally:
-                    for handle in handles:
-                        handle.remove()
-        self._later = {path: gather.summed() for path, gather in gathers.items()}
-
-    def _inverse_scale(self, arrival: Arrival) -> Tensor | None:
-        """`1/a` of the steps to the residual `add`; None where no error of a skip branch is to be taken up."""
-        if not self._options.absorb_skip or arrival.skip is None or arrival.skip.same:
-            return None
-        output: Tensor = arrival.outputs[0]
-        factor = channel_scale(arrival.call, output.shape, arrival.tensor)
-        if factor is None:
-            return output.new_ones(())
-        size = factor.abs()
-        return torch.where(size > SMALL_SCALE * size.median(), 1 / factor, 0.0).to(output.dtype)
-
-    def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: _Map) -> nn.Module:
+    def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: Fitted) -> nn.Module:
         bias = chosen.bias if adapter.geometry(layer).bias else None
         if decision.method is None or decision.rank is None:
             new = copy.deepcopy(layer)
@@ -373,12 +317,3 @@ class SiteSolver:
         """A buffer of the original."""
         module, _, buffer = name.rpartition(".")
         return tensor(self._modules[module], buffer)
-
-
-def _not_finite(arrival: Arrival, part: str, starts: Sequence[int]) -> str:
-    """The first sample, from 1 in the order of the data, with an activation that is not finite."""
-    for start, inputs, target in zip(starts, arrival.inputs.compressed, arrival.outputs, strict=True):
-        for row in range(min(len(inputs), len(target))):
-            if not bool(torch.isfinite(inputs[row]).all() and torch.isfinite(target[row]).all()):
-                return f"sample {start + row + 1} of the calibration data"
-    return f"the sums over the {part} samples"
