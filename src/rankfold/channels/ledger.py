@@ -1,4 +1,4 @@
-"""Channels and ranks on one state, at one price of cost."""
+"""Channels, ranks and branches on one state, at one price of cost."""
 
 from __future__ import annotations
 
@@ -28,6 +28,23 @@ LOWEST = 1e-18  # the lowest, in the highest
 NEAR = 1.02  # ratio of two prices between which no other is looked at
 
 
+@dataclass(frozen=True)
+class BranchMove:
+    """A branch that can go.
+
+    Attributes:
+        name: Its name.
+        paths: Sites that go with it.
+        error: What its loss is predicted to cost, in the unit of the errors of channels.
+        beside: Cost of what goes with it beside these sites.
+    """
+
+    name: str
+    paths: frozenset[str]
+    error: float
+    beside: Cost
+
+
 @register("ledger")
 @dataclass(frozen=True)
 class Ledger(WidthSelector):
@@ -38,7 +55,9 @@ class Ledger(WidthSelector):
     whole model in shares of its bounds, computed from the state. The cost of an option is bilinear in the input and
     output channels that are left, in every form. Groups are set one after the other, down or up, each to the best
     number of units with the best options of all layers that it touches, until nothing changes. Only a resource whose
-    bound would be broken has a price, the least at which all bounds hold. The ranks are then chosen anew, from curves
+    bound would be broken has a price, the least at which all bounds hold. A branch is a move like any other: it goes,
+    or comes back, where its error is below the priced cost of its layers on the channels they have left, with their
+    best options, and what those lose. The ranks are then chosen anew, from curves
     of the model that the channels leave. `compress` makes such plans by itself: it is no selector to be passed, since
     it is neither of channels nor of ranks alone.
 
@@ -61,7 +80,27 @@ class Ledger(WidthSelector):
         """See `WidthSelector.shrink`."""
         if widths.ranks is None:
             raise TypeError("the widths lack the curves that the selector reads")
-        state = _State(widths, widths.ranks, self.scale)
+        state = self._settled(widths, ())
+        for stack, left in enumerate(state.left):
+            widths.set(stack, left)
+
+    def without(self, widths: Widths, moves: Sequence[BranchMove]) -> tuple[str, ...]:
+        """Names of the branches that go, the first that would at rising prices first.
+
+        Args:
+            widths: The model, its bounds, and its curves.
+            moves: The branches that can go.
+
+        Raises:
+            BudgetError: The bounds do not hold even without all branches, at the least ranks and widths.
+        """
+        state = self._settled(widths, moves)
+        gone = [move for move, out in zip(moves, state.out, strict=True) if out]
+        return tuple(move.name for move in sorted(gone, key=state.ratio))
+
+    def _settled(self, widths: Widths, moves: Sequence[BranchMove]) -> _State:
+        """The state at the least price at which all bounds hold."""
+        state = _State(widths, widths.ranks, self.scale, moves)
         highest = state.highest_price()
         if bool((state.settle(np.full(len(widths.bounds), highest)) > 0).any()):
             for stack in range(len(widths.stacks)):
@@ -77,8 +116,7 @@ class Ledger(WidthSelector):
                 held = bool((state.settle(middle * priced)[priced > 0] <= 0).all())
                 low, high = (low, middle) if held else (middle, high)
             excess = state.settle(high * priced)
-        for stack, left in enumerate(state.left):
-            widths.set(stack, left)
+        return state
 
 
 class _Layer:
@@ -139,13 +177,14 @@ def _weighted(cost: Cost, weights: dict[str, float]) -> Array:
 
 
 class _State:
-    """Units left of every stack, and the best options of all layers at a price."""
+    """Units left of every stack, branches that are gone, and the best options of all layers at a price."""
 
-    def __init__(self, widths: Widths, ranks: Curves, scale: float) -> None:
+    def __init__(self, widths: Widths, ranks: Curves | None, scale: float, moves: Sequence[BranchMove]) -> None:
         self._widths = widths
+        unit = 1.0 if ranks is None else ranks.unit
         weights = {name: 1 / max(bound, 1) for name, bound in widths.bounds.items()}
         by_site: dict[str, list[Option]] = {}
-        for curve in ranks:
+        for curve in ranks or ():
             own = by_site.setdefault(curve.site.path, [])
             own += [Option(curve.method, *each) for each in zip(curve.ranks, curve.costs, curve.errors, strict=True)]
         self._layers = {
@@ -159,8 +198,7 @@ class _State:
             np.array([weight * widths.carried(s, name) for name, weight in weights.items()]) for s in self._stacks
         ]
         self._errors = [
-            np.sum([curve.errors.numpy() for curve in widths.groups(s)], axis=0) * scale / ranks.unit
-            for s in self._stacks
+            np.sum([curve.errors.numpy() for curve in widths.groups(s)], axis=0) * scale / unit for s in self._stacks
         ]
         self._grid = []
         for stack in widths.stacks:
@@ -170,6 +208,13 @@ class _State:
         self.left = [widths.units(s) for s in self._stacks]
         self._gone = {path: np.zeros(2) for path in self._layers}  # input and output channels gone
         self._least = min(weights.values())  # cost of one parameter, MAC or byte
+        self._moves = moves
+        self._losses = [move.error / unit for move in moves]
+        self._beside = [_weighted(move.beside, weights) for move in moves]
+        self.out = [False] * len(moves)
+        self._inner = [  # stacks that touch no layer outside a branch
+            [s for s in self._stacks if self._touched[s] and move.paths.issuperset(self._touched[s])] for move in moves
+        ]
 
     @property
     def _stacks(self) -> range:
@@ -178,7 +223,7 @@ class _State:
     def highest_price(self) -> float:
         """A price at which everything goes that can: far above all errors over all savings."""
         errors = sum(float(layer.errors.max()) for layer in self._layers.values())
-        errors += sum(float(own[-1]) for own in self._errors)
+        errors += sum(float(own[-1]) for own in self._errors) + sum(e for e in self._losses if math.isfinite(e))
         return ABOVE * (errors or 1.0) / self._least
 
     def settle(self, prices: Array) -> Array:
@@ -189,18 +234,57 @@ class _State:
         """
         for stack in self._stacks:
             self._set(stack, self._widths.units(stack))
+        self.out = [False] * len(self._moves)
         for _ in range(SWEEPS):
-            before = list(self.left)
+            before = list(self.left), list(self.out)
             for stack in self._stacks:
                 self._set(stack, self._best(stack, prices))
-            if self.left == before:
+            for move in range(len(self._moves)):
+                self.out[move] = self._goes(move, prices)
+            if (self.left, self.out) == before:
                 break
         total = self._fixed - 1.0
-        for path, layer in self._layers.items():
-            total = total + layer.best(prices, *(np.array([share]) for share in self._shares(path)))[1][:, 0]
+        gone = self._dead()
+        for path in self._layers.keys() - gone:
+            total = total + self._now(path, prices)[1]
         for stack, left in enumerate(self.left):
-            total = total - self._carried[stack][:, self._widths.units(stack) - left]
+            if not self._idle(stack, gone):
+                total = total - self._carried[stack][:, self._widths.units(stack) - left]
+        for beside, out in zip(self._beside, self.out, strict=True):
+            total = total - beside * out
         return total
+
+    def ratio(self, move: BranchMove) -> float:
+        """Error of a branch over what it saves of the whole model, all else untouched."""
+        number = self._moves.index(move)
+        whole = np.ones(1)
+        saved = self._beside[number] + sum(self._layers[path].costs(whole, whole)[:, 0, 0] for path in move.paths)
+        return self._losses[number] / float(saved.sum())
+
+    def _dead(self, but: int | None = None) -> set[str]:
+        """Layers that are gone with a branch, one branch left out of account."""
+        gone = (move.paths for i, move in enumerate(self._moves) if self.out[i] and i != but)
+        return set().union(*gone)
+
+    def _idle(self, stack: int, gone: set[str]) -> bool:
+        """Whether a stack touches no layer that is left."""
+        return bool(gone) and gone.issuperset(self._touched[stack])
+
+    def _now(self, path: str, prices: Array) -> tuple[float, Array]:
+        """Error plus priced cost of the best option of a layer as it is, and its cost."""
+        total, cost = self._layers[path].best(prices, *(np.array([share]) for share in self._shares(path)))
+        return float(total[0]), cost[:, 0]
+
+    def _goes(self, move: int, prices: Array) -> bool:
+        """Whether a branch is better gone, all else as it is."""
+        others = self._dead(but=move)
+        stays = float(prices @ self._beside[move])
+        stays += sum(self._now(path, prices)[0] for path in self._moves[move].paths - others)
+        for stack in self._inner[move]:
+            if not self._idle(stack, others):
+                fewer = self._widths.units(stack) - self.left[stack]
+                stays += float(self._errors[stack][fewer] - prices @ self._carried[stack][:, fewer])
+        return self._losses[move] < stays
 
     def _shares(self, path: str) -> tuple[float, float]:
         layer, gone = self._layers[path], self._gone[path]
@@ -209,13 +293,18 @@ class _State:
     def _best(self, stack: int, prices: Array) -> int:
         """The number of units at which a stack costs least, all else as it is."""
         units = self._widths.units(stack)
+        gone = self._dead()
+        if self._idle(stack, gone):
+            return units
         grid = self._grid[stack]
         total: Array = self._errors[stack][units - grid] - prices @ self._carried[stack][:, units - grid]
         now = units - self.left[stack]
         for path, (inputs, outputs) in self._touched[stack].items():
-            layer, gone = self._layers[path], self._gone[path]
-            a = 1 - (gone[0] - inputs[now] + inputs[units - grid]) / layer.inputs
-            b = 1 - (gone[1] - outputs[now] + outputs[units - grid]) / layer.outputs
+            if path in gone:
+                continue
+            layer, own = self._layers[path], self._gone[path]
+            a = 1 - (own[0] - inputs[now] + inputs[units - grid]) / layer.inputs
+            b = 1 - (own[1] - outputs[now] + outputs[units - grid]) / layer.outputs
             total = total + layer.best(prices, a, b)[0]
         return int(grid[total.argmin()])
 

@@ -12,6 +12,8 @@ from torch.export import ExportedProgram
 
 from rankfold.allocation import Budget
 from rankfold.branches.finding import BranchError, find_branches, first_names, layers_in
+from rankfold.channels.ledger import Ledger
+from rankfold.channels.stacks import Widths
 from rankfold.cost.formula import dense_cost
 from rankfold.cost.resources import Cost
 from rankfold.decompositions import Branches, Family
@@ -26,9 +28,14 @@ from rankfold.proposals._base import (
     Proposer,
     proposes,
 )
+from rankfold.proposals._channels import ChannelProposer
+from rankfold.proposals._ranks import RankProposer
 from rankfold.proposals._reducer import Reduced, Reducer
 from rankfold.sites.reach import unreachable
 from rankfold.store.work import Work
+
+WEIGHED = "ledger with branches"
+EXCHANGED = "branches, exchanged"
 
 
 @proposes(Branches)
@@ -58,10 +65,11 @@ class BranchProposer(Proposer):
             )
         found = []
         for family in self.families:
-            if isinstance(family, Branches):
-                make = self._exchanged if self.others else self._alone
-                name = "branches, exchanged" if self.others else "branches"
-                found.append(Proposal(name, partial(make, reducer, family, asked), always=not self.others))
+            if isinstance(family, Branches) and self.others:
+                found.append(Proposal(WEIGHED, partial(self._weighed, reducer, asked), always=False))
+                found.append(Proposal(EXCHANGED, partial(self._exchanged, reducer, family, asked), always=False))
+            elif isinstance(family, Branches):
+                found.append(Proposal("branches", partial(self._alone, reducer, family, asked)))
         return found
 
     def _alone(self, reducer: Reducer, family: Branches, asked: Asked) -> Plan:
@@ -115,19 +123,7 @@ class BranchProposer(Proposer):
         """
         evaluate = _given(asked)
         resources = list(asked.budget.bounds(self.basis.sites.cost))
-        ways: list[tuple[float, str, Proposer, Plan]] = []
-        failures: list[BudgetError] = []
-        for proposer in self.beside:
-            for proposal in proposer.proposals(asked):
-                try:
-                    plan = proposal.make()
-                except BudgetError as cause:
-                    failures.append(cause)
-                    continue
-                ways.append((evaluate(plan), proposal.name, proposer, plan))
-        if not ways:
-            raise failures[0]
-        least, way, proposer, plan = min(ways, key=lambda each: each[0])
+        least, way, proposer, plan = self._best(asked)
         now = reducer.without(())
         while True:
             found: list[tuple[float, Reduced, Plan]] = []
@@ -139,6 +135,72 @@ class BranchProposer(Proposer):
             if best is None or best[0] >= least:
                 return plan
             least, now, plan = best
+
+    def _best(self, asked: Asked) -> tuple[float, str, Proposer, Plan]:
+        """The best plan of the other families for the whole model: its error, its name, and who makes it.
+
+        Raises:
+            BudgetError: No plan can be made.
+        """
+        ways: list[tuple[float, str, Proposer, Plan]] = []
+        failures: list[BudgetError] = []
+        for proposer in self.beside:
+            for proposal in proposer.proposals(asked):
+                try:
+                    plan = proposal.make()
+                except BudgetError as cause:
+                    failures.append(cause)
+                    continue
+                ways.append((_given(asked)(plan), proposal.name, proposer, plan))
+        if not ways:
+            raise failures[0]
+        return min(ways, key=lambda each: each[0])
+
+    def _weighed(self, reducer: Reducer, asked: Asked) -> Plan:
+        """Remove the branches that a ledger weighs against channels and ranks; the others cut what is left to cut.
+
+        Raises:
+            BudgetError: No plan can be made.
+        """
+        reduced = self.weighed(reducer, asked)
+        try:
+            _, name, proposer, plan = self._best(asked)
+        except BudgetError:  # not without branches: each way is tried on what these leave
+            ways = [(each.name, by) for by in self.beside for each in by.proposals(asked)]
+        else:
+            if not reduced.gone:
+                return plan
+            ways = [(name, proposer)]
+        plans = [self._by(way, by, reducer, reduced, asked) for way, by in ways]
+        made = [each for each in plans if each is not None]
+        if not made:
+            raise self._unreachable(reduced, asked.budget.bounds(self.basis.sites.cost))
+        return made[0] if len(made) == 1 else min(made, key=_given(asked))
+
+    def weighed(self, reducer: Reducer, asked: Asked) -> Reduced:
+        """The model without the branches that a `Ledger` lets go, at the price at which the budget holds.
+
+        Args:
+            reducer: The branches.
+            asked: The request.
+
+        Raises:
+            BudgetError: The budget does not hold at any price.
+        """
+        channels = next((each for each in self.beside if isinstance(each, ChannelProposer)), None)
+        ranks = next((each for each in self.beside if isinstance(each, RankProposer)), None)
+        curves = None if ranks is None else ranks.curves()
+        widths = None if channels is None else channels.widths(asked, curves)
+        if widths is None:
+            basis = self.basis
+            widths = Widths(basis.model, (), basis.sites, asked.budget.bounds(basis.sites.cost), (), curves)
+        reduced = reducer.without(())
+        for name in Ledger().without(widths, [reducer.move(name) for name in reducer.branches]):
+            try:
+                reduced = reducer.without((*reduced.gone, name))
+            except BranchError:  # it cannot go together with those before it
+                continue
+        return reduced
 
     def _by(self, way: str, proposer: Proposer, reducer: Reducer, reduced: Reduced, asked: Asked) -> Plan | None:
         """A plan of other families for a model without some branches.
@@ -233,7 +295,7 @@ class BranchProposer(Proposer):
     @classmethod
     def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
         """See `Proposer.numbers`."""
-        return len(families), 0 if ranks else len(families)
+        return 2 * len(families) if ranks else len(families), 0 if ranks else len(families)
 
     @classmethod
     def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:

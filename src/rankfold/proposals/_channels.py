@@ -85,6 +85,13 @@ class ChannelProposer(Proposer):
                     found.append(Proposal(way.name, partial(maker.measured, way, ways[0]), always=way.always))
         return found
 
+    def widths(self, asked: Asked, ranks: Curves | None) -> Widths | None:
+        """The channels of the first family, as a `Ledger` reads them; None where none can go."""
+        method = next(each for each in self.families if isinstance(each, Interpolative))
+        forms = any(isinstance(each, Decomposition) for each in self.basis.families)
+        remover = self._remover(method, channel_ways(None, None, ranks=forms), alone=False)
+        return None if remover is None else remover.widths(asked.budget, ranks=ranks)
+
     def _remover(self, method: Interpolative, ways: Sequence[ChannelWay], *, alone: bool) -> Remover | None:
         """The `Remover` of a method; None where no channels can be removed, and there are other families.
 

@@ -12,7 +12,9 @@ from rankfold.branches.finding import Branch, BranchError, find_branches, first_
 from rankfold.branches.installing import below, install_stands_
 from rankfold.branches.price import loss_of
 from rankfold.branches.trial import stands_of
+from rankfold.channels.ledger import BranchMove
 from rankfold.cost.counted import count
+from rankfold.cost.formula import dense_cost
 from rankfold.cost.resources import Cost
 from rankfold.data.batches import Batch
 from rankfold.errors import SiteError
@@ -126,6 +128,13 @@ class Reducer:
             own = [branch for name, branch in self.branches.items() if name in key]
             self._reduced[key] = _reduced(self.model, self.sites, own, self.example)
         return self._reduced[key]
+
+    def move(self, name: str) -> BranchMove:
+        """A branch as a `Ledger` weighs it."""
+        alone = self.alone[name]
+        gone = [site for site in self.sites if not alone.keeps(site.path)]
+        beside = self.sites.cost - alone.cost - sum((dense_cost(site) for site in gone), Cost())
+        return BranchMove(name, frozenset(site.path for site in gone), self.losses[name], beside)
 
     def model_of(self, reduced: Reduced) -> nn.Module:
         """A copy of the original without some branches; its constants are zero."""

@@ -164,10 +164,8 @@ class Remover:
         Raises:
             BudgetError: The budget cannot be met on this way.
         """
-        whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
-        part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
-        widths = Widths(self.model, self.curves, self.sites, part, self.stacks, ranks)
-        chosen = sizes.select(widths)
+        bounds = budget.bounds(self.sites.cost)
+        chosen = sizes.select(self.widths(budget, share=share, ranks=ranks))
         decided = []
         for curve in self.curves:
             units, left = curve.group.units, chosen[curve.group.name]
@@ -229,6 +227,12 @@ class Remover:
                 split=self.sites.split,
             )
         return complete(plan)
+
+    def widths(self, budget: Budget, *, share: float = 1.0, ranks: Curves | None = None) -> Widths:
+        """The model with all its channels, and bounds that a share of the way to a budget asks for."""
+        whole, bounds = self.sites.cost.amounts(), budget.bounds(self.sites.cost)
+        part = {name: whole[name] - int((whole[name] - bound) * share) for name, bound in bounds.items()}
+        return Widths(self.model, self.curves, self.sites, part, self.stacks, ranks)
 
     def errors(self, plan: Plan, ranks: Curves) -> float:
         """The error that is predicted for the channels that a plan removes, in the unit of the errors of ranks."""
