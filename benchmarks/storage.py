@@ -3,8 +3,10 @@
     python -m benchmarks.storage [--kept 0.7 0.5] [--threads 1]
 
 The rank is the one at which the pivoted layer keeps a share of the dense one's parameters. Time is that of the dense
-layer, measured in turns with it: the median of the ratios. Exactness is the largest relative difference from the same
-product in float64: of weights that are random, and of weights whose singular values fall off over six decades.
+layer, measured in turns with it: the median of the ratios. "Folded" is the pivoted layer with its pivots in front, as
+if the order of channels had been folded into the layers around it: slices in place of the gather. Exactness is the
+largest relative difference from the same product in float64: of weights that are random, and of weights whose singular
+values fall off over six decades.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import math
 import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +48,27 @@ def shell_of(geometry: Geometry, factors: Factors, form: str, dtype: torch.dtype
     shell = build_shell(geometry, form, factors.ranks, device=torch.device("cpu"), dtype=dtype)
     fill_shell(shell, [factors], None)
     return shell.eval()
+
+
+class Folded(nn.Module):
+    """A pivoted layer without its gather: the same products on slices, for its time alone.
+
+    Args:
+        layer: A `PivotedLayer`.
+        axis: The channel axis.
+    """
+
+    def __init__(self, layer: nn.Module, axis: int) -> None:
+        super().__init__()
+        self.layer, self.axis = layer, axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The products, of channels in another order."""
+        own: Any = self.layer
+        if own.kept is not None:
+            x = x.narrow(self.axis, 0, len(own.kept)) + own.input(x.narrow(self.axis, len(own.kept), len(own.others)))
+        value: Tensor = own.core(x)
+        return value if own.order is None else torch.cat([value, own.output(value)], self.axis)
 
 
 @torch.no_grad()
@@ -103,7 +127,12 @@ def main() -> None:
             line += f"pair {share:.3f} pivoted {sum(p.numel() for p in pivoted.parameters()) / (outputs * inputs):.3f}"
             for batch in (1, 512) if not pixels else (1, 16):
                 x = torch.randn(batch, inputs, *(pixels,) * 2) if pixels else torch.randn(batch, inputs)
-                line += f"   batch {batch}: pair {ratio(pair, dense, x):.2f} pivoted {ratio(pivoted, dense, x):.2f}"
+                folded = Folded(pivoted, -3 if pixels else -1).eval()
+                times = ", ".join(
+                    f"{name} {ratio(each, dense, x):.2f}"
+                    for name, each in (("pair", pair), ("pivoted", pivoted), ("folded", folded))
+                )
+                line += f"   batch {batch}: {times}"
             print(line, flush=True)
     for steep in (False, True):
         for dtype in (torch.float32, torch.bfloat16):
