@@ -13,7 +13,8 @@ T = TypeVar("T", bound=type)
 _BY_NAME: dict[str, type] = {}
 _NAMES: dict[type, str] = {}
 ENTRY_POINTS = "rankfold.methods"
-LATER = "later"  # marks an option in the metadata of its field
+LATER = "later"  # key, in the metadata of an option's field, of what the method did before it had the option
+_AS_NOW = object()
 
 
 def register(name: str) -> Callable[[T], T]:
@@ -60,13 +61,15 @@ def _check_dataclass(name: str, cls: type) -> None:
     )
 
 
-def added(default: Any) -> Any:
+def added(default: Any, *, before: Any = _AS_NOW) -> Any:
     """The field of an option that a method got after plans that name it were written; see `to_json`.
 
     Args:
-        default: Default of the option, under which the method is what it was before.
+        default: Default of the option.
+        before: The option under which the method is what it was before; it is not written, and what is not written is
+            read as this. Left out, it is the default.
     """
-    return dataclasses.field(default=default, metadata={LATER: True})
+    return dataclasses.field(default=default, metadata={LATER: default if before is _AS_NOW else before})
 
 
 def name_of(method: object) -> str:
@@ -124,7 +127,7 @@ def to_json(method: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"name": name_of(method)}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
-        if field.metadata.get(LATER) and value == field.default:
+        if LATER in field.metadata and value == field.metadata[LATER]:
             continue
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
         result[field.name] = to_json(value) if nested else value
@@ -148,7 +151,7 @@ def from_json(value: Any, base: type, *, place: str) -> Any:
         )
     cls = lookup(value["name"], base)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {name: each.metadata[LATER] for name, each in fields.items() if LATER in each.metadata}
     for key, option in value.items():
         if key == "name":
             continue

@@ -8,7 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.reference.branching import inputs, made
+from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.channels.elimination import RemovalCurve
@@ -114,3 +116,30 @@ def test_the_plan_of_the_ledger_with_branches_holds_its_budget(others: list[rf.F
     assert out.report.after.params <= 0.5 * out.report.before.params
     chosen = proposer.weighed(proposer.branches(alone=False), asked)  # type: ignore[arg-type]
     assert {each.branch for each in plan.branches} == set(chosen.gone)
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm1d(width), inner
+        self.first, self.last = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(self.norm(x)))
+        z: Tensor = x + self.last(y if self.inner is None else self.inner(y))
+        return z
+
+
+def test_a_branch_inside_another_saves_nothing_twice() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 10), Block(10, Block(20)), Block(10), nn.Linear(10, 4)).eval()
+    x = torch.randn(60, 8)
+    sites = find_sites(model, x)
+    own = Reducer.of(model, x, sites, collect(model, [x], sites=sites))
+    errors = {"1.inner.last": 1e-6, "1.last": 1e-6, "2.last": 1.0}
+    outer = own.without(("1.last",)).cost.params
+    for slack in (0, -20):
+        bounded = Widths(model, (), sites, {"params": outer + slack}, ())
+        gone = rf.Ledger().without(bounded, moves(own, errors))
+        assert gone == (("1.last",) if slack == 0 else ("1.last", "2.last"))
+        assert own.without(gone).cost.params <= outer + slack

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from rankfold.distributed import ALONE
 from rankfold.errors import OptionError
 from rankfold.graph.activations import Activation, activation_behind
 from rankfold.graph.regions import channel_scale
+from rankfold.registry import from_json, to_json
 from rankfold.repair.activation import LEAST, Past
 from rankfold.repair.lockstep import Repaired, lockstep_pass
 from rankfold.repair.moments import SplitMoments
@@ -219,6 +222,43 @@ def test_a_repair_past_the_activation_is_no_worse_there_on_held_out_samples(kind
         assert errors[2] < errors[0]
 
 
+def test_what_a_skip_branch_masks_with_infinity_costs_nothing() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.f, self.o = nn.Linear(12, 24), nn.Linear(24, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            off = torch.zeros_like(x).masked_fill(x > 1.5, float("-inf")).repeat(1, 2)
+            y: Tensor = self.o(torch.sigmoid(self.f(F.gelu(self.a(x))) + off))
+            return y
+
+    torch.manual_seed(0)
+    model, x = Gate().eval(), torch.randn(60, 12)
+    out = rf.compress(model, x, budget=rf.Budget(params=0.5), selector=rf.Lagrangian())
+    assert torch.isfinite(out.model(x)).all()
+
+
+@pytest.mark.parametrize("bound", ["add", "relu"])
+def test_outputs_past_infinity_are_no_error(bound: str) -> None:
+    x, t = drawn(50, 4), drawn(50, 2, seed=1)
+    seen_past, seen = past("relu", x, t)
+    skip = torch.zeros(1, 50, 2, dtype=torch.float64)
+    skip[0, :10] = math.inf if bound == "relu" else -math.inf
+    rows = next(seen_past.rows(None))
+    hidden = replace(seen_past, rows=lambda only: iter([(*rows[:3], skip)]))
+    affine = drawn(1, 2, 4, seed=2), torch.zeros(1, 1, 2, dtype=torch.float64)
+    (error,) = hidden.errors(seen, [affine])
+    assert math.isfinite(error)
+    assert bool(torch.isfinite(hidden.moments(seen, affine).fit.yx).all())
+
+
+def test_plans_from_before_are_read_as_what_they_were() -> None:
+    assert to_json(rf.Lockstep())["activation"] == 2
+    assert "activation" not in to_json(rf.Lockstep(activation=0))
+    assert from_json({"name": "lockstep"}, rf.Lockstep, place="plan.repair") == rf.Lockstep(activation=0)
+
+
 def test_nothing_changes_where_no_activation_follows() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 12), nn.LayerNorm(12), nn.Linear(12, 4)).eval()
@@ -230,7 +270,7 @@ def test_nothing_changes_where_no_activation_follows() -> None:
     assert all(torch.equal(made[0][name], value) for name, value in made[1].items())
 
 
-@pytest.mark.parametrize("times", [-1, 1.5, True, "2", None])
+@pytest.mark.parametrize("times", [-1, 1.5, True, False, 0.0, "2", None])
 def test_the_number_of_fits_is_a_whole_number(times: Any) -> None:
     with pytest.raises(OptionError, match=r"Lockstep\.activation"):
         rf.Lockstep(activation=times)

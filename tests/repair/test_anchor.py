@@ -166,7 +166,8 @@ def test_a_vanishing_anchor_factorises_the_weight_itself_in_the_metric_of_the_co
 
 def test_plans_from_before_the_anchor_keep_their_bytes_and_are_read() -> None:
     assert "anchor" not in to_json(rf.Lockstep())
-    assert from_json({"name": "lockstep", "ridge": 0.01}, rf.Lockstep, place="plan.repair") == rf.Lockstep(ridge=0.01)
+    old = from_json({"name": "lockstep", "ridge": 0.01}, rf.Lockstep, place="plan.repair")
+    assert old == rf.Lockstep(ridge=0.01, activation=0)
     model = network("plain")
     out = rf.compress(
         model, [IMAGES], budget=rf.Budget(params=0.7), selector=rf.Uniform(), repair=rf.Lockstep(anchor=0.5)
@@ -174,5 +175,5 @@ def test_plans_from_before_the_anchor_keep_their_bytes_and_are_read() -> None:
     assert json.loads(out.plan.to_json())["repair"]["anchor"] == 0.5
     again = rf.apply(model, rf.Plan.from_json(out.plan.to_json()), [IMAGES]).state_dict()
     assert all(torch.equal(again[name], value) for name, value in out.model.state_dict().items())
-    whole = rf.apply(model, replace(out.plan, repair={"name": "lockstep"}), [IMAGES]).state_dict()
+    whole = rf.apply(model, replace(out.plan, repair={"name": "lockstep", "activation": 2}), [IMAGES]).state_dict()
     assert not all(torch.equal(whole[name], value) for name, value in out.model.state_dict().items())

@@ -36,7 +36,8 @@ class BranchMove:
         name: Its name.
         paths: Sites that go with it.
         error: What its loss is predicted to cost, in the unit of the errors of channels.
-        beside: Cost of what goes with it beside these sites.
+        beside: Cost of what goes with it beside these sites, at full width: where channels that run through a norm in
+            the branch go too, that norm is counted on both sides.
     """
 
     name: str
@@ -250,8 +251,8 @@ class _State:
         for stack, left in enumerate(self.left):
             if not self._idle(stack, gone):
                 total = total - self._carried[stack][:, self._widths.units(stack) - left]
-        for beside, out in zip(self._beside, self.out, strict=True):
-            total = total - beside * out
+        for move, out in enumerate(self.out):
+            total = total - self._beside_now(move) * out
         return total
 
     def ratio(self, move: BranchMove) -> float:
@@ -275,10 +276,21 @@ class _State:
         total, cost = self._layers[path].best(prices, *(np.array([share]) for share in self._shares(path)))
         return float(total[0]), cost[:, 0]
 
+    def _beside_now(self, move: int) -> Array:
+        """What goes with a branch beside its layers, but for what has gone with branches inside it."""
+        paths = self._moves[move].paths
+        own = self._beside[move]
+        for other, inner in enumerate(self._moves):
+            if self.out[other] and inner.paths < paths:
+                own = own - self._beside[other]
+        return own
+
     def _goes(self, move: int, prices: Array) -> bool:
-        """Whether a branch is better gone, all else as it is."""
+        """Whether a branch is better gone, all else as it is; one inside another that is gone has nothing to save."""
         others = self._dead(but=move)
-        stays = float(prices @ self._beside[move])
+        if self._moves[move].paths <= others:
+            return False
+        stays = float(prices @ self._beside_now(move))
         stays += sum(self._now(path, prices)[0] for path in self._moves[move].paths - others)
         for stack in self._inner[move]:
             if not self._idle(stack, others):

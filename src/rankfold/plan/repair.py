@@ -49,7 +49,7 @@ class Lockstep:
     batch: int = 128
     reestimate_batch_norms: bool = False
     anchor: float = added(1.0)
-    activation: int = added(2)
+    activation: int = added(2, before=0)
 
     def __post_init__(self) -> None:
         law = "a number in (0, 1]"
@@ -57,7 +57,7 @@ class Lockstep:
         check_number("Lockstep.anchor", self.anchor, law=law, cure="try 1.0, or 0.5", high=1, open_low=True)
         for name in ("absorb_skip", "dense", "reestimate_batch_norms"):
             check_flag(f"Lockstep.{name}", getattr(self, name))
-        if self.activation != 0:
+        if type(self.activation) is not int or self.activation != 0:
             check_count("Lockstep.activation", self.activation, cure="try 2, or 0 for none")
         for name in ("samples_per_feature", "batch"):
             check_count(f"Lockstep.{name}", getattr(self, name))

@@ -80,9 +80,10 @@ class Past:
         sums = torch.zeros(len(maps) + 1, dtype=torch.float64)
         for _, patches, wanted, skip in self.rows(only):
             expected = widen(self._past(wanted, skip))
-            sums[-1] += expected.square().sum().cpu()
+            sums[-1] += expected.square().masked_fill(expected.isinf(), 0.0).sum().cpu()  # masked by the skip branch
             for number, each in enumerate(maps):
-                sums[number] += (widen(self._past(_output(each, patches), skip)) - expected).square().sum().cpu()
+                got = widen(self._past(_output(each, patches), skip))
+                sums[number] += torch.where(got == expected, 0.0, got - expected).square().sum().cpu()
         self.world.sum_([sums])
         *errors, energy = sums.tolist()
         return [error / (energy or 1.0) for error in errors]

@@ -97,7 +97,8 @@ class Gather:
             index: Index of the micro-batch, among those of this process.
             inputs: Inputs of the layer, in full width.
             target: Target of the output, in full width.
-            skip: The skip branch in both networks, and the inverse scale by which their difference counts.
+            skip: The skip branch in the compressed network; and where it differs in the original, that, and the inverse
+                scale by which the difference counts.
             call: Number of the call, from 1.
         """
         for labels, patches, wanted, _ in self.rows(index, inputs, target, *skip, call=call):
@@ -115,7 +116,7 @@ class Gather:
             index: Index of the micro-batch, as for `add`; so are the other arguments.
             inputs: Inputs of the layer.
             target: Target of the output.
-            skip: The skip branch in both networks, and the inverse scale.
+            skip: The skip branch.
             call: Number of the call.
             only: Label of the rows that are looked at; None is all.
 
@@ -134,10 +135,10 @@ class Gather:
                 return
             labels, inputs, *read = (each[chosen] for each in (labels, inputs, *read))
         for rows, patches, (wanted, *rest) in chunks(adapter, layer, inputs, read, positions):
-            if rest:
-                original, compressed, factor = rest
+            if len(rest) > 1:
+                compressed, original, factor = rest
                 wanted = wanted + (original - compressed) * factor
-            yield labels[rows], patches, wanted, rest[1] if rest else None
+            yield labels[rows], patches, wanted, rest[0] if rest else None
 
     def summed(self) -> SplitMoments:
         """The moments over the samples of all processes."""

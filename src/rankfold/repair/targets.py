@@ -68,13 +68,14 @@ class Targets:
         return seen
 
     def calls(self, arrival: Arrival, *, always: bool = False) -> Iterator[tuple[Any, ...]]:
-        """What `Gather.add` takes for each micro-batch: the skip branches where they differ, or always."""
+        """What `Gather.add` takes for each micro-batch: the skip branches where they differ, or one always."""
         scale = self._inverse_scale(arrival)
         for i, (inputs, target) in enumerate(zip(arrival.inputs.compressed, arrival.outputs, strict=True)):
             skip: tuple[Tensor, ...] = ()
             if arrival.skip is not None and (scale is not None or always):
-                factor = target.new_zeros(()) if scale is None else scale
-                skip = (arrival.skip.original[i], arrival.skip.compressed[i], factor.expand(target.shape))
+                skip = (arrival.skip.compressed[i],)
+                if scale is not None:
+                    skip = (*skip, arrival.skip.original[i], scale.expand(target.shape))
             yield i, inputs, target, *skip
 
     def check_finite(self, arrival: Arrival, seen: SplitMoments) -> None:
