@@ -13,7 +13,7 @@ import rankfold as rf
 
 # What must be skipped, and nothing else: kinds of reasons with how many layers they rule out.
 SKIPS: dict[str, dict[str, int]] = {
-    "vit_b_16": {"unsupported": 13, "read elsewhere": 12},  # the attention of torch, and its positions
+    "vit_b_16": {"unsupported": 2},  # the class token and the positions
     "swin_t": {"unsupported": 12, "read elsewhere": 24},
     "googlenet": {"not called": 6},  # two auxiliary classifiers
     "timm_vit_tiny": {"unsupported": 1},
