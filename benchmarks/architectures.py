@@ -84,9 +84,8 @@ def outputs(model: nn.Module, data: list[Any]) -> list[torch.Tensor]:
         return [output_tensor(run(model, batch))[0] for batch in data]
 
 
-def reach(case: Case) -> float:
-    """Share of an architecture's parameters that lies in layers that can be compressed."""
-    sites = rf.find_sites(case.make(), case.data()[0])
+def reach(sites: rf.Sites) -> float:
+    """Share of a model's parameters that lies in layers that can be compressed."""
     return sum(dense_cost(site).params for site in sites) / sites.cost.params
 
 
@@ -113,7 +112,7 @@ def examine(case: Case, budget: rf.Budget) -> Row:
     return Row(
         name=case.name,
         params=sites.cost.params,
-        reach=sum(dense_cost(site).params for site in sites) / sites.cost.params,
+        reach=reach(sites),
         trace_seconds=trace_seconds,
         nodes=0 if sites.graph.program is None else len(sites.graph.program.graph.nodes),
         sites=len(sites),
@@ -173,7 +172,7 @@ def table(rows: list[Row]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i in (0, 12) else cell.rjust(width)
+            cell.ljust(width) if i in (0, len(head) - 1) else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -201,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{case.name}: left out, {reason}", file=sys.stderr)
             continue
         if options.reach:
-            print(f"{case.name}  {reach(case):.3f}", flush=True)
+            print(f"{case.name}  {reach(rf.find_sites(case.make(), case.data()[0])):.3f}", flush=True)
             continue
         rows.append(examine(case, budget))
         print(f"{case.name}: {'passed' if rows[-1].passed else 'FAILED'}", file=sys.stderr, flush=True)

@@ -58,9 +58,9 @@ class Ledger(WidthSelector):
     number of units with the best options of all layers that it touches, until nothing changes. Only a resource whose
     bound would be broken has a price, the least at which all bounds hold. A branch is a move like any other: it goes,
     or comes back, where its error is below the priced cost of its layers on the channels they have left, with their
-    best options, and what those lose. The ranks are then chosen anew, from curves
-    of the model that the channels leave. `compress` makes such plans by itself: it is no selector to be passed, since
-    it is neither of channels nor of ranks alone.
+    best options, and what those lose. The ranks are then chosen anew, from curves of the model that the channels
+    leave. `compress` makes such plans by itself: it is no selector to be passed, since it is neither of channels nor
+    of ranks alone.
 
     Attributes:
         scale: Factor on the errors of channels, where they are measured to cost more, or less, than predicted.
@@ -246,8 +246,9 @@ class _State:
                 break
         total = self._fixed - 1.0
         gone = self._dead()
-        for path in self._layers.keys() - gone:
-            total = total + self._now(path, prices)[1]
+        for path in self._layers:
+            if path not in gone:
+                total = total + self._now(path, prices)[1]
         for stack, left in enumerate(self.left):
             if not self._idle(stack, gone):
                 total = total - self._carried[stack][:, self._widths.units(stack) - left]
@@ -259,8 +260,12 @@ class _State:
         """Error of a branch over what it saves of the whole model, all else untouched."""
         number = self._moves.index(move)
         whole = np.ones(1)
-        saved = self._beside[number] + sum(self._layers[path].costs(whole, whole)[:, 0, 0] for path in move.paths)
+        saved = self._beside[number] + sum(self._layers[p].costs(whole, whole)[:, 0, 0] for p in self._inside(move))
         return self._losses[number] / float(saved.sum())
+
+    def _inside(self, move: BranchMove) -> list[str]:
+        """Layers that go with a branch, in the order of the sites: sums in the order of a set are not reproducible."""
+        return [path for path in self._layers if path in move.paths]
 
     def _dead(self, but: int | None = None) -> set[str]:
         """Layers that are gone with a branch, one branch left out of account."""
@@ -291,7 +296,7 @@ class _State:
         if self._moves[move].paths <= others:
             return False
         stays = float(prices @ self._beside_now(move))
-        stays += sum(self._now(path, prices)[0] for path in self._moves[move].paths - others)
+        stays += sum(self._now(path, prices)[0] for path in self._inside(self._moves[move]) if path not in others)
         for stack in self._inner[move]:
             if not self._idle(stack, others):
                 fewer = self._widths.units(stack) - self.left[stack]

@@ -64,11 +64,7 @@ class ChannelProposer(Proposer):
         """Proposals for each family of its kind in each way."""
         multiple = asked.selector.multiple if isinstance(asked.selector, RankSelector) else 1
         forms = [form.at_multiples(multiple) for form in self.basis.families if isinstance(form, Decomposition)]
-        ways = channel_ways(
-            asked.selector if isinstance(asked.selector, RankSelector) else None,
-            asked.selector if isinstance(asked.selector, WidthSelector) else None,
-            ranks=bool(forms),
-        )
+        ways = self._ways(asked)
         found = []
         ranks = next((each for each in self.beside if isinstance(each, RankProposer)), None)
         for method in self.families:
@@ -88,9 +84,15 @@ class ChannelProposer(Proposer):
     def widths(self, asked: Asked, ranks: Curves | None) -> Widths | None:
         """The channels of the first family, as a `Ledger` reads them; None where none can go."""
         method = next(each for each in self.families if isinstance(each, Interpolative))
-        forms = any(isinstance(each, Decomposition) for each in self.basis.families)
-        remover = self._remover(method, channel_ways(None, None, ranks=forms), alone=False)
+        remover = self._remover(method, self._ways(asked), alone=False)
         return None if remover is None else remover.widths(asked.budget, ranks=ranks)
+
+    def _ways(self, asked: Asked) -> list[ChannelWay]:
+        return channel_ways(
+            asked.selector if isinstance(asked.selector, RankSelector) else None,
+            asked.selector if isinstance(asked.selector, WidthSelector) else None,
+            ranks=any(isinstance(form, Decomposition) for form in self.basis.families),
+        )
 
     def _remover(self, method: Interpolative, ways: Sequence[ChannelWay], *, alone: bool) -> Remover | None:
         """The `Remover` of a method; None where no channels can be removed, and there are other families.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -86,9 +87,13 @@ class Gather:
         alone: Collection[int] = (),
     ) -> None:
         self._layer, self._adapter, self._kept, self._share = layer, adapter, kept, share
-        self._per_feature, self._seed, self._alone = per_feature, seed, alone
-        geometry = adapter.geometry(layer)
-        self._seen = SplitMoments.zeros(geometry.groups, geometry.features, geometry.canonical_shape[0], device)
+        self._per_feature, self._seed, self._alone, self._device = per_feature, seed, alone, device
+
+    @cached_property
+    def _seen(self) -> SplitMoments:
+        """The sums, which are as large as a Gram, and not made where only rows are asked for."""
+        geometry = self._adapter.geometry(self._layer)
+        return SplitMoments.zeros(geometry.groups, geometry.features, geometry.canonical_shape[0], self._device)
 
     def add(self, index: int, inputs: Tensor, target: Tensor, *skip: Tensor, call: int = 1) -> None:
         """Add one call on one micro-batch, at positions drawn by the seed.
