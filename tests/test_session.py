@@ -136,7 +136,7 @@ def test_a_new_kind_of_family_plugs_in_beside_the_others(kind: type[Fewer]) -> N
     assert [decision.site for decision in out.plan.changes] == ["6"]
     out = rf.compress(network(), images(60), budget=budget, families=[rf.WhitenedSVD(), kind()])
     assert "fewer" in {candidate.selector for candidate in out.report.candidates}
-    assert numbers_of([rf.WhitenedSVD(), kind()], chosen_by=False) == (5, 4)
+    assert numbers_of([rf.WhitenedSVD(), kind()], chosen_by=False) == (3, 3)
     forecast = rf.prepare(network(), images(60), families=[kind()]).forecast(budget)
     assert forecast.seconds["curves"] == 1000
     assert forecast.smallest["params"] == forecast.original.params - 5

@@ -24,7 +24,7 @@ from rankfold.graph.spill import Spill
 from rankfold.options import Options
 from rankfold.outputs.taken import LOOKED_AT, Outputs, Taken, outputs_to_json, settled
 from rankfold.progress import Progress
-from rankfold.proposals import Asked, Basis, Proposer, numbers_of, proposers_of
+from rankfold.proposals import Asked, Basis, Cuts, Proposer, numbers_of, proposers_of
 from rankfold.report.compressed import Compressed
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.report.signature import Signature
@@ -259,6 +259,7 @@ class Session:
                 self.clock,
                 self.progress,
                 self.notes,
+                Cuts(self.trials.cut, self.stats.manifest, self.options.seed, self.progress, self.notes),
             )
         )
 
@@ -295,7 +296,7 @@ class Session:
         check_budget(budget)
         options = self.options
         budget.check_counted(self.sites.uncounted)
-        many, few = numbers_of(options.families, chosen_by=options.selector is not None, weighting=options.weighting)
+        many, few = numbers_of(options.families, chosen_by=options.selector is not None)
         course = Course(
             options.families,
             options.collected,

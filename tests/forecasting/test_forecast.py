@@ -173,6 +173,5 @@ def test_a_method_of_ones_own_is_timed_like_others() -> None:
 
 def test_counts_of_plans_follow_the_families() -> None:
     every = [rf.WhitenedSVD(), rf.SpatialSVD(), rf.Tucker2(), rf.Interpolative()]
-    assert numbers_of(every, chosen_by=False) == (8, 6)
-    assert numbers_of(every, chosen_by=False, weighting=False) == (7, 6)
+    assert numbers_of(every, chosen_by=False) == (6, 5)
     assert numbers_of(every[:1], chosen_by=True) == (1, 1)

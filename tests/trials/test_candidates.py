@@ -41,7 +41,7 @@ def many() -> rf.Compressed:
 def test_with_many_samples_many_plans_are_tried_and_the_best_go_on() -> None:
     candidates = many().report.candidates
     names = {candidate.selector for candidate in candidates}
-    assert {"lagrangian", "uniform", "half-way", "lagrangian, independent"} <= names
+    assert {"lagrangian", "half-way"} <= names
     assert {"channels", "channels + lagrangian", "ledger + lagrangian"} <= names
     whole = [candidate for candidate in candidates if candidate.samples is None]
     best = min(whole[:FINALISTS], key=lambda one: one.divergence)
@@ -65,12 +65,11 @@ def test_with_few_samples_there_are_few_candidates_all_carried_out() -> None:
     candidates = rf.compress(_model(), _images(60), budget=BUDGET).report.candidates
     assert [candidate.selector for candidate in candidates] == [
         "lagrangian",
-        "uniform",
         "half-way",
         "channels",
         "channels + lagrangian",
         "ledger + lagrangian",
-        *(f"{min(candidates[:6], key=lambda one: one.divergence).selector}, {name}" for name in WEAKER),
+        *(f"{min(candidates[:5], key=lambda one: one.divergence).selector}, {name}" for name in WEAKER),
     ]
     assert {candidate.samples for candidate in candidates} == {None}
 
@@ -165,7 +164,7 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
     failed: list[Any] = []
 
     def attempt(self: Trials, plan: Plan, part: Any = None) -> Attempt:
-        if (plan.selector or {}).get("name") == "uniform":
+        if (plan.selector or {}).get("name") == "half-way":
             failed.append(plan)
             raise NumericsError("layer", law="finite", got="infinity", cure="none")
         return rightly(self, plan, part)
@@ -174,9 +173,8 @@ def test_a_candidate_that_overflows_drops_out_with_a_note(monkeypatch: pytest.Mo
     out = rf.compress(_model(), _images(60), budget=BUDGET, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
     assert failed
     names = [candidate.selector for candidate in out.report.candidates]
-    assert names[:2] == ["lagrangian", "half-way"]
-    assert names[2:] in ([f"{best}, anchor 0.5", f"{best}, no repair"] for best in ("lagrangian", "half-way"))
-    assert any(note.startswith("candidate uniform was dropped") for note in out.report.notes)
+    assert names == ["lagrangian", "lagrangian, anchor 0.5", "lagrangian, no repair"]
+    assert any(note.startswith("candidate half-way was dropped") for note in out.report.notes)
 
 
 def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +191,9 @@ def test_where_the_best_fail_on_all_samples_the_next_are_taken(monkeypatch: pyte
     monkeypatch.setattr(Trials, "attempt", attempt)
     out = rf.compress(_model(), _images(200), budget=BUDGET)
     whole = [candidate.selector for candidate in out.report.candidates if candidate.samples is None]
-    assert len(whole) == FINALISTS + len(WEAKER)
+    tried = [candidate for candidate in many().report.candidates if candidate.samples is not None]
+    assert len(whole) == min(FINALISTS, len(tried) - FINALISTS) + len(WEAKER)
+    assert len(whole) > len(WEAKER)
     assert not set(whole) & set(first)
     assert sum("was dropped" in note for note in out.report.notes) == FINALISTS
 

@@ -27,8 +27,6 @@ class RankCurve:
         costs: Costs of the site, one per rank.
         errors: Errors, one per rank, comparable across sites; see `measure` for their meaning.
         energy: Energy of the site's output, against which the errors are measured.
-        independent: Errors as they would be if those at the positions of a sample were independent; None where their
-            coherence was not measured.
     """
 
     site: Site
@@ -37,7 +35,10 @@ class RankCurve:
     costs: tuple[Cost, ...]
     errors: tuple[float, ...]
     energy: float = 1.0
-    independent: tuple[float, ...] | None = None
+
+    def scaled(self, factor: float) -> RankCurve:
+        """The curve with its errors multiplied by a factor."""
+        return replace(self, errors=tuple(error * factor for error in self.errors))
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,18 @@ class Curves:
             empty unless they were requested.
         unit: What losing every site's output costs a site on average, in the squared change of the network's output:
             the unit of the errors; 1 where they are relative to each site's output.
+        factors: Factor by which the errors of a site were multiplied, since a cut there was measured to cost more than
+            predicted, or less, by path; empty where nothing was measured.
+        cost: Divergence of the outputs that was measured for an error of 1, in the median over the sites; None where
+            nothing was measured.
     """
 
     sites: Sites
     curves: tuple[RankCurve, ...]
     spectra: Spectra = field(default_factory=dict)
     unit: float = 1.0
+    factors: Mapping[str, float] = field(default_factory=dict)
+    cost: float | None = None
 
     def __iter__(self) -> Iterator[RankCurve]:
         """The curves."""
@@ -76,10 +83,19 @@ class Curves:
         """Number of curves."""
         return len(self.curves)
 
-    def independent(self) -> Curves:
-        """The curves as they would be if errors at the positions of a sample were independent."""
-        apart = (c if c.independent is None else replace(c, errors=c.independent) for c in self.curves)
-        return replace(self, curves=tuple(apart))
+    def scaled(self, factors: Mapping[str, float], cost: float | None = None) -> Curves:
+        """The curves with the errors of each site multiplied by a factor, as far as there is one.
+
+        Args:
+            factors: Factors by path.
+            cost: See `Curves`.
+        """
+        return replace(
+            self,
+            curves=tuple(each.scaled(factors.get(each.site.path, 1.0)) for each in self),
+            factors=factors,
+            cost=cost,
+        )
 
     def of(self, site: Site) -> list[RankCurve]:
         """All curves of a site."""

@@ -106,7 +106,7 @@ def measure(
             advance()
     curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
-    return Curves(sites, tuple(_scaled(curve, scale) for curve in curves), unit=scale)
+    return Curves(sites, tuple(curve.scaled(1 / scale) for curve in curves), unit=scale)
 
 
 def spectra_of(
@@ -255,7 +255,7 @@ def _curve(
         return RankCurve(site, method, tuple(ranks), costs, _falling(errors, ranks), total)
     felt = _falling(errors * coherence.at(errors / (total or 1.0)), ranks)
     total *= float(coherence.at(errors.new_ones(1)))
-    return RankCurve(site, method, tuple(ranks), costs, felt, total, _falling(errors, ranks))
+    return RankCurve(site, method, tuple(ranks), costs, felt, total)
 
 
 def _falling(errors: Tensor, ranks: Sequence[Rank]) -> tuple[float, ...]:
@@ -269,28 +269,15 @@ def _exchanged(curves: list[RankCurve], world: World) -> list[RankCurve]:
     """Sum of the curves of all processes, which is exact: a curve is zero in all but the process that measured it."""
     if world.size == 1:
         return curves
-    rows = [torch.tensor([*curve.errors, curve.energy, *(curve.independent or ())]).double() for curve in curves]
+    rows = [torch.tensor([*curve.errors, curve.energy]).double() for curve in curves]
     world.sum_(rows)
-    result = []
-    for curve, row in zip(curves, rows, strict=True):
-        errors, energy, rest = row.tensor_split([len(curve.errors), len(curve.errors) + 1])
-        result.append(
-            replace(
-                curve,
-                errors=tuple(errors.tolist()),
-                energy=float(energy),
-                independent=tuple(rest.tolist()) if len(rest) else None,
-            )
-        )
-    return result
+    return [
+        replace(curve, errors=tuple(row[:-1].tolist()), energy=float(row[-1]))
+        for curve, row in zip(curves, rows, strict=True)
+    ]
 
 
 def _mean_energy(curves: Sequence[RankCurve]) -> float:
     """Mean over the sites of the error of losing the whole output; 1 where all is zero."""
     energies = {curve.site.path: curve.energy for curve in curves}
     return sum(energies.values()) / max(len(energies), 1) or 1.0
-
-
-def _scaled(curve: RankCurve, scale: float) -> RankCurve:
-    apart = None if curve.independent is None else tuple(error / scale for error in curve.independent)
-    return replace(curve, errors=tuple(error / scale for error in curve.errors), independent=apart)

@@ -44,6 +44,10 @@ class RemovalCurve:
     gram: Tensor | None = None
     remainders: Tensor | None = None
 
+    def scaled(self, factor: float) -> RemovalCurve:
+        """The curve with its errors multiplied by a factor."""
+        return replace(self, errors=self.errors * factor)
+
     def kept(self, count: int, method: Interpolative) -> tuple[int, ...]:
         """The units that stay when `count` of them do."""
         chosen = self.order[len(self.order) - count :]

@@ -358,14 +358,14 @@ class Tally:
         rows = []
         sums = zip(self.taken.kinds.items(), self.squares.tolist(), self.own.tolist(), self.alike.tolist(), strict=True)
         for (name, kind), squares, own, (count, same, kl) in sums:
-            divergence, logits = _ratio(*own), isinstance(kind, Logits)
+            divergence, logits = lost_share(*own), isinstance(kind, Logits)
             rows.append(
                 OutputComparison(
                     name,
                     str(kind),
                     name in self.taken.guessed,
                     divergence,
-                    _ratio(*squares),
+                    lost_share(*squares),
                     same / count if logits else None,
                     max(kl / count, 0.0) if logits else None,
                     1 - divergence if isinstance(kind, Embedding) else None,
@@ -374,6 +374,6 @@ class Tally:
         return tuple(rows)
 
 
-def _ratio(lost: float, whole: float) -> float:
+def lost_share(lost: float, whole: float) -> float:
     """Share of the whole that was lost; 1 where the whole is zero and the loss is not."""
     return lost / whole if whole > 0 else float(lost > 0)

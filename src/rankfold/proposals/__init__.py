@@ -13,6 +13,7 @@ from rankfold.proposals._base import (
     proposers_of,
     proposes,
 )
+from rankfold.proposals._measured import Cuts
 from rankfold.proposals._ranks import RankProposer  # registered first: its proposals come first
 
 from rankfold.proposals._channels import ChannelProposer  # isort: skip
@@ -23,6 +24,7 @@ __all__ = [
     "Basis",
     "BranchProposer",
     "ChannelProposer",
+    "Cuts",
     "FamilyForecast",
     "Outlook",
     "Proposal",

@@ -20,6 +20,7 @@ from rankfold.errors import BudgetError, RegistryError
 from rankfold.plan import Plan
 from rankfold.plan.repair import Lockstep
 from rankfold.progress import Progress
+from rankfold.proposals._measured import Cuts
 from rankfold.sites.site import Site, Sites
 from rankfold.statistics import Statistics
 from rankfold.store.work import Work
@@ -43,6 +44,7 @@ class Basis:
         clock: Clock that adds up the seconds of each stage.
         progress: Callback for every step.
         notes: Remarks for the report; a proposer adds to them.
+        cuts: Cuts that are carried out one at a time, on the original; None where errors are as predicted.
     """
 
     model: nn.Module
@@ -55,6 +57,7 @@ class Basis:
     clock: Clock
     progress: Progress
     notes: list[str]
+    cuts: Cuts | None = None
 
 
 @dataclass(frozen=True)
@@ -156,14 +159,13 @@ class Proposer(ABC):
 
     @classmethod
     @abstractmethod
-    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
+    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool) -> tuple[int, int]:
         """Largest number of proposals, known without a model.
 
         Args:
             families: Families of its kind.
             ranks: Number of all families that have ranks.
             chosen_by: True if the caller gave a selector.
-            weighting: True if gradients are collected.
 
         Returns:
             The number of all, and of those that are always tried.
@@ -219,13 +221,10 @@ def proposers_of(basis: Basis) -> list[Proposer]:
     return found
 
 
-def numbers_of(families: Sequence[Family], *, chosen_by: bool, weighting: bool = True) -> tuple[int, int]:
+def numbers_of(families: Sequence[Family], *, chosen_by: bool) -> tuple[int, int]:
     """Largest numbers of plans that are made, where many are tried and where few are; see `Proposer.numbers`."""
     ranks = sum(family.sized_by == "ranks" for family in families)
-    each = [
-        proposer.numbers(own, ranks=ranks, chosen_by=chosen_by, weighting=weighting)
-        for proposer, own in kinds_of(families).items()
-    ]
+    each = [proposer.numbers(own, ranks=ranks, chosen_by=chosen_by) for proposer, own in kinds_of(families).items()]
     return sum(many for many, _ in each), sum(few for _, few in each)
 
 

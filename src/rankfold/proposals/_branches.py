@@ -219,7 +219,13 @@ class BranchProposer(Proposer):
         model = reducer.model_of(reduced)
         sites = reducer.sites_of(reduced, model, traced=proposer.traces)
         own = replace(
-            basis, model=model, sites=sites, stats=reducer.stats_of(reduced, model), families=self.others, notes=[]
+            basis,
+            model=model,
+            sites=sites,
+            stats=reducer.stats_of(reduced, model),
+            families=self.others,
+            notes=[],
+            cuts=None,  # these are of the original, whose scales are taken over
         )
         bounds = Budget(**asked.budget.bounds(basis.sites.cost))
 
@@ -293,7 +299,7 @@ class BranchProposer(Proposer):
         return self._found[0]
 
     @classmethod
-    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
+    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool) -> tuple[int, int]:
         """See `Proposer.numbers`."""
         return 2 * len(families) if ranks else len(families), 0 if ranks else len(families)
 

@@ -22,6 +22,7 @@ from rankfold.errors import SiteError
 from rankfold.plan import Plan
 from rankfold.plan.making import DIGITS
 from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
+from rankfold.proposals._measured import measured_stacks
 from rankfold.proposals._ranks import RankProposer, curve_seconds
 from rankfold.proposals._remover import Remover
 from rankfold.registry import name_of
@@ -59,6 +60,13 @@ class ChannelProposer(Proposer):
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
         super().__init__(basis, families)
         self._removers: dict[tuple[Interpolative, frozenset[str]], Remover | None] = {}
+        self._factors: dict[str, float] = {}  # on the errors of channels, by group
+
+    def _on(self, basis: Basis) -> ChannelProposer:
+        """The scales of the groups that are left are those of this one's."""
+        other = ChannelProposer(basis, self.families)
+        other._factors = self._factors
+        return other
 
     def proposals(self, asked: Asked) -> list[Proposal]:
         """Proposals for each family of its kind in each way."""
@@ -123,11 +131,21 @@ class ChannelProposer(Proposer):
             basis.notes.append(f"no channels were removed: {cause.got}")
             self._removers[key] = None
             return None
-        self._removers[key] = remover
-        return remover
+        ranks = next((each for each in self.beside if isinstance(each, RankProposer)), None)
+        curves = None if ranks is None else ranks.curves()
+        scaled = basis.clock.time("curves", lambda: self._measured(remover, curves))
+        self._removers[key] = scaled
+        return scaled
+
+    def _measured(self, remover: Remover, curves: Curves | None) -> Remover:
+        """A remover whose errors have measured scales, those of the ranks beside it too."""
+        if not self._factors and self.basis.cuts is not None:
+            alone = partial(remover.alone, seed=self.basis.seed)
+            self._factors = measured_stacks(remover.curves, remover.stacks, alone, self.basis.cuts, curves)
+        return remover.scaled(self._factors, {} if curves is None else curves.factors)
 
     @classmethod
-    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
+    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool) -> tuple[int, int]:
         """See `Proposer.numbers`."""
         if ranks:
             many, few = 4, 3

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from rankfold.allocation import HalfWay, Lagrangian, RankSelector, Uniform
+from rankfold.allocation import HalfWay, Lagrangian, RankSelector
 from rankfold.allocation.curve import Curves
 from rankfold.allocation.measuring import measure, methods_at, spectra_of
 from rankfold.cost.formula import dense_cost, site_cost
@@ -16,6 +16,7 @@ from rankfold.distributed import world
 from rankfold.plan import Plan
 from rankfold.plan.making import make_plan
 from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
+from rankfold.proposals._measured import measured_sites
 from rankfold.registry import name_of
 from rankfold.sites.site import Site
 
@@ -24,7 +25,7 @@ HALVES = 2  # number of parts of the samples, between which curves are cross-fit
 
 @proposes(Decomposition)
 class RankProposer(Proposer):
-    """Proposer of ranks, by each selector, and with positions as independent."""
+    """Proposer of ranks, by each selector."""
 
     traces = False
 
@@ -50,7 +51,7 @@ class RankProposer(Proposer):
         return [family for family in self.families if isinstance(family, Decomposition)]
 
     def curves(self, multiple: int = 1, *, spectra: bool = False) -> Curves:
-        """Curves of all families, measured once.
+        """Curves of all families, measured once; see `measured_sites` for their scale.
 
         Args:
             multiple: Divisor of the ranks of methods that have a grid of ranks.
@@ -59,9 +60,10 @@ class RankProposer(Proposer):
         basis, forms = self.basis, [form.at_multiples(multiple) for form in self.forms]
 
         def measured() -> Curves:
-            return measure(
+            curves = measure(
                 basis.model, basis.stats, sites=basis.sites, families=forms, progress=basis.progress, world=world()
             )
+            return curves if basis.cuts is None else measured_sites(curves, basis.cuts)
 
         if multiple not in self._curves:
             self._curves[multiple] = basis.clock.time("curves", lambda: basis.work.curves(basis.sites, forms, measured))
@@ -100,11 +102,10 @@ class RankProposer(Proposer):
         )
 
     @classmethod
-    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool, weighting: bool) -> tuple[int, int]:
-        """See `Proposer.numbers`: curves with positions as independent give one more plan."""
-        if chosen_by:
-            return 1, 1
-        return 3 + weighting, 3
+    def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool) -> tuple[int, int]:
+        """See `Proposer.numbers`."""
+        number = 1 if chosen_by else 2
+        return number, number
 
     @classmethod
     def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
@@ -139,11 +140,7 @@ def _least(site: Site, forms: Sequence[Decomposition]) -> Cost:
 def by_ranks(
     curves: Curves, selector: RankSelector | None, make: Callable[[Curves, RankSelector], Plan]
 ) -> list[Proposal]:
-    """Ways to cut ranks: by each selector, and with positions as independent.
-
-    How errors add up within a sample is measured for one layer at a time. Where it is much the same everywhere (in
-    residual networks) its noise costs more than the measurement gains, so a plan that takes positions as independent is
-    tried too.
+    """Ways to cut ranks: by the global choice, and half of the way from it to an even one.
 
     Args:
         curves: Curves of all families.
@@ -152,10 +149,4 @@ def by_ranks(
     """
     if selector is not None:
         return [Proposal(name_of(selector), partial(make, curves, selector))]
-    first = Lagrangian()
-    found = [Proposal(name_of(each), partial(make, curves, each)) for each in (first, Uniform(), HalfWay())]
-    if any(curve.independent is not None for curve in curves):
-        found.append(
-            Proposal(f"{name_of(first)}, independent", partial(make, curves.independent(), first), always=False)
-        )
-    return found
+    return [Proposal(name_of(each), partial(make, curves, each)) for each in (Lagrangian(), HalfWay())]

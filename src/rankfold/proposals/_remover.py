@@ -47,6 +47,7 @@ class Remover:
         stacks: Groups that keep equally many units, with the numbers that they may keep.
         norms: Name of the running mean of the batch norm that can absorb a layer's bias, by path.
         skips: Layers whose channels must stay, with the reason, by path.
+        factors: Measured factors on the errors of ranks, by path of the site.
     """
 
     model: nn.Module
@@ -58,6 +59,7 @@ class Remover:
     stacks: tuple[Stack, ...]
     norms: Mapping[str, str | None]
     skips: Mapping[str, str]
+    factors: Mapping[str, float] = field(default_factory=dict)
     narrowed: dict[tuple[object, ...], Curves] = field(default_factory=dict)  # rank curves by what was removed
 
     @classmethod
@@ -166,20 +168,7 @@ class Remover:
         """
         bounds = budget.bounds(self.sites.cost)
         chosen = sizes.select(self.widths(budget, share=share, ranks=ranks))
-        decided = []
-        for curve in self.curves:
-            units, left = curve.group.units, chosen[curve.group.name]
-            if left < units:
-                kept = curve.kept(left, self.method)
-                decided.append(
-                    ChannelDecision(
-                        curve.group.name,
-                        units,
-                        kept,
-                        f"width by {name_of(sizes)}; the others are predicted linearly from these",
-                        self.method.fold,
-                    )
-                )
+        decided = self._decided(chosen, f"width by {name_of(sizes)}; the others are predicted linearly from these")
         masks = {decision.group: _mask(decision) for decision in decided}
         groups = [curve.group for curve in self.curves]
         cuts, attributes = cuts_of(self.model, groups, masks), attributes_of(groups, masks)
@@ -213,20 +202,58 @@ class Remover:
                 evaluate=None if evaluate is None else lambda plan: evaluate(complete(plan)),
             )
         else:
-            plan = Plan(
-                tuple(
-                    Decision(site.path, why=f"dense: {site.fixed or 'on the channels it has left'}")
-                    for site in self.sites
-                ),
-                self.sites.skips,
-                self.sites.fingerprint,
-                self.sites.model,
-                seed=seed,
-                calibration=dict(self.stats.manifest),
-                repair=None if repair is None else to_json(repair),
-                split=self.sites.split,
-            )
+            plan = self._dense(seed, repair)
         return complete(plan)
+
+    def alone(self, left: Mapping[str, int], *, seed: int) -> Plan:
+        """The plan that removes the units of some groups and does nothing else, without repair.
+
+        Args:
+            left: Units that stay, by name of the group.
+            seed: Seed, recorded in the plan.
+        """
+        decided = self._decided(left, "one cut")
+        masks = {decision.group: _mask(decision) for decision in decided}
+        groups = [curve.group for curve in self.curves]
+        return replace(
+            self._dense(seed, None),
+            channels=tuple(decided),
+            cuts=cuts_of(self.model, groups, masks),
+            attributes=attributes_of(groups, masks),
+            removal=to_json(self.method),
+        )
+
+    def scaled(self, groups: Mapping[str, float], sites: Mapping[str, float]) -> Remover:
+        """The same with measured scales of the errors.
+
+        Args:
+            groups: Factors on the errors of channels, by name of the group.
+            sites: Factors on the errors of ranks, by path of the site.
+        """
+        curves = tuple(each.scaled(groups.get(each.group.name, 1.0)) for each in self.curves)
+        return replace(self, curves=curves, factors=sites, narrowed={})
+
+    def _decided(self, left: Mapping[str, int], why: str) -> list[ChannelDecision]:
+        return [
+            ChannelDecision(each.group.name, each.group.units, each.kept(units, self.method), why, self.method.fold)
+            for each in self.curves
+            if (units := left.get(each.group.name, each.group.units)) < each.group.units
+        ]
+
+    def _dense(self, seed: int, repair: Lockstep | None) -> Plan:
+        """The plan that leaves every layer dense."""
+        return Plan(
+            tuple(
+                Decision(site.path, why=f"dense: {site.fixed or 'on the channels it has left'}") for site in self.sites
+            ),
+            self.sites.skips,
+            self.sites.fingerprint,
+            self.sites.model,
+            seed=seed,
+            calibration=dict(self.stats.manifest),
+            repair=None if repair is None else to_json(repair),
+            split=self.sites.split,
+        )
 
     def widths(self, budget: Budget, *, share: float = 1.0, ranks: Curves | None = None) -> Widths:
         """The model with all its channels, and bounds that a share of the way to a budget asks for."""
@@ -256,6 +283,7 @@ class Remover:
         left = narrowed_sites(self.model, self.sites, cuts)
         sites = self.sites.smaller(left, cost=count(narrow, self.example), fingerprint=fingerprint(narrow))
         curves = measure(narrow, stats, sites=sites, families=families, world=world)
+        curves = curves.scaled(self.factors)
         if not spectra:
             return curves
         return replace(curves, spectra=spectra_of(narrow, stats, sites=sites, families=families))

@@ -161,7 +161,6 @@ class Work:
                 "ranks": list(curve.ranks),
                 "errors": list(curve.errors),
                 "energy": curve.energy,
-                "independent": None if curve.independent is None else list(curve.independent),
             }
             for curve in curves
         ]
@@ -170,6 +169,8 @@ class Work:
             "families": [to_json(method) for method in families],
             "curves": rows,
             "unit": curves.unit,
+            "factors": dict(curves.factors),
+            "cost": curves.cost,
         }
         write_file(self._folder / CURVES, canonical_json(head).encode())
         return curves
@@ -228,9 +229,9 @@ class Work:
             site, method = sites.at(row["site"]), families[row["family"]]
             ranks = tuple(tuple(rank) if isinstance(rank, list) else rank for rank in row["ranks"])
             costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
-            apart = None if row["independent"] is None else tuple(row["independent"])
-            curves.append(RankCurve(site, method, ranks, costs, tuple(row["errors"]), row["energy"], apart))
-        return Curves(sites, tuple(curves), unit=head.get("unit", 1.0))
+            curves.append(RankCurve(site, method, ranks, costs, tuple(row["errors"]), row["energy"]))
+        told = head.get("factors", {}), head.get("cost")
+        return Curves(sites, tuple(curves), {}, head.get("unit", 1.0), *told)
 
 
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -20,6 +20,13 @@ from rankfold.sites.site import Sites
 LATENCY_SAMPLES = 32  # samples of a batch that are timed at most, where the model takes a batch of any size
 
 
+@dataclass(frozen=True)
+class Lost:
+    """The divergence of the outputs of a plan of one cut on a few samples."""
+
+    divergence: float
+
+
 @dataclass(frozen=True, eq=False)
 class Attempt:
     """One plan carried out.

@@ -13,6 +13,7 @@ from rankfold.allocation import Budget
 from rankfold.applying import carry_out
 from rankfold.clock import Clock
 from rankfold.comparison.compare import compare
+from rankfold.comparison.few import Few
 from rankfold.cost.counted import count
 from rankfold.data.batches import Batch, batch_size, micro_batches
 from rankfold.data.splits import HELD_OUT, Part, first_of, merged
@@ -31,9 +32,11 @@ from rankfold.sites.copies import copied
 from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
 from rankfold.store.work import Work
-from rankfold.trials.attempts import Attempt
+from rankfold.trials.attempts import Attempt, Lost
 from rankfold.trials.limits import Limit
 
+FEW = (8, 32)  # least and largest number of samples that one cut at a time is carried out on
+FEWER = 16  # of so many samples one is among them
 FINALISTS = 3  # number of the plans tried on a part of the samples that are carried out on all
 FEWEST = 64  # least number of samples of that part
 SPARSEST = 8  # the part has at least one sample in so many
@@ -117,6 +120,38 @@ class Trials:
             return Attempt(comparison, carried.model, plan, carried.details, cost, carried.errors)
 
         return self.clock.time("apply" if plan.repair is None else "repair", work)
+
+    @cached_property
+    def few(self) -> Few:
+        """The held-out samples that one cut at a time is carried out on: a sixteenth of all, 8 at least and 32 at most.
+
+        Fewer where a batch may not have so many.
+        """
+        if self.outputs is None:
+            raise TypeError("the kinds of the outputs are not settled yet")
+        graph = self.sites.graph
+        wanted = min(max(self.stats.manifest["samples"] // FEWER, FEW[0]), FEW[1])
+        samples = graph.at_once(wanted) if graph.any_batch else None
+        return Few.of(self.original, self.judged, samples, self.outputs, world())
+
+    def cut(self, plan: Plan) -> float:
+        """The divergence, on a few samples, of a plan of one cut carried out without repair."""
+
+        few = self.few
+
+        def work() -> Lost:
+            carried = carry_out(
+                self.model,
+                copied(self.model),
+                plan,
+                sites=self.sites,
+                stats=self.stats,
+                batches=self.batches if few.batch is None else [few.batch],
+                world=world(),
+            )
+            return Lost(few.lost(carried.model))
+
+        return self.work.result(plan, "a few", Lost, work).divergence
 
     @cached_property
     def part(self) -> list[Batch] | None:

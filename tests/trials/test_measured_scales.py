@@ -1,0 +1,193 @@
+"""Laws of measured scales: what one cut costs replaces what it was predicted to cost."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rankfold as rf
+from rankfold.allocation import Curves
+from rankfold.applying import carry_out
+from rankfold.errors import NumericsError
+from rankfold.plan import Plan
+from rankfold.progress import silent
+from rankfold.proposals import Asked, Cuts, RankProposer
+from rankfold.proposals._channels import ChannelProposer
+from rankfold.proposals._measured import FURTHEST, measured_sites
+from rankfold.sites.copies import copied
+
+
+class _Saturated(nn.Module):
+    """Errors of the first branch are felt at the output far less than the gradients there say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(12, 40), nn.Linear(12, 40), nn.Linear(80, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ripple = torch.sin(30 * self.first(x)) / 30  # steep everywhere, and never far from zero
+        out: Tensor = self.head(torch.cat([ripple, torch.relu(self.second(x))], 1))
+        return out
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return _Saturated().eval()
+
+
+def _data(samples: int = 200) -> list[Tensor]:
+    return list(torch.randn(samples, 12, generator=torch.Generator().manual_seed(1)).split(50))
+
+
+def _ranks(session: rf.Session) -> Curves:
+    return next(each for each in session.proposers if isinstance(each, RankProposer)).curves()
+
+
+def _predicted(session: rf.Session) -> Curves:
+    assert session.proposers  # collects the statistics
+    return rf.measure(session.model, session.stats, sites=session.sites)
+
+
+def test_a_factor_is_what_a_cut_costs_over_what_it_was_predicted_to_cost() -> None:
+    session = rf.prepare(_model(), _data())
+    curves = _ranks(session)
+    predicted = _predicted(session)
+    plans: dict[str, tuple[Plan, float]] = {}
+
+    def kept(plan: Plan) -> float:
+        carried = carry_out(
+            session.model,
+            copied(session.model),
+            plan,
+            sites=session.sites,
+            stats=session.stats,
+            batches=session.batches,
+        )
+        (cut,) = (each for each in plan.decisions if each.method is not None)
+        (error,) = (
+            error
+            for curve in predicted
+            if curve.site.path == cut.site and curve.method == cut.method
+            for rank, error in zip(curve.ranks, curve.errors, strict=True)
+            if rank == cut.rank
+        )
+        lost = rf.compare(session.model, carried.model, [session.trials.few.batch], outputs=session.outputs).divergence
+        plans[cut.site] = plan, lost / error
+        return lost
+
+    again = measured_sites(predicted, Cuts(kept, session.stats.manifest, 0, silent, []))
+    assert set(plans) == {"first", "second", "head"}
+    usual = statistics.median(ratio for _, ratio in plans.values())
+    for path, (_, ratio) in plans.items():
+        assert curves.factors[path] == pytest.approx(ratio / usual, rel=1e-5)
+        assert again.factors[path] == pytest.approx(ratio / usual, rel=1e-5)
+    assert curves.cost == pytest.approx(usual, rel=1e-5)
+
+
+def test_shapes_stay_and_scales_change() -> None:
+    session = rf.prepare(_model(), _data())
+    curves = _ranks(session)
+    predicted = _predicted(session)
+    for mine, theirs in zip(curves, predicted, strict=True):
+        factor = curves.factors[mine.site.path]
+        assert mine.errors == pytest.approx([error * factor for error in theirs.errors])
+        assert (mine.ranks, mine.costs) == (theirs.ranks, theirs.costs)
+
+
+def test_an_error_that_gradients_overstate_is_measured_smaller() -> None:
+    factors = _ranks(rf.prepare(_model(), _data())).factors
+    assert factors["first"] < 0.7 * factors["second"]
+
+
+def test_channels_have_scales_of_their_own_and_ranks_beside_them_those_of_their_sites() -> None:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 16, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10)).eval()
+    data = list(torch.randn(150, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(50))
+    session = rf.prepare(model, data)
+    proposers, trials = session.proposers, session.trials
+    channels = next(each for each in proposers if isinstance(each, ChannelProposer))
+
+    made = {
+        each.name: each for each in channels.proposals(Asked(rf.Budget(params=0.5), None, rf.Lockstep(), trials.score))
+    }
+    curves = _ranks(session)
+    (remover,) = channels._removers.values()
+    assert remover is not None
+    assert set(channels._factors) == {curve.group.name for curve in remover.curves}
+    for curve in remover.curves:
+        left = curve.group.units // 2
+        predicted = float(curve.errors[curve.group.units - left]) / curves.unit
+        measured = trials.cut(remover.alone({curve.group.name: left}, seed=0)) / (curves.cost or 1.0)
+        assert 0.3 < measured / predicted < 3  # the scale was measured at another width
+    made["channels + lagrangian"].make()
+    (narrowed,) = remover.narrowed.values()
+    assert narrowed.factors == curves.factors
+
+
+def _cuts(carry_out: Callable[[Plan], float]) -> Cuts:
+    return Cuts(carry_out, {}, 0, silent, [])
+
+
+@pytest.mark.parametrize("lost", [0.0, math.nan, math.inf])
+def test_a_cut_without_a_finite_cost_leaves_the_prediction(lost: float) -> None:
+    session = rf.prepare(_model(), _data())
+    predicted = _predicted(session)
+    cuts = _cuts(lambda plan: lost if plan.decisions[0].method is not None else 0.01)
+    measured = measured_sites(predicted, cuts)
+    assert "first" not in measured.factors
+    assert "second" in measured.factors
+    first = session.sites.at("first")
+    assert [each.errors for each in measured.of(first)] == [each.errors for each in predicted.of(first)]
+
+
+def test_a_cut_that_cannot_be_carried_out_is_named() -> None:
+    session = rf.prepare(_model(), _data())
+    predicted = _predicted(session)
+
+    def refused(plan: Plan) -> float:
+        raise NumericsError("output", law="finite", got="NaN", cure="look")
+
+    cuts = _cuts(refused)
+    assert measured_sites(predicted, cuts) is predicted
+    (note,) = cuts.notes
+    assert "not measured" in note
+    assert "first" in note
+
+
+def test_no_factor_goes_beyond_the_bound() -> None:
+    session = rf.prepare(_model(), _data())
+    predicted = _predicted(session)
+    huge = measured_sites(predicted, _cuts(lambda plan: 1e9 if plan.decisions[0].method is not None else 1e-3))
+    assert huge.factors["first"] == FURTHEST
+
+
+def test_finished_work_keeps_the_scales(tmp_path: Path) -> None:
+    first = _ranks(rf.prepare(_model(), _data(), work_dir=tmp_path))
+    again = _ranks(rf.prepare(_model(), _data(), work_dir=tmp_path))
+    assert again.factors == first.factors
+    assert again.cost == first.cost
+    assert [each.errors for each in again] == [each.errors for each in first]
+
+
+def test_a_few_samples_lose_what_a_comparison_of_them_says() -> None:
+    session = rf.prepare(_model(), _data())
+    other = copied(session.model)
+    with torch.no_grad():
+        other.head.weight.mul_(0.9)
+    assert session.outputs is None
+    assert session.proposers
+    few = session.trials.few.batch
+    assert isinstance(few, Tensor)
+    assert torch.equal(few, torch.cat(list(session.judged))[:10])  # a sixteenth of the 160 that are fitted on
+    expected = rf.compare(session.model, other, [few], outputs=session.outputs).divergence
+    assert session.trials.few.lost(other) == pytest.approx(expected, rel=1e-6)
+    assert session.trials.few.lost(session.model) == 0
+    assert replace(session.trials.few, batch=None).lost(other) == 0
