@@ -4,9 +4,8 @@
 
 Each default proposal is made for each budget and carried out with its repair on a part of the samples; what its outputs
 then lose is *measured*. *Predicted* is the sum of the errors of its ranks and, by a factor, of its channels: 1, or the
-scale that the measured ledger found for the budget. Plans from curves in another unit ("independent") are left out. The
-rank correlation is Spearman's, over all plans of a network. With `--judge` every plan is carried out on all samples
-too, and judged on the test set.
+scale that the measured ledger found for the budget. The rank correlation is Spearman's, over all plans of a network.
+With `--judge` every plan is carried out on all samples too, and judged on the test set.
 """
 
 from __future__ import annotations
@@ -66,7 +65,7 @@ def main() -> None:
             asked = Asked(budget, None, rf.Lockstep(), trials.score)
             plans: dict[str, Plan] = {}
             for proposer in proposers:
-                for proposal in (each for each in proposer.proposals(asked) if "independent" not in each.name):
+                for proposal in proposer.proposals(asked):
                     try:
                         plans[proposal.name] = proposal.make()
                     except BudgetError as cause:

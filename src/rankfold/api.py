@@ -112,11 +112,11 @@ def compress(
     """Compress a trained network under one budget, without training it.
 
     One in ten calibration samples is held out and never fitted on, more where they are few: one in five of 250.
-    Without a selector several plans are made: ranks by `Lagrangian()`, `Uniform()` and `HalfWay()`, channels removed,
+    Without a selector several plans are made: ranks by `Lagrangian()` and `HalfWay()`, channels removed,
     channels for half of the way and ranks for the rest, and both weighed by `Ledger()` (of channels alone: sizes by
     four rules). All are tried on one sample in eight (64 at least), and the best three are carried out on all; the one
     whose outputs on the held-out samples are closest to the original's is returned. With fewer than 128 samples to fit
-    on, too few are held out to choose among so many: then six of the plans are made, and all carried out.
+    on, too few are held out to choose among so many: then five of the plans are made, and all carried out.
 
     Where torch.distributed is initialised with several processes, all of them call `compress` with the same arguments:
     each runs its share of the data, and all return the same plan and weights, those of one process up to rounding. A

@@ -22,7 +22,7 @@ from rankfold.errors import SiteError
 from rankfold.plan import Plan
 from rankfold.plan.making import DIGITS
 from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
-from rankfold.proposals._measured import measured_stacks
+from rankfold.proposals._measured import SAMPLES, measured_stacks
 from rankfold.proposals._ranks import RankProposer, curve_seconds
 from rankfold.proposals._remover import Remover
 from rankfold.registry import name_of
@@ -163,7 +163,7 @@ class ChannelProposer(Proposer):
         least = [outlook.sites.cost, *smallest]
         made = {path for group in groups for path in (*group.made, *group.read)}
         carried = {name.rpartition(".")[0] for group in groups for name in group.carried}
-        seconds = {"curves": sum(_ordering(outlook, group) for group in groups)}
+        seconds = {"curves": sum(_ordering(outlook, group) + SAMPLES[1] * outlook.forward for group in groups)}
         forms = [family for family in beside if isinstance(family, Decomposition)]
         if groups and forms:
             seconds["plans"] = NARROWER * curve_seconds(replace(outlook, spent=lambda _, own: own), forms)

@@ -17,6 +17,8 @@ from rankfold.progress import Progress
 from rankfold.sites.site import Sites
 
 TARGET = 0.01  # predicted error of a cut that is carried out, where losing every output costs 1 a site on average
+SAMPLES = (8, 32)  # least and largest number of samples that a cut is carried out on
+SHARE = 16  # of so many samples one is among them
 FURTHEST = 16.0  # factor by which a measured error may differ from the predicted one, against the others
 
 

@@ -16,7 +16,7 @@ from rankfold.distributed import world
 from rankfold.plan import Plan
 from rankfold.plan.making import make_plan
 from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
-from rankfold.proposals._measured import measured_sites
+from rankfold.proposals._measured import SAMPLES, measured_sites
 from rankfold.registry import name_of
 from rankfold.sites.site import Site
 
@@ -109,11 +109,14 @@ class RankProposer(Proposer):
 
     @classmethod
     def forecast(cls, outlook: Outlook, families: Sequence[Family], beside: Sequence[Family]) -> FamilyForecast:
-        """See `Proposer.forecast`: curves need the errors of each method; the least has all sites at the least rank."""
+        """See `Proposer.forecast`: curves need the errors of each method, and one cut a site.
+
+        The least has all sites at the least rank.
+        """
         forms = [family for family in families if isinstance(family, Decomposition)]
         least = {site.path: _least(site, forms) for site in outlook.sites}
         return FamilyForecast(
-            {"curves": curve_seconds(outlook, forms)},
+            {"curves": curve_seconds(outlook, forms) + len(outlook.sites) * SAMPLES[1] * outlook.forward},
             sum((least[site.path] - dense_cost(site) for site in outlook.sites), outlook.sites.cost),
             frozenset(site.path for site in outlook.sites if least[site.path] != dense_cost(site)),
         )

@@ -24,6 +24,7 @@ from rankfold.outputs.taken import Taken
 from rankfold.plan import Plan
 from rankfold.progress import Progress
 from rankfold.proposals import Proposal, plans_from
+from rankfold.proposals._measured import SAMPLES, SHARE
 from rankfold.registry import to_json
 from rankfold.repair import Lockstep
 from rankfold.repair.site import always_solve
@@ -35,8 +36,6 @@ from rankfold.store.work import Work
 from rankfold.trials.attempts import Attempt, Lost
 from rankfold.trials.limits import Limit
 
-FEW = (8, 32)  # least and largest number of samples that one cut at a time is carried out on
-FEWER = 16  # of so many samples one is among them
 FINALISTS = 3  # number of the plans tried on a part of the samples that are carried out on all
 FEWEST = 64  # least number of samples of that part
 SPARSEST = 8  # the part has at least one sample in so many
@@ -130,7 +129,7 @@ class Trials:
         if self.outputs is None:
             raise TypeError("the kinds of the outputs are not settled yet")
         graph = self.sites.graph
-        wanted = min(max(self.stats.manifest["samples"] // FEWER, FEW[0]), FEW[1])
+        wanted = min(max(self.stats.manifest["samples"] // SHARE, SAMPLES[0]), SAMPLES[1])
         samples = graph.at_once(wanted) if graph.any_batch else None
         return Few.of(self.original, self.judged, samples, self.outputs, world())
 
