@@ -60,15 +60,26 @@ def test_a_budget_holds_on_the_live_module(share: float) -> None:
     assert out.report.after.macs <= share * before.macs
 
 
-@pytest.mark.parametrize("options", [{}, {"selector": rf.Uniform()}], ids=["default", "one candidate"])
-def test_a_model_that_runs_over_its_budget_is_not_handed_back(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("share", "bound", "options"),
+    [(0.6, 460, {}), (0.8, 614, {"selector": rf.Uniform()})],
+    ids=["default", "one candidate"],
+)
+def test_a_model_that_runs_over_its_budget_is_not_handed_back(share: float, bound: int, options: Any) -> None:
     torch.manual_seed(0)
     model, data = Fickle(), _data(16, 16)
-    budget = rf.Budget(macs=0.8)
-    with pytest.raises(
-        BudgetError, match=r"^Budget\.macs · .* counted .* · got macs at most 614 where it has \d+ \(of 768\)"
-    ):
+    budget = rf.Budget(macs=share)
+    law = rf"^Budget\.macs · .* counted .* · got macs at most {bound} where it has \d+ \(of 768\)"
+    with pytest.raises(BudgetError, match=law):
         rf.compress(model, data, budget=budget, families=[rf.SVD()], repair=None, weighting=False, **options)
+
+
+def test_what_one_cut_costs_keeps_the_choice_from_a_layer_that_must_not_be_cut() -> None:
+    torch.manual_seed(0)
+    model, data = Fickle(), _data(16, 16)
+    options: dict[str, Any] = {"families": [rf.SVD()], "repair": None, "weighting": False, "selector": rf.Lagrangian()}
+    out = rf.compress(model, data, budget=rf.Budget(macs=0.8), **options)
+    assert [decision.site for decision in out.plan.decisions if decision.method is not None] == ["second"]
 
 
 def test_a_candidate_that_runs_over_its_budget_drops_out_while_another_holds(monkeypatch: pytest.MonkeyPatch) -> None:

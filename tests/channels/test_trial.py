@@ -169,7 +169,12 @@ def test_frozen_parameters_stay_frozen_one_by_one() -> None:
     model.a.weight.requires_grad_(False)
     for repair in (rf.Lockstep(), None):
         out = rf.compress(
-            model, [torch.randn(40, 10)], budget=rf.Budget(params=0.4), families=[rf.SVD()], repair=repair
+            model,
+            [torch.randn(40, 10)],
+            budget=rf.Budget(params=0.4),
+            families=[rf.SVD()],
+            selector=rf.Uniform(),  # which cuts both layers
+            repair=repair,
         )
         own = {name: parameter.requires_grad for name, parameter in out.model.named_parameters()}
         assert (own["a.0.weight"], own["a.1.weight"], own["a.1.bias"]) == (False, False, True)

@@ -68,7 +68,7 @@ def test_with_few_samples_there_are_few_candidates_all_carried_out() -> None:
         "half-way",
         "channels",
         "channels + lagrangian",
-        "ledger + lagrangian",
+        "measured ledger + lagrangian",
         *(f"{min(candidates[:5], key=lambda one: one.divergence).selector}, {name}" for name in WEAKER),
     ]
     assert {candidate.samples for candidate in candidates} == {None}

@@ -14,14 +14,19 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.allocation import Curves
+from rankfold.allocation.measuring import fitted_error
 from rankfold.applying import carry_out
+from rankfold.data.splits import Split
+from rankfold.decompositions import Decomposition
 from rankfold.errors import NumericsError
+from rankfold.factors import Rank
 from rankfold.plan import Plan
 from rankfold.progress import silent
 from rankfold.proposals import Asked, Cuts, RankProposer
 from rankfold.proposals._channels import ChannelProposer
 from rankfold.proposals._measured import FURTHEST, measured_sites
 from rankfold.sites.copies import copied
+from rankfold.sites.site import Site
 
 
 class _Saturated(nn.Module):
@@ -55,6 +60,27 @@ def _predicted(session: rf.Session) -> Curves:
     return rf.measure(session.model, session.stats, sites=session.sites)
 
 
+def _fitted(session: rf.Session) -> Callable[[Site, Decomposition, Rank], float]:
+    def predicted(site: Site, method: Decomposition, rank: Rank) -> float:
+        return fitted_error(session.model, session.stats, site=site, method=method, rank=rank)
+
+    return predicted
+
+
+def test_what_is_predicted_for_a_cut_is_what_its_factors_lose_on_the_samples_they_are_made_of() -> None:
+    session = rf.prepare(_model(), _data(), weighting=False, families=[rf.WhitenedSVD()])
+    assert session.proposers
+    weight = session.model.second.weight.detach().double()
+    fitted = torch.cat(list(Split(session.batches, session.every, held_out=False))).double()
+    x = fitted - fitted.mean(0)
+    for rank in (2, 6, 11):
+        factors = rf.WhitenedSVD().decompose(weight, rank, session.stats.moments(session.sites.at("second"), 0))
+        change = weight - factors.reconstruct()
+        expected = float((x @ change.T).square().sum() / (x @ weight.T).square().sum())
+        found = _fitted(session)(session.sites.at("second"), rf.WhitenedSVD(), rank)
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_factor_is_what_a_cut_costs_over_what_it_was_predicted_to_cost() -> None:
     session = rf.prepare(_model(), _data())
     curves = _ranks(session)
@@ -71,18 +97,14 @@ def test_a_factor_is_what_a_cut_costs_over_what_it_was_predicted_to_cost() -> No
             batches=session.batches,
         )
         (cut,) = (each for each in plan.decisions if each.method is not None)
-        (error,) = (
-            error
-            for curve in predicted
-            if curve.site.path == cut.site and curve.method == cut.method
-            for rank, error in zip(curve.ranks, curve.errors, strict=True)
-            if rank == cut.rank
-        )
+        assert cut.method is not None
+        assert cut.rank is not None
+        error = _fitted(session)(session.sites.at(cut.site), cut.method, cut.rank) / predicted.unit
         lost = rf.compare(session.model, carried.model, [session.trials.few.batch], outputs=session.outputs).divergence
         plans[cut.site] = plan, lost / error
         return lost
 
-    again = measured_sites(predicted, Cuts(kept, session.stats.manifest, 0, silent, []))
+    again = measured_sites(predicted, Cuts(kept, session.stats.manifest, 0, silent, []), _fitted(session))
     assert set(plans) == {"first", "second", "head"}
     usual = statistics.median(ratio for _, ratio in plans.values())
     for path, (_, ratio) in plans.items():
@@ -141,7 +163,7 @@ def test_a_cut_without_a_finite_cost_leaves_the_prediction(lost: float) -> None:
     session = rf.prepare(_model(), _data())
     predicted = _predicted(session)
     cuts = _cuts(lambda plan: lost if plan.decisions[0].method is not None else 0.01)
-    measured = measured_sites(predicted, cuts)
+    measured = measured_sites(predicted, cuts, _fitted(session))
     assert "first" not in measured.factors
     assert "second" in measured.factors
     first = session.sites.at("first")
@@ -156,7 +178,7 @@ def test_a_cut_that_cannot_be_carried_out_is_named() -> None:
         raise NumericsError("output", law="finite", got="NaN", cure="look")
 
     cuts = _cuts(refused)
-    assert measured_sites(predicted, cuts) is predicted
+    assert measured_sites(predicted, cuts, _fitted(session)) is predicted
     (note,) = cuts.notes
     assert "not measured" in note
     assert "first" in note
@@ -165,7 +187,9 @@ def test_a_cut_that_cannot_be_carried_out_is_named() -> None:
 def test_no_factor_goes_beyond_the_bound() -> None:
     session = rf.prepare(_model(), _data())
     predicted = _predicted(session)
-    huge = measured_sites(predicted, _cuts(lambda plan: 1e9 if plan.decisions[0].method is not None else 1e-3))
+    huge = measured_sites(
+        predicted, _cuts(lambda plan: 1e9 if plan.decisions[0].method is not None else 1e-3), _fitted(session)
+    )
     assert huge.factors["first"] == FURTHEST
 
 
@@ -186,7 +210,8 @@ def test_a_few_samples_lose_what_a_comparison_of_them_says() -> None:
     assert session.proposers
     few = session.trials.few.batch
     assert isinstance(few, Tensor)
-    assert torch.equal(few, torch.cat(list(session.judged))[:10])  # a sixteenth of the 160 that are fitted on
+    fitted = torch.cat(list(Split(session.batches, session.every, held_out=False)))
+    assert torch.equal(few, fitted[:16])  # of the 160 that are fitted on
     expected = rf.compare(session.model, other, [few], outputs=session.outputs).divergence
     assert session.trials.few.lost(other) == pytest.approx(expected, rel=1e-6)
     assert session.trials.few.lost(session.model) == 0

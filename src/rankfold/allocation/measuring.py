@@ -22,6 +22,9 @@ from rankfold.decompositions import (
     SpatialSVD,
     Tucker2,
     WhitenedSVD,
+    damped_gradients,
+    factorise,
+    judged_energy,
     output_errors,
 )
 from rankfold.distributed import ALONE, World
@@ -107,6 +110,38 @@ def measure(
     curves = _exchanged(curves, world)
     scale = _mean_energy(curves) if weighted else 1.0
     return Curves(sites, tuple(curve.scaled(1 / scale) for curve in curves), unit=scale)
+
+
+def fitted_error(model: nn.Module, stats: Statistics | None, *, site: Site, method: Decomposition, rank: Rank) -> float:
+    """The error predicted for a cut on the very samples that its factors are made of, in the unit of `measure`.
+
+    A curve is judged on samples that its factors were not made of; this is to be compared with what the cut really does
+    to the samples at hand.
+
+    Args:
+        model: The model the statistics are of.
+        stats: Statistics from `collect`.
+        site: The site.
+        method: Its method.
+        rank: Its rank.
+    """
+    module = model.get_submodule(site.path)
+    adapter = adapter_for(module)
+    if adapter is None:
+        raise TypeError(f"{site.path} has no adapter")
+    lost = energy = 0.0
+    for group, weight in enumerate(widen(adapter.canonical(module))):
+        moments = moments_of(site, group, method, stats)
+        judge = moments if stats is None else stats.moments(site, group, shrink=False)
+        if judge.gradient_gram is not None:
+            judge = replace(judge, gradient_gram=damped_gradients(judge.gradient_gram.to(weight)))
+        change = weight - factorise(method, weight, rank, moments).reconstruct()
+        lost += float(judged_energy(change.flatten(1), judge, method))
+        energy += float(judged_energy(weight.flatten(1), judge, method))
+    if stats is None or "gradient-gram" not in stats.sites.get(site.path, {}):
+        return lost / energy if energy > 0 else 0.0
+    coherence = coherences(stats.sites).get(site.path)
+    return lost if coherence is None or energy <= 0 else lost * float(coherence.at(torch.tensor([lost / energy])))
 
 
 def spectra_of(

@@ -1,6 +1,6 @@
 """Methods that factorise a canonical weight. They know nothing of layers."""
 
-from rankfold.decompositions._base import Decomposition, Family, Moments, Spectrum
+from rankfold.decompositions._base import Decomposition, Family, Moments, Spectrum, judged_energy
 from rankfold.decompositions._branches import Branches
 from rankfold.decompositions._interpolative import Interpolative
 from rankfold.decompositions._pivoted import Pivoted
@@ -8,7 +8,7 @@ from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
 from rankfold.decompositions._tucker2 import Tucker2
 from rankfold.decompositions._whitened_svd import WhitenedSVD
-from rankfold.decompositions.weighting import factorise, output_errors, output_root
+from rankfold.decompositions.weighting import damped_gradients, factorise, output_errors, output_root
 from rankfold.loading import load_registering
 
 __all__ = [
@@ -23,7 +23,9 @@ __all__ = [
     "Spectrum",
     "Tucker2",
     "WhitenedSVD",
+    "damped_gradients",
     "factorise",
+    "judged_energy",
     "output_errors",
     "output_root",
 ]

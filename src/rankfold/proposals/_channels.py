@@ -83,9 +83,10 @@ class ChannelProposer(Proposer):
                 continue
             maker = _Maker(asked, self.basis.seed, remover, forms, ranks)
             for way in ways:
-                if not way.measured:
-                    found.append(Proposal(way.name, partial(maker.plan, way), always=way.always))
-                elif asked.evaluate is not None and asked.repair is not None:
+                measurable = asked.evaluate is not None and asked.repair is not None
+                if not way.measured:  # where nothing can be measured, what is predicted stands in for it
+                    found.append(Proposal(way.name, partial(maker.plan, way), always=way.always or not measurable))
+                elif measurable:
                     found.append(Proposal(way.name, partial(maker.measured, way, ways[0]), always=way.always))
         return found
 
@@ -276,6 +277,6 @@ def channel_ways(selector: RankSelector | None, sizes: WidthSelector | None, *, 
     return [
         ChannelWay("channels", 1.0, half, ranks_by, True),
         ChannelWay(f"channels + {by}", 0.5, half, ranks_by, True),
-        ChannelWay(f"ledger + {by}", 1.0, joint, ranks_by, True),
-        ChannelWay(f"measured ledger + {by}", 1.0, joint, ranks_by, False, measured=True),
+        ChannelWay(f"ledger + {by}", 1.0, joint, ranks_by, False),
+        ChannelWay(f"measured ledger + {by}", 1.0, joint, ranks_by, True, measured=True),
     ]

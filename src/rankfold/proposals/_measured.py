@@ -11,13 +11,15 @@ from typing import Any
 from rankfold.allocation import Curves
 from rankfold.channels.elimination import RemovalCurve
 from rankfold.channels.stacks import Stack
+from rankfold.decompositions import Decomposition
 from rankfold.errors import RankfoldError
+from rankfold.factors import Rank
 from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress
-from rankfold.sites.site import Sites
+from rankfold.sites.site import Site, Sites
 
 TARGET = 0.01  # predicted error of a cut that is carried out, where losing every output costs 1 a site on average
-SAMPLES = (8, 32)  # least and largest number of samples that a cut is carried out on
+SAMPLES = (16, 32)  # least and largest number of samples that a cut is carried out on
 SHARE = 16  # of so many samples one is among them
 FURTHEST = 16.0  # factor by which a measured error may differ from the predicted one, against the others
 
@@ -66,17 +68,20 @@ class Cuts:
         return found
 
 
-def measured_sites(curves: Curves, cuts: Cuts) -> Curves:
+def measured_sites(curves: Curves, cuts: Cuts, predicted: Callable[[Site, Decomposition, Rank], float]) -> Curves:
     """Curves whose shape is predicted, and whose scale is measured.
 
     A curve's shape comes from its spectrum. Its scale, an estimate by gradients, holds for small errors that the rest
     of the network passes on alike; what one cut really does to the outputs replaces it. Each site is cut alone, to the
     option whose predicted error is nearest to 0.01, and the errors of all its options are multiplied by what that was
-    measured to cost over what was predicted, relative to the median over the sites.
+    measured to cost over what was predicted for these samples, relative to the median over the sites. (On the samples
+    that factors are made of they lose less than on others; a curve tells the latter, and its prediction for the former
+    is what the measurement is compared with.)
 
     Args:
         curves: Predicted curves.
         cuts: The cuts.
+        predicted: Function from a site, a method and a rank to the error predicted for the samples at hand.
 
     References:
         LEMS, ICML 2026, for one cut a layer. We differ in the metric of the outputs, in the point of the cut, and in
@@ -85,14 +90,15 @@ def measured_sites(curves: Curves, cuts: Cuts) -> Curves:
     plans: dict[str, tuple[Plan, float]] = {}
     for site in curves.sites:
         options = [
-            (error, Decision(site.path, curve.method, rank, "one cut"))
+            (error, curve.method, rank)
             for curve in curves.of(site)
             for rank, error in zip(curve.ranks, curve.errors, strict=True)
             if error > 0
         ]
         if options:
-            error, decision = min(options, key=lambda each: abs(math.log(each[0] / TARGET)))
-            plans[site.path] = _alone(curves.sites, decision, cuts), error
+            _, method, rank = min(options, key=lambda each: abs(math.log(each[0] / TARGET)))
+            decision = Decision(site.path, method, rank, "one cut")
+            plans[site.path] = _alone(curves.sites, decision, cuts), predicted(site, method, rank) / curves.unit
     ratios = cuts.ratios(plans)
     if not ratios:
         return curves

@@ -8,11 +8,12 @@ from functools import partial
 
 from rankfold.allocation import HalfWay, Lagrangian, RankSelector
 from rankfold.allocation.curve import Curves
-from rankfold.allocation.measuring import measure, methods_at, spectra_of
+from rankfold.allocation.measuring import fitted_error, measure, methods_at, spectra_of
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family
 from rankfold.distributed import world
+from rankfold.factors import Rank
 from rankfold.plan import Plan
 from rankfold.plan.making import make_plan
 from rankfold.proposals._base import Asked, Basis, FamilyForecast, Outlook, Proposal, Proposer, proposes
@@ -63,7 +64,13 @@ class RankProposer(Proposer):
             curves = measure(
                 basis.model, basis.stats, sites=basis.sites, families=forms, progress=basis.progress, world=world()
             )
-            return curves if basis.cuts is None else measured_sites(curves, basis.cuts)
+            if basis.cuts is None:
+                return curves
+
+            def predicted(site: Site, method: Decomposition, rank: Rank) -> float:
+                return fitted_error(basis.model, basis.stats, site=site, method=method, rank=rank)
+
+            return measured_sites(curves, basis.cuts, predicted)
 
         if multiple not in self._curves:
             self._curves[multiple] = basis.clock.time("curves", lambda: basis.work.curves(basis.sites, forms, measured))

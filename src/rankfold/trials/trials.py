@@ -16,7 +16,7 @@ from rankfold.comparison.compare import compare
 from rankfold.comparison.few import Few
 from rankfold.cost.counted import count
 from rankfold.data.batches import Batch, batch_size, micro_batches
-from rankfold.data.splits import HELD_OUT, Part, first_of, merged
+from rankfold.data.splits import HELD_OUT, Part, Split, first_of, merged
 from rankfold.distributed import world
 from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError
 from rankfold.graph.spill import Spill
@@ -122,16 +122,15 @@ class Trials:
 
     @cached_property
     def few(self) -> Few:
-        """The held-out samples that one cut at a time is carried out on: a sixteenth of all, 8 at least and 32 at most.
+        """The samples that one cut at a time is carried out on: a sixteenth of those that are fitted on, 16 to 32.
 
         Fewer where a batch may not have so many.
         """
         if self.outputs is None:
             raise TypeError("the kinds of the outputs are not settled yet")
-        graph = self.sites.graph
+        graph, fitted = self.sites.graph, Split(self.batches, self.every, held_out=False)
         wanted = min(max(self.stats.manifest["samples"] // SHARE, SAMPLES[0]), SAMPLES[1])
-        samples = graph.at_once(wanted) if graph.any_batch else None
-        return Few.of(self.original, self.judged, samples, self.outputs, world())
+        return Few.of(self.original, fitted, graph.at_once(wanted) if graph.any_batch else None, self.outputs, world())
 
     def cut(self, plan: Plan) -> float:
         """The divergence, on a few samples, of a plan of one cut carried out without repair."""
