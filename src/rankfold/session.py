@@ -24,7 +24,7 @@ from rankfold.graph.spill import Spill
 from rankfold.options import Options
 from rankfold.outputs.taken import LOOKED_AT, Outputs, Taken, outputs_to_json, settled
 from rankfold.progress import Progress
-from rankfold.proposals import Asked, Basis, Cuts, Proposer, numbers_of, proposers_of
+from rankfold.proposals import FEWEST, Asked, Basis, Cuts, Proposer, numbers_of, proposers_of
 from rankfold.report.compressed import Compressed
 from rankfold.report.data import Candidate, Report, environment, rows
 from rankfold.report.signature import Signature
@@ -259,9 +259,15 @@ class Session:
                 self.clock,
                 self.progress,
                 self.notes,
-                Cuts(self.trials.cut, self.stats.manifest, self.options.seed, self.progress, self.notes),
+                self._cuts(),
             )
         )
+
+    def _cuts(self) -> Cuts | None:
+        trials = self.trials
+        if trials.few.samples < FEWEST:
+            return None
+        return Cuts(trials.cut, self.stats.manifest, self.options.seed, self.progress, self.notes)
 
     @together
     def run(self, budget: Budget, *, limits: Sequence[Limit] = ()) -> Compressed:

@@ -43,7 +43,7 @@ def stopping(stage: str, step: int) -> Any:
 def run(work: Path | None, **options: Any) -> Any:
     images = list(torch.randn(170, 3, 6, 6, generator=torch.Generator().manual_seed(1)).split(50))
     families = [rf.WhitenedSVD(), rf.SpatialSVD(), rf.Tucker2(), rf.Interpolative()]
-    return rf.compress(Net(), images, budget=rf.Budget(params=0.6), families=families, work_dir=work, **options)
+    return rf.compress(Net(), images, budget=rf.Budget(params=0.3), families=families, work_dir=work, **options)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import rankfold as rf
 from rankfold.allocation import Curves
 from rankfold.allocation.measuring import fitted_error
 from rankfold.applying import carry_out
+from rankfold.comparison.few import Few
 from rankfold.data.splits import Split
 from rankfold.decompositions import Decomposition
 from rankfold.errors import NumericsError
@@ -100,7 +101,9 @@ def test_a_factor_is_what_a_cut_costs_over_what_it_was_predicted_to_cost() -> No
         assert cut.method is not None
         assert cut.rank is not None
         error = _fitted(session)(session.sites.at(cut.site), cut.method, cut.rank) / predicted.unit
-        lost = rf.compare(session.model, carried.model, [session.trials.few.batch], outputs=session.outputs).divergence
+        lost = rf.compare(
+            session.model, carried.model, list(session.trials.few.batches), outputs=session.outputs
+        ).divergence
         plans[cut.site] = plan, lost / error
         return lost
 
@@ -108,9 +111,9 @@ def test_a_factor_is_what_a_cut_costs_over_what_it_was_predicted_to_cost() -> No
     assert set(plans) == {"first", "second", "head"}
     usual = statistics.median(ratio for _, ratio in plans.values())
     for path, (_, ratio) in plans.items():
-        assert curves.factors[path] == pytest.approx(ratio / usual, rel=1e-5)
-        assert again.factors[path] == pytest.approx(ratio / usual, rel=1e-5)
-    assert curves.cost == pytest.approx(usual, rel=1e-5)
+        assert curves.factors[path] == pytest.approx(ratio / usual, rel=0.01)
+        assert again.factors[path] == pytest.approx(ratio / usual, rel=0.01)
+    assert curves.cost == pytest.approx(usual, rel=0.01)
 
 
 def test_shapes_stay_and_scales_change() -> None:
@@ -143,7 +146,7 @@ def test_channels_have_scales_of_their_own_and_ranks_beside_them_those_of_their_
     curves = _ranks(session)
     (remover,) = channels._removers.values()
     assert remover is not None
-    assert set(channels._factors) == {curve.group.name for curve in remover.curves}
+    assert set(channels._factors[remover.method]) == {curve.group.name for curve in remover.curves}
     for curve in remover.curves:
         left = curve.group.units // 2
         predicted = float(curve.errors[curve.group.units - left]) / curves.unit
@@ -208,11 +211,95 @@ def test_a_few_samples_lose_what_a_comparison_of_them_says() -> None:
         other.head.weight.mul_(0.9)
     assert session.outputs is None
     assert session.proposers
-    few = session.trials.few.batch
+    (few,) = session.trials.few.batches
     assert isinstance(few, Tensor)
     fitted = torch.cat(list(Split(session.batches, session.every, held_out=False)))
     assert torch.equal(few, fitted[:16])  # of the 160 that are fitted on
     expected = rf.compare(session.model, other, [few], outputs=session.outputs).divergence
     assert session.trials.few.lost(other) == pytest.approx(expected, rel=1e-6)
     assert session.trials.few.lost(session.model) == 0
-    assert replace(session.trials.few, batch=None).lost(other) == 0
+    large = replace(session.trials.few, outputs=[None])  # too large to be kept
+    assert large.lost(other) == session.trials.few.lost(other)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_single_samples_are_put_together_or_looked_at_one_by_one(fixed: bool) -> None:
+    class Single(_Saturated):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.reshape(1, 12) if fixed else x)
+
+    torch.manual_seed(0)
+    data = list(torch.cat(_data(60)).split(1))
+    session = rf.prepare(Single().eval(), data)
+    assert set(_ranks(session).factors) == {"first", "second", "head"}
+    few = session.trials.few
+    assert few.samples == 16
+    assert len(few.batches) == (16 if fixed else 1)
+
+
+def test_batches_of_several_shapes_are_all_looked_at() -> None:
+    class Mean(_Saturated):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mean(1))
+
+    generator = torch.Generator().manual_seed(1)
+    data = [torch.randn(1, 2 + number % 3, 12, generator=generator) for number in range(60)]
+    session = rf.prepare(Mean().eval(), data)
+    assert session.proposers
+    assert session.trials.few.samples == 16
+
+
+def test_with_very_few_samples_errors_stay_as_predicted() -> None:
+    session = rf.prepare(_model(), _data(7)[:1])
+    assert _ranks(session).factors == {}
+
+
+def test_every_family_of_channels_has_scales_of_its_own_and_a_failure_is_told_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(self: Few, model: nn.Module) -> float:
+        raise NumericsError("output", law="finite", got="NaN", cure="look")
+
+    families = [rf.Interpolative(rule="random"), rf.Interpolative()]
+    session = rf.prepare(_model(), _data(), families=families)
+    (channels,) = (each for each in session.proposers if isinstance(each, ChannelProposer))
+    asked = Asked(rf.Budget(params=0.5), None, rf.Lockstep(), session.trials.score)
+    channels.proposals(asked)
+    first, second = (channels._factors[family] for family in families)  # type: ignore[index]
+    assert first.keys() == second.keys() != set()
+    assert first != second
+    monkeypatch.setattr(Few, "lost", refused)
+    session = rf.prepare(_model(), _data(), families=families)
+    session.run(rf.Budget(params=0.5))
+    session.run(rf.Budget(params=0.6))
+    assert sum("not measured" in note for note in session.notes) == len(families)
+
+
+def test_ranks_on_a_grid_are_measured_once() -> None:
+    session = rf.prepare(_model(), _data(), selector=rf.Rounded(rf.Lagrangian(), 4))
+    session.run(rf.Budget(params=0.7))
+    ranks = next(each for each in session.proposers if isinstance(each, RankProposer))
+    assert list(ranks._curves) == [4]
+
+
+def test_a_folder_keeps_cuts_and_a_resumed_run_tells_what_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rightly, calls = Few.lost, 0
+
+    def lost(self: Few, model: nn.Module) -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise NumericsError("output", law="finite", got="NaN", cure="look")
+        return rightly(self, model)
+
+    monkeypatch.setattr(Few, "lost", lost)
+    first = rf.compress(_model(), _data(), budget=rf.Budget(params=0.5), work_dir=tmp_path)
+    assert calls > 2
+    seen = calls
+    again = rf.compress(_model(), _data(), budget=rf.Budget(params=0.5), work_dir=tmp_path)
+    assert calls == seen
+    assert again.plan == first.plan
+    assert any("not measured" in note for note in first.report.notes)
+    assert set(again.report.notes) == set(first.report.notes)

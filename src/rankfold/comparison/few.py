@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from rankfold.comparison.compare import run_on
 from rankfold.comparison.tally import lost_share
-from rankfold.data.batches import Batch, batch_size, take
+from rankfold.data.batches import Batch, batch_size
 from rankfold.data.running import evaluating
-from rankfold.data.splits import first_of, merged
+from rankfold.data.splits import merged
 from rankfold.distributed import ALONE, World
 from rankfold.outputs.taken import Taken, first_samples
+
+KEPT = 2**28  # bytes of outputs of the original that are kept; those beyond it are computed again for every change
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,50 +25,73 @@ class Few:
     """A few samples, and what the original makes of them.
 
     Attributes:
-        batch: The samples; None in a process that has none of them.
-        outputs: Outputs of the original that count, in the order of their kinds.
+        model: The original.
+        batches: The samples that this process has.
+        outputs: Outputs of the original that count, in the order of their kinds, of each batch; None where they are too
+            large to be kept.
         taken: Kinds of the outputs.
+        samples: Number of samples of all processes.
         world: The processes that share the samples.
     """
 
-    batch: Batch | None
-    outputs: list[Tensor]
+    model: nn.Module
+    batches: Sequence[Batch]
+    outputs: Sequence[list[Tensor] | None]
     taken: Taken
+    samples: int
     world: World
 
     @classmethod
     def of(
-        cls, model: nn.Module, batches: Iterable[Batch], samples: int | None, taken: Taken, world: World = ALONE
+        cls,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        samples: int,
+        taken: Taken,
+        *,
+        at_once: int | None,
+        world: World = ALONE,
     ) -> Few:
         """The first samples of some batches.
 
         Args:
             model: The original.
             batches: The batches.
-            samples: Number of samples, at most; None is a whole batch, where the model takes no other number.
+            samples: Number of samples.
             taken: Kinds of the outputs.
-            world: Processes that share the samples, each an even part.
+            at_once: Number of samples that run at once; None is whole batches, as many as have so many samples, where
+                the model takes no other number.
+            world: Processes that share the batches.
         """
-        batch: Batch | None = first_of(batches)
-        if samples is not None:
-            batch = merged(first_samples(batches, samples, samples), samples)[0]
-            here = torch.arange(min(samples, batch_size(batch))).tensor_split(world.size)[world.rank]
-            batch = take(batch, here) if len(here) else None
-        if batch is None:
-            return cls(None, [], taken, world)
+        if at_once is None:
+            found, left = [], samples
+            for batch in batches:
+                found.append(batch)
+                left -= batch_size(batch)
+                if left <= 0:
+                    break
+        else:
+            found = merged(first_samples(batches, samples, at_once), at_once)
+        own = list(islice(found, world.rank, None, world.size))
+        kept: list[list[Tensor] | None] = []
+        room = KEPT
         with evaluating(model):
-            outputs = taken.of(run_on("original", model, batch, 0))
-        return cls(batch, outputs, taken, world)
+            for batch in own:
+                outputs = taken.of(run_on("original", model, batch, 0)) if room > 0 else []
+                room -= sum(each.nbytes for each in outputs)
+                kept.append(outputs if room > 0 else None)
+        return cls(model, own, kept, taken, sum(batch_size(batch) for batch in found), world)
 
     def lost(self, model: nn.Module) -> float:
         """The divergence of a model's outputs, as of a `Comparison`; infinity or NaN where an output is not finite."""
         sums = torch.zeros(len(self.taken.kinds), 2, dtype=torch.float64)
-        if self.batch is not None:
+        for batch, kept in zip(self.batches, self.outputs, strict=True):
             with evaluating(model):
-                outputs = self.taken.of(run_on("compressed", model, self.batch, 0))
-            for i, (kind, mine, theirs) in enumerate(
-                zip(self.taken.kinds.values(), self.outputs, outputs, strict=True)
-            ):
+                outputs = self.taken.of(run_on("compressed", model, batch, 0))
+            if kept is None:
+                with evaluating(self.model):
+                    kept = self.taken.of(run_on("original", self.model, batch, 0))
+            for i, (kind, mine, theirs) in enumerate(zip(self.taken.kinds.values(), kept, outputs, strict=True)):
                 for own, first, second in kind.pieces(mine, theirs):
                     sums[i] += own.error(first.double(), second.double()).cpu()
         self.world.sum_([sums])

@@ -13,13 +13,14 @@ from rankfold.proposals._base import (
     proposers_of,
     proposes,
 )
-from rankfold.proposals._measured import Cuts
+from rankfold.proposals._measured import FEWEST, Cuts
 from rankfold.proposals._ranks import RankProposer  # registered first: its proposals come first
 
 from rankfold.proposals._channels import ChannelProposer  # isort: skip
 from rankfold.proposals._branches import BranchProposer  # isort: skip
 
 __all__ = [
+    "FEWEST",
     "Asked",
     "Basis",
     "BranchProposer",

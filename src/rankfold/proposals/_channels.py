@@ -60,7 +60,7 @@ class ChannelProposer(Proposer):
     def __init__(self, basis: Basis, families: Sequence[Family]) -> None:
         super().__init__(basis, families)
         self._removers: dict[tuple[Interpolative, frozenset[str]], Remover | None] = {}
-        self._factors: dict[str, float] = {}  # on the errors of channels, by group
+        self._factors: dict[Interpolative, dict[str, float]] = {}  # on the errors of channels, by family and group
 
     def _on(self, basis: Basis) -> ChannelProposer:
         """The scales of the groups that are left are those of this one's."""
@@ -133,17 +133,18 @@ class ChannelProposer(Proposer):
             self._removers[key] = None
             return None
         ranks = next((each for each in self.beside if isinstance(each, RankProposer)), None)
-        curves = None if ranks is None else ranks.curves()
+        curves = None if ranks is None else ranks.curves(ways[0].selector.multiple)
         scaled = basis.clock.time("curves", lambda: self._measured(remover, curves))
         self._removers[key] = scaled
         return scaled
 
     def _measured(self, remover: Remover, curves: Curves | None) -> Remover:
         """A remover whose errors have measured scales, those of the ranks beside it too."""
-        if not self._factors and self.basis.cuts is not None:
+        if remover.method not in self._factors and self.basis.cuts is not None:
             alone = partial(remover.alone, seed=self.basis.seed)
-            self._factors = measured_stacks(remover.curves, remover.stacks, alone, self.basis.cuts, curves)
-        return remover.scaled(self._factors, {} if curves is None else curves.factors)
+            own = measured_stacks(remover.curves, remover.stacks, alone, self.basis.cuts, curves)
+            self._factors[remover.method] = own
+        return remover.scaled(self._factors.get(remover.method, {}), {} if curves is None else curves.factors)
 
     @classmethod
     def numbers(cls, families: Sequence[Family], *, ranks: int, chosen_by: bool) -> tuple[int, int]:

@@ -12,7 +12,8 @@ from rankfold.allocation import Curves
 from rankfold.channels.elimination import RemovalCurve
 from rankfold.channels.stacks import Stack
 from rankfold.decompositions import Decomposition
-from rankfold.errors import RankfoldError
+from rankfold.distributed import world
+from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError
 from rankfold.factors import Rank
 from rankfold.plan import Decision, Plan
 from rankfold.progress import Progress
@@ -20,7 +21,10 @@ from rankfold.sites.site import Site, Sites
 
 TARGET = 0.01  # predicted error of a cut that is carried out, where losing every output costs 1 a site on average
 SAMPLES = (16, 32)  # least and largest number of samples that a cut is carried out on
+FEWEST = 8  # with fewer samples errors stay as predicted
 SHARE = 16  # of so many samples one is among them
+LASTING = (SelfCheckError, PlanError, NumericsError, BudgetError)  # errors that the same cut meets again
+DIGITS = 3  # of a ratio: more are not the same on every machine
 FURTHEST = 16.0  # factor by which a measured error may differ from the predicted one, against the others
 
 
@@ -57,11 +61,13 @@ class Cuts:
             for name, (plan, predicted) in plans.items():
                 try:
                     ratio = self.carry_out(plan) / predicted if predicted > 0 else 0.0
-                except RankfoldError as cause:
+                except LASTING as cause:
+                    if world().size > 1:  # the others would wait for this process
+                        raise
                     failed.append(f"{name} ({cause})")
                 else:
                     if ratio > 0 and math.isfinite(ratio):
-                        found[name] = ratio
+                        found[name] = float(f"{ratio:.{DIGITS}g}")
                 advance()
         if failed:
             self.notes.append(f"errors that were predicted and not measured: {'; '.join(failed[:5])}")
@@ -164,4 +170,4 @@ def _energy(curves: Sequence[RemovalCurve]) -> float:
 
 
 def _within(factor: float) -> float:
-    return min(max(factor, 1 / FURTHEST), FURTHEST)
+    return float(f"{min(max(factor, 1 / FURTHEST), FURTHEST):.{DIGITS}g}")

@@ -60,20 +60,20 @@ class RankProposer(Proposer):
         """
         basis, forms = self.basis, [form.at_multiples(multiple) for form in self.forms]
 
-        def measured() -> Curves:
-            curves = measure(
+        def predicted() -> Curves:
+            return measure(
                 basis.model, basis.stats, sites=basis.sites, families=forms, progress=basis.progress, world=world()
             )
-            if basis.cuts is None:
-                return curves
 
-            def predicted(site: Site, method: Decomposition, rank: Rank) -> float:
-                return fitted_error(basis.model, basis.stats, site=site, method=method, rank=rank)
+        def error(site: Site, method: Decomposition, rank: Rank) -> float:
+            return fitted_error(basis.model, basis.stats, site=site, method=method, rank=rank)
 
-            return measured_sites(curves, basis.cuts, predicted)
+        def scaled() -> Curves:
+            curves = basis.work.curves(basis.sites, forms, predicted)
+            return curves if basis.cuts is None else measured_sites(curves, basis.cuts, error)
 
         if multiple not in self._curves:
-            self._curves[multiple] = basis.clock.time("curves", lambda: basis.work.curves(basis.sites, forms, measured))
+            self._curves[multiple] = basis.clock.time("curves", scaled)
         curves = self._curves[multiple]
         if spectra and not curves.spectra:
             found = basis.clock.time(

@@ -29,7 +29,7 @@ from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
 from rankfold.store.results import T, kept_result
 
-VERSION = 4  # 2: moments in halves; 3: coherence for every rank; 4: logits compared in the Fisher metric
+VERSION = 5  # 2: moments in halves; 3: coherence for every rank; 4: Fisher metric of logits; 5: measured scales
 HEAD, CURVES, PLANS, RESULTS = "work.json", "curves.json", "plans", "results"
 
 
@@ -169,8 +169,6 @@ class Work:
             "families": [to_json(method) for method in families],
             "curves": rows,
             "unit": curves.unit,
-            "factors": dict(curves.factors),
-            "cost": curves.cost,
         }
         write_file(self._folder / CURVES, canonical_json(head).encode())
         return curves
@@ -230,8 +228,7 @@ class Work:
             ranks = tuple(tuple(rank) if isinstance(rank, list) else rank for rank in row["ranks"])
             costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
             curves.append(RankCurve(site, method, ranks, costs, tuple(row["errors"]), row["energy"]))
-        told = head.get("factors", {}), head.get("cost")
-        return Curves(sites, tuple(curves), {}, head.get("unit", 1.0), *told)
+        return Curves(sites, tuple(curves), unit=head.get("unit", 1.0))
 
 
 def _check(folder: Path, facts: Mapping[str, Any]) -> None:

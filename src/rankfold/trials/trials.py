@@ -122,15 +122,13 @@ class Trials:
 
     @cached_property
     def few(self) -> Few:
-        """The samples that one cut at a time is carried out on: a sixteenth of those that are fitted on, 16 to 32.
-
-        Fewer where a batch may not have so many.
-        """
+        """The samples that one cut at a time is carried out on: a sixteenth of those that are fitted on, 16 to 32."""
         if self.outputs is None:
             raise TypeError("the kinds of the outputs are not settled yet")
         graph, fitted = self.sites.graph, Split(self.batches, self.every, held_out=False)
         wanted = min(max(self.stats.manifest["samples"] // SHARE, SAMPLES[0]), SAMPLES[1])
-        return Few.of(self.original, fitted, graph.at_once(wanted) if graph.any_batch else None, self.outputs, world())
+        at_once = graph.at_once(-(-wanted // world().size)) if graph.any_batch else None
+        return Few.of(self.original, fitted, wanted, self.outputs, at_once=at_once, world=world())
 
     def cut(self, plan: Plan) -> float:
         """The divergence, on a few samples, of a plan of one cut carried out without repair."""
@@ -144,7 +142,7 @@ class Trials:
                 plan,
                 sites=self.sites,
                 stats=self.stats,
-                batches=self.batches if few.batch is None else [few.batch],
+                batches=few.batches or self.batches,
                 world=world(),
             )
             return Lost(few.lost(carried.model))
