@@ -80,7 +80,9 @@ class Knapsack(RankSelector):
         limit = start + SLACK * max(start, 1.0)
         kept = [np.flatnonzero(bound + own - least <= limit) for own, least in zip(reduced, below, strict=True)]
         order = sorted(range(len(kept)), key=lambda i: len(kept[i]), reverse=True)
-        cheapest = np.array([costs[k].min(0) for costs, k in zip(table.costs, kept, strict=True)]).reshape(len(kept), -1)
+        cheapest = np.array([costs[k].min(0) for costs, k in zip(table.costs, kept, strict=True)]).reshape(
+            len(kept), -1
+        )
         left = cheapest.sum(0)  # the least that the sites which are not decided yet cost
 
         errors, costs = np.zeros(1), np.zeros((1, len(table.bounds)), dtype=np.int64)

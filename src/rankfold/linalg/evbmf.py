@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
