@@ -80,9 +80,8 @@ class Knapsack(RankSelector):
         limit = start + SLACK * max(start, 1.0)
         kept = [np.flatnonzero(bound + own - least <= limit) for own, least in zip(reduced, below, strict=True)]
         order = sorted(range(len(kept)), key=lambda i: len(kept[i]), reverse=True)
-        cheapest = np.array([costs[k].min(0) for costs, k in zip(table.costs, kept, strict=True)]).reshape(
-            len(kept), -1
-        )
+        each = [costs[k].min(0) for costs, k in zip(table.costs, kept, strict=True)]
+        cheapest = np.array(each, dtype=np.int64).reshape(len(kept), len(table.bounds))
         left = cheapest.sum(0)  # the least that the sites which are not decided yet cost
 
         errors, costs = np.zeros(1), np.zeros((1, len(table.bounds)), dtype=np.int64)
@@ -141,9 +140,9 @@ def _multipliers(table: Table, start: float) -> NDArray[np.float64]:
 
 
 def _undominated(errors: NDArray[np.float64], costs: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Positions, in order, of those that none beats in error and every cost; of equal ones the first stays.
+    """Positions, in order, of those that none beats in error and cost; of equal ones the first stays.
 
-    With several costs only those are found that one beats which comes just before in the order of the first cost.
+    With several costs only those of equal error are compared, each with the one before it.
     """
     order = np.lexsort((*costs.T[::-1], errors)) if costs.shape[1] > 1 else np.lexsort((errors, costs[:, 0]))
     if costs.shape[1] == 1:
