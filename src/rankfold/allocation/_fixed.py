@@ -13,7 +13,7 @@ from rankfold.allocation.curve import Option, Problem
 from rankfold.cost.formula import site_cost
 from rankfold.errors import OptionError, near_matches
 from rankfold.factors import Rank
-from rankfold.registry import register
+from rankfold.registry import PLAIN, register
 
 
 @register("fixed")
@@ -29,7 +29,7 @@ class Fixed(RankSelector):
         ranks: Rank by path or pattern: a whole number, or a list of them for methods with several ranks (Tucker-2).
     """
 
-    ranks: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Mapping[str, Any] = field(default_factory=dict, metadata={PLAIN: True})
 
     def __post_init__(self) -> None:
         law = "a mapping from paths or patterns to ranks: whole numbers of at least 1, or lists of them"
