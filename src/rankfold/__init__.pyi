@@ -1,6 +1,10 @@
 from ._version import __version__ as __version__
+from .allocation import EVBMF as EVBMF
 from .allocation import Energy as Energy
+from .allocation import ErrorBound as ErrorBound
+from .allocation import Fixed as Fixed
 from .allocation import HalfWay as HalfWay
+from .allocation import Knapsack as Knapsack
 from .allocation import Lagrangian as Lagrangian
 from .allocation import RankCurve as RankCurve
 from .allocation import RankSelector as RankSelector

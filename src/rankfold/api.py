@@ -33,7 +33,7 @@ from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.repair import Lockstep
 from rankfold.report.compressed import Compressed
 from rankfold.report.data import Report
-from rankfold.session import Session, check_budget
+from rankfold.session import Session, settled_budget
 from rankfold.sites.finding import check_selection
 from rankfold.sites.models import check_module
 from rankfold.sites.site import Skip
@@ -51,7 +51,7 @@ def compress(
     model: nn.Module,
     data: Any,
     *,
-    budget: Budget,
+    budget: Budget | None = ...,
     families: Sequence[Family] | None = ...,
     repair: Lockstep | None = ...,
     selector: Selector | None = ...,
@@ -73,7 +73,7 @@ def compress(
     model: nn.Module,
     data: Any,
     *,
-    budget: Budget,
+    budget: Budget | None = ...,
     dry_run: Literal[True],
     families: Sequence[Family] | None = ...,
     repair: Lockstep | None = ...,
@@ -94,7 +94,7 @@ def compress(
     model: nn.Module,
     data: Any,
     *,
-    budget: Budget,
+    budget: Budget | None = None,
     families: Sequence[Family] | None = None,
     repair: Lockstep | None = DEFAULT_REPAIR,
     selector: Selector | None = None,
@@ -128,7 +128,8 @@ def compress(
             the result, if that changes nothing the model computes; the plan names it.
         data: Calibration inputs, a re-iterable of batches (tensor, tuple whose first item is the input, or dict of
             keyword arguments). Labels are not needed.
-        budget: Upper bounds on the size of the whole model.
+        budget: Upper bounds on the size of the whole model. It may be left out with a selector that ignores it:
+            `EVBMF(weaken=…)`, `ErrorBound`, `Fixed`.
         families: Methods to choose from, site by site. None is low rank, spatial, Tucker-2 and the removal of channels;
             where a selector is given, those of them whose sizes it chooses.
         repair: Method by which sites are re-solved at apply time; None leaves the factors as decomposed.
@@ -174,7 +175,7 @@ def compress(
         WorkDirError: `work_dir` is of another model, other data or other options; what differs is named.
         DistributedError: Another process failed or is gone, or was given other arguments.
     """
-    _check_call(budget, dry_run)
+    _check_call(budget, selector, dry_run)
     session = prepare(
         model,
         data,
@@ -253,9 +254,9 @@ def prepare(
 
 
 @together
-def _check_call(budget: object, dry_run: object) -> None:
+def _check_call(budget: object, selector: object, dry_run: object) -> None:
     """Refuse wrong values of the arguments that `prepare` does not take, before any work is done."""
-    check_budget(budget)
+    settled_budget(budget, selector)
     check_flag("dry_run", dry_run)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
-from rankfold.errors import OptionError, shown
+from rankfold.errors import OptionError, near_matches, shown
 
 
 def is_whole(value: object) -> TypeGuard[int]:
@@ -45,6 +46,17 @@ def check_count(place: str, value: Any, *, none: bool = False, cure: str = "leav
     if not is_whole(value) or value < 1:
         law = f"an int of at least 1{', or None' if none else ''}"
         raise OptionError(place, law=law, got=shown(value), cure=cure)
+
+
+def check_choice(place: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse what is none of some words.
+
+    Raises:
+        OptionError: The value is none of them.
+    """
+    if value not in choices:
+        law = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise OptionError(place, law=law, got=shown(value), cure=near_matches(str(value), choices))
 
 
 def check_number(

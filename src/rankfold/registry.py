@@ -14,6 +14,7 @@ _BY_NAME: dict[str, type] = {}
 _NAMES: dict[type, str] = {}
 ENTRY_POINTS = "rankfold.methods"
 LATER = "later"  # key, in the metadata of an option's field, of what the method did before it had the option
+PLAIN = "plain"  # key in the metadata of an option that is a dict itself, and no method
 _AS_NOW = object()
 
 
@@ -162,7 +163,8 @@ def from_json(value: Any, base: type, *, place: str) -> Any:
                 got=shown(key),
                 cure=near_matches(key, fields) if fields else "it takes none",
             )
-        options[key] = from_json(option, object, place=f"{place}.{key}") if isinstance(option, dict) else option
+        nested = isinstance(option, dict) and PLAIN not in fields[key].metadata
+        options[key] = from_json(option, object, place=f"{place}.{key}") if nested else option
     try:
         return cls(**options)
     except (OptionError, TypeError) as cause:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.allocation import Budget
+from rankfold.allocation import Budget, RankSelector
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.clock import Clock
 from rankfold.cost.counted import count
@@ -270,11 +270,12 @@ class Session:
         return Cuts(trials.cut, self.stats.manifest, self.options.seed, self.progress, self.notes)
 
     @together
-    def run(self, budget: Budget, *, limits: Sequence[Limit] = ()) -> Compressed:
+    def run(self, budget: Budget | None = None, *, limits: Sequence[Limit] = ()) -> Compressed:
         """Compress to a budget; the second run measures nothing again.
 
         Args:
-            budget: Upper bounds on the size of the whole model.
+            budget: Upper bounds on the size of the whole model; may be left out where a selector was given that does
+                not look at it (`RankSelector.local`), and is then `Budget(params=1.0)`.
             limits: Limits on measured quantities that the result has to keep beside the budget; plans that break one
                 drop out.
 
@@ -284,8 +285,8 @@ class Session:
         Raises:
             RankfoldError: The same errors as `compress`.
         """
-        check_budget(budget)
         options = self.options
+        budget = settled_budget(budget, options.selector)
         budget.check_counted(self.sites.uncounted)
         chosen_by = [type(method).__name__ for method in (*options.families, options.selector)]
         said = (chosen_by, budget, options.repair, options.weighting, options.outputs, options.positions, options.seed)
@@ -297,10 +298,10 @@ class Session:
         return self.finish(best, told, budget=budget, notes=trials.notes)
 
     @together
-    def forecast(self, budget: Budget) -> Forecast:
+    def forecast(self, budget: Budget | None = None) -> Forecast:
         """Predict the cost of `run` and the sizes it can reach, from a few forward passes of one batch."""
-        check_budget(budget)
         options = self.options
+        budget = settled_budget(budget, options.selector)
         budget.check_counted(self.sites.uncounted)
         many, few = numbers_of(options.families, chosen_by=options.selector is not None)
         course = Course(
@@ -393,7 +394,15 @@ class Session:
         return Compressed(best.model, best.plan, report)
 
 
-def check_budget(budget: object) -> None:
-    """Refuse what is no budget."""
+def settled_budget(budget: object, selector: object) -> Budget:
+    """The budget that was given; without one, that of the original's size where a selector does not look at it.
+
+    Raises:
+        OptionError: It is no budget, or there is none where one is needed.
+    """
+    if budget is None and isinstance(selector, RankSelector) and selector.local:
+        return Budget(params=1.0)
     if not isinstance(budget, Budget):
-        raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
+        law = "a rankfold.Budget, which only a selector that does not look at it can do without"
+        raise OptionError("budget", law=law, got=repr(budget), cure="try rankfold.Budget(params=0.5)")
+    return budget

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
-from rankfold.allocation import Energy, HalfWay, Lagrangian, Option, Rounded, Uniform
+import torch
+
+from rankfold.allocation import EVBMF, Energy, HalfWay, Knapsack, Lagrangian, Option, Problem, Rounded, Uniform
+from rankfold.decompositions import Spectrum
 from rankfold.testing import SelectorConformance
 
 
@@ -41,3 +45,30 @@ class TestRoundedUniform(SelectorConformance):
 
     def allowed(self, options: Sequence[Option], option: Option) -> bool:
         return option.rank is None or (isinstance(option.rank, int) and option.rank % 2 == 0)
+
+
+class TestKnapsack(SelectorConformance):
+    selector = Knapsack()
+    variations: ClassVar = {"states": 1}
+
+
+class TestEVBMF(SelectorConformance):
+    selector = EVBMF()
+    variations: ClassVar = {"weaken": 0.5, "noise": "clamp"}
+
+    def problems(self, resources: Sequence[str], **options: Any) -> list[Problem]:
+        """The problems with a spectrum for every method at every site: some signal, and much noise."""
+        return [_with_spectra(problem, seed) for seed, problem in enumerate(super().problems(resources, **options))]
+
+
+def _with_spectra(problem: Problem, seed: int) -> Problem:
+    spectra = {}
+    generator = torch.Generator().manual_seed(seed)
+    for site, own in zip(problem.sites, problem.options, strict=True):
+        out, inputs, *_ = site.geometry.canonical_shape
+        values = torch.linalg.svdvals(torch.randn(out, 4 * inputs, generator=generator, dtype=torch.float64))
+        values[: int(torch.randint(0, 3, (), generator=generator))] *= 4
+        for option in own[1:]:
+            if option.method is not None:
+                spectra[site.path, option.method] = ((Spectrum(values.sort(descending=True)[0], out, 4 * inputs),),)
+    return replace(problem, spectra=spectra)

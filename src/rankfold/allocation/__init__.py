@@ -2,7 +2,11 @@
 
 from rankfold.allocation._base import RankSelector, Selector
 from rankfold.allocation._energy import Energy
+from rankfold.allocation._error_bound import ErrorBound
+from rankfold.allocation._evbmf import EVBMF
+from rankfold.allocation._fixed import Fixed
 from rankfold.allocation._half_way import HalfWay
+from rankfold.allocation._knapsack import Knapsack
 from rankfold.allocation._lagrangian import Lagrangian
 from rankfold.allocation._rounded import Rounded
 from rankfold.allocation._uniform import Uniform
@@ -11,10 +15,14 @@ from rankfold.cost.resources import Budget
 from rankfold.loading import load_registering
 
 __all__ = [
+    "EVBMF",
     "Budget",
     "Curves",
     "Energy",
+    "ErrorBound",
+    "Fixed",
     "HalfWay",
+    "Knapsack",
     "Lagrangian",
     "Option",
     "Problem",

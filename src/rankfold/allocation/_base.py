@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankfold.allocation.curve import Option, Problem
+from rankfold.errors import BudgetError
+from rankfold.registry import name_of
 
 
 class Selector:
@@ -39,6 +41,11 @@ class RankSelector(Selector, ABC):
     def multiple(self) -> int:
         """Divisor of every rank it chooses: methods with a grid of ranks then offer multiples of it."""
         return 1
+
+    @property
+    def local(self) -> bool:
+        """True if it chooses each site's option without looking at the budget, which may then be left out."""
+        return False
 
     @abstractmethod
     def select(self, problem: Problem) -> tuple[Option, ...]:
@@ -129,6 +136,32 @@ def top_up(table: Table, chosen: Sequence[int]) -> list[int]:
         if step is None:
             return chosen
         chosen[step[0]] = step[1]
+
+
+def cheaper(table: Table, site: int, first: int, second: int) -> int:
+    """The option of a site that costs less, and of two that cost the same the one of less error."""
+    costs = [(float(table.loads[site][k].max()), float(table.errors[site][k]), k) for k in (first, second)]
+    return min(costs)[2]
+
+
+def within(selector: RankSelector, problem: Problem, chosen: Sequence[Option]) -> tuple[Option, ...]:
+    """A choice that did not look at the budget, if it keeps it.
+
+    Raises:
+        BudgetError: It does not; what it reaches is named.
+    """
+    total = problem.total(chosen)
+    if not problem.fits(total):
+        reached = (total + problem.fixed).amounts()
+        whole = {name: bound + problem.fixed.amounts()[name] for name, bound in problem.bounds.items()}
+        raise BudgetError(
+            "Budget",
+            law=f"{name_of(selector)}, which does not look at it, keeps within it",
+            got=f"bounds {whole}, the rule reaches { ({name: reached[name] for name in whole}) }",
+            cure="raise the bounds, make the rule stricter, or leave the budget out",
+            smallest={name: reached[name] for name in whole},
+        )
+    return tuple(chosen)
 
 
 def pick(problem: Problem, chosen: Sequence[int]) -> tuple[Option, ...]:

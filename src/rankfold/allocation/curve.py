@@ -26,7 +26,7 @@ class RankCurve:
         ranks: Candidate ranks, cheapest first.
         costs: Costs of the site, one per rank.
         errors: Errors, one per rank, comparable across sites; see `measure` for their meaning.
-        energy: Energy of the site's output, against which the errors are measured.
+        energy: Error of losing the site's whole output, in the same unit.
     """
 
     site: Site
@@ -38,17 +38,31 @@ class RankCurve:
 
     def scaled(self, factor: float) -> RankCurve:
         """The curve with its errors multiplied by a factor."""
-        return replace(self, errors=tuple(error * factor for error in self.errors))
+        return replace(self, errors=tuple(error * factor for error in self.errors), energy=self.energy * factor)
 
 
 @dataclass(frozen=True)
 class Option:
-    """One possible decision about a site: dense (`method` None), or a method at a rank."""
+    """One possible decision about a site: dense (`method` None), or a method at a rank.
+
+    Attributes:
+        method: The method.
+        rank: Its rank.
+        cost: Cost of the site.
+        error: Error, comparable across sites.
+        whole: Error of losing the site's whole output, against which that of the option is a share.
+    """
 
     method: Decomposition | None
     rank: Rank | None
     cost: Cost
     error: float
+    whole: float = 1.0
+
+    @property
+    def relative(self) -> float:
+        """The error as a share of that of losing the site's whole output."""
+        return self.error / self.whole if self.whole > 0 else float(self.error > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +167,7 @@ class Problem:
         for site in curves.sites:
             dense = Option(None, None, dense_cost(site), 0.0)
             smaller = [
-                Option(curve.method, rank, cost, error)
+                Option(curve.method, rank, cost, error, curve.energy)
                 for curve in curves.of(site)
                 for rank, cost, error in zip(curve.ranks, curve.costs, curve.errors, strict=True)
                 if any(cost.amounts()[name] < dense.cost.amounts()[name] for name in bounds)

@@ -287,7 +287,8 @@ def _curve(
     errors = summed if weighted or total <= 0 else summed / total
     costs = tuple(site_cost(site, method.form, rank) for rank in ranks)
     if coherence is None:
-        return RankCurve(site, method, tuple(ranks), costs, _falling(errors, ranks), total)
+        whole = total if weighted else float(total > 0)
+        return RankCurve(site, method, tuple(ranks), costs, _falling(errors, ranks), whole)
     felt = _falling(errors * coherence.at(errors / (total or 1.0)), ranks)
     total *= float(coherence.at(errors.new_ones(1)))
     return RankCurve(site, method, tuple(ranks), costs, felt, total)
