@@ -24,7 +24,7 @@ from rankfold.errors import DataError, OptionError, PlanError, shown
 from rankfold.forecasting.forecast import Forecast
 from rankfold.graph.spill import Memory, parse_memory
 from rankfold.install.checks import check_plan, split_by
-from rankfold.options import Options
+from rankfold.options import Options, settled_budget
 from rankfold.outputs.taken import Outputs, check_outputs, outputs_from_json
 from rankfold.plan import Plan
 from rankfold.plan.making import check_kinds
@@ -33,7 +33,7 @@ from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.repair import Lockstep
 from rankfold.report.compressed import Compressed
 from rankfold.report.data import Report
-from rankfold.session import Session, settled_budget
+from rankfold.session import Session
 from rankfold.sites.finding import check_selection
 from rankfold.sites.models import check_module
 from rankfold.sites.site import Skip

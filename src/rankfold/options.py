@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rankfold.allocation import Selector
+from rankfold.allocation import Budget, RankSelector, Selector
 from rankfold.allocation.measuring import needed
 from rankfold.decompositions import Family
+from rankfold.errors import OptionError
 from rankfold.outputs.taken import Outputs
 from rankfold.plan.repair import Lockstep
 from rankfold.statistics import GradientGram
@@ -48,3 +49,17 @@ class Options:
     def collected(self) -> list[str]:
         """Names of all statistics that are collected."""
         return [*self.statistics, GradientGram.name] if self.weighting else self.statistics
+
+
+def settled_budget(budget: object, selector: object) -> Budget:
+    """The budget that was given; without one, that of the original's size where a selector does not look at it.
+
+    Raises:
+        OptionError: It is no budget, or there is none where one is needed.
+    """
+    if budget is None and isinstance(selector, RankSelector) and selector.local:
+        return Budget(params=1.0)
+    if not isinstance(budget, Budget):
+        law = "a rankfold.Budget, which only a selector that does not look at it can do without"
+        raise OptionError("budget", law=law, got=repr(budget), cure="try rankfold.Budget(params=0.5)")
+    return budget

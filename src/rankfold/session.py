@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from rankfold.allocation import Budget, RankSelector
+from rankfold.allocation import Budget
 from rankfold.channels.narrowing import narrowed_sites
 from rankfold.clock import Clock
 from rankfold.cost.counted import count
@@ -21,7 +21,7 @@ from rankfold.errors import OptionError
 from rankfold.forecasting.forecast import Forecast, forecast_of
 from rankfold.forecasting.prediction import Course
 from rankfold.graph.spill import Spill
-from rankfold.options import Options
+from rankfold.options import Options, settled_budget
 from rankfold.outputs.taken import LOOKED_AT, Outputs, Taken, outputs_to_json, settled
 from rankfold.progress import Progress
 from rankfold.proposals import FEWEST, Asked, Basis, Cuts, Proposer, numbers_of, proposers_of
@@ -392,17 +392,3 @@ class Session:
             best.details,
         )
         return Compressed(best.model, best.plan, report)
-
-
-def settled_budget(budget: object, selector: object) -> Budget:
-    """The budget that was given; without one, that of the original's size where a selector does not look at it.
-
-    Raises:
-        OptionError: It is no budget, or there is none where one is needed.
-    """
-    if budget is None and isinstance(selector, RankSelector) and selector.local:
-        return Budget(params=1.0)
-    if not isinstance(budget, Budget):
-        law = "a rankfold.Budget, which only a selector that does not look at it can do without"
-        raise OptionError("budget", law=law, got=repr(budget), cure="try rankfold.Budget(params=0.5)")
-    return budget
