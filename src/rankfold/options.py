@@ -60,6 +60,5 @@ def settled_budget(budget: object, selector: object) -> Budget:
     if budget is None and isinstance(selector, RankSelector) and selector.local:
         return Budget(params=1.0)
     if not isinstance(budget, Budget):
-        law = "a rankfold.Budget, which only a selector that does not look at it can do without"
-        raise OptionError("budget", law=law, got=repr(budget), cure="try rankfold.Budget(params=0.5)")
+        raise OptionError("budget", law="a rankfold.Budget", got=repr(budget), cure="try rankfold.Budget(params=0.5)")
     return budget

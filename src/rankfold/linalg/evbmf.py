@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 TAU = 2.5129  # slope of the threshold in the square root of the aspect ratio
@@ -97,6 +96,8 @@ def _bounds(squares: Tensor, residual: float, small: int, large: int, x_bar: flo
 
 def _least(function: Callable[[float], float], low: float, high: float) -> float:
     """The least place of a function of a positive number between two bounds: the best of a grid, refined."""
+    from scipy.optimize import minimize_scalar  # here, since importing it changes the filters of warnings
+
     if not high > low:
         return high
     step = (math.log(high) - math.log(low)) / (GRID - 1)
