@@ -257,18 +257,15 @@ def test_a_layer_called_twice_is_solved_and_judged_on_both_calls(seed: int) -> N
 
 def test_absorbing_the_skip_lowers_the_error_of_a_deep_residual_network() -> None:
     model, data, fresh = seeded(Net(blocks=6)), images(200), images(60, seed=7)
-    budget = rf.Budget(params=0.2)  # errors that are worth absorbing
+    budget = rf.Budget(params=0.3)  # errors that are worth absorbing
+    session = rf.prepare(model, data, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
+    assert session.proposers  # collects the statistics
+    curves = rf.measure(model, session.stats, sites=session.sites, families=[rf.WhitenedSVD(), rf.SpatialSVD()])
 
     def loss(absorb: bool) -> float:
-        options: dict[str, Any] = {
-            "repair": rf.Lockstep(absorb_skip=absorb),
-            "families": [rf.WhitenedSVD(), rf.SpatialSVD()],
-        }
-        made = (
-            rf.compress(model, data, budget=budget, selector=each, **options)
-            for each in (rf.Lagrangian(), rf.HalfWay(), rf.Uniform())
-        )
-        return sum(error(model, out.model, fresh) for out in made)
+        options = rf.Lockstep(absorb_skip=absorb)
+        plan = rf.make_plan(curves, budget=budget, calibration=session.stats.manifest, repair=options)
+        return error(model, session.trials.attempt(plan).model, fresh)
 
     assert loss(True) < loss(False)
 

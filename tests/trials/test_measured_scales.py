@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.allocation import Curves
-from rankfold.allocation.measuring import fitted_error
+from rankfold.allocation.measuring import coherences_at, fitted_error
 from rankfold.applying import carry_out
 from rankfold.comparison.few import Few
 from rankfold.data.splits import Split
@@ -63,7 +63,8 @@ def _predicted(session: rf.Session) -> Curves:
 
 def _fitted(session: rf.Session) -> Callable[[Site, Decomposition, Rank], float]:
     def predicted(site: Site, method: Decomposition, rank: Rank) -> float:
-        return fitted_error(session.model, session.stats, site=site, method=method, rank=rank)
+        told = coherences_at(session.sites, session.stats)
+        return fitted_error(session.model, session.stats, told, site=site, method=method, rank=rank)
 
     return predicted
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -95,8 +95,8 @@ def measure(
         )
     modules = dict(model.named_modules(remove_duplicate=False))
     curves: list[RankCurve] = []
-    weighted = stats is not None and all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites)
-    told = coherences(stats.sites) if stats is not None and weighted else {}
+    told = coherences_at(sites, stats)
+    weighted = told is not None
     with progress("curves", len(sites)) as advance:
         for number, site in enumerate(sites):
             own = [method for method in methods_at(site, families) if _saves(site, method)]
@@ -104,7 +104,7 @@ def measure(
                 _check_collected(site, method, stats)
             groups = range(site.geometry.groups if own and world.owns(number) else 0)
             fits = [_fits(site, group, stats) for group in groups]
-            coherence = told.get(site.path)
+            coherence = None if told is None else told.get(site.path)
             curves += [_curve(site, modules[site.path], method, fits, weighted, coherence) for method in own]
             advance()
     curves = _exchanged(curves, world)
@@ -112,7 +112,22 @@ def measure(
     return Curves(sites, tuple(curve.scaled(1 / scale) for curve in curves), unit=scale)
 
 
-def fitted_error(model: nn.Module, stats: Statistics | None, *, site: Site, method: Decomposition, rank: Rank) -> float:
+def coherences_at(sites: Sites, stats: Statistics | None) -> dict[str, CoherenceCurve] | None:
+    """Coherences by path where the errors of all sites are weighted by gradients; None where they are not."""
+    if stats is None or not all("gradient-gram" in stats.sites.get(site.path, {}) for site in sites):
+        return None
+    return coherences(stats.sites)
+
+
+def fitted_error(
+    model: nn.Module,
+    stats: Statistics | None,
+    told: Mapping[str, CoherenceCurve] | None,
+    *,
+    site: Site,
+    method: Decomposition,
+    rank: Rank,
+) -> float:
     """The error predicted for a cut on the very samples that its factors are made of, in the unit of `measure`.
 
     A curve is judged on samples that its factors were not made of; this is to be compared with what the cut really does
@@ -121,6 +136,7 @@ def fitted_error(model: nn.Module, stats: Statistics | None, *, site: Site, meth
     Args:
         model: The model the statistics are of.
         stats: Statistics from `collect`.
+        told: What `coherences_at` gave.
         site: The site.
         method: Its method.
         rank: Its rank.
@@ -138,9 +154,9 @@ def fitted_error(model: nn.Module, stats: Statistics | None, *, site: Site, meth
         change = weight - factorise(method, weight, rank, moments).reconstruct()
         lost += float(judged_energy(change.flatten(1), judge, method))
         energy += float(judged_energy(weight.flatten(1), judge, method))
-    if stats is None or "gradient-gram" not in stats.sites.get(site.path, {}):
+    if told is None:
         return lost / energy if energy > 0 else 0.0
-    coherence = coherences(stats.sites).get(site.path)
+    coherence = told.get(site.path)
     return lost if coherence is None or energy <= 0 else lost * float(coherence.at(torch.tensor([lost / energy])))
 
 

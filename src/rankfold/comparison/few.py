@@ -85,14 +85,14 @@ class Few:
     def lost(self, model: nn.Module) -> float:
         """The divergence of a model's outputs, as of a `Comparison`; infinity or NaN where an output is not finite."""
         sums = torch.zeros(len(self.taken.kinds), 2, dtype=torch.float64)
-        for batch, kept in zip(self.batches, self.outputs, strict=True):
-            with evaluating(model):
+        with evaluating(self.model), evaluating(model):
+            for batch, kept in zip(self.batches, self.outputs, strict=True):
                 outputs = self.taken.of(run_on("compressed", model, batch, 0))
-            if kept is None:
-                with evaluating(self.model):
-                    kept = self.taken.of(run_on("original", self.model, batch, 0))
-            for i, (kind, mine, theirs) in enumerate(zip(self.taken.kinds.values(), kept, outputs, strict=True)):
-                for own, first, second in kind.pieces(mine, theirs):
-                    sums[i] += own.error(first.double(), second.double()).cpu()
+                expected = self.taken.of(run_on("original", self.model, batch, 0)) if kept is None else kept
+                for i, (kind, mine, theirs) in enumerate(
+                    zip(self.taken.kinds.values(), expected, outputs, strict=True)
+                ):
+                    for own, first, second in kind.pieces(mine, theirs):
+                        sums[i] += own.error(first.double(), second.double()).cpu()
         self.world.sum_([sums])
         return sum(lost_share(*each) for each in sums.tolist()) / len(sums)

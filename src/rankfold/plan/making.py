@@ -106,6 +106,35 @@ def make_plan(
     return plan
 
 
+def dense_plan(
+    sites: Sites,
+    *,
+    why: str,
+    seed: int = 0,
+    calibration: Mapping[str, Any] | None = None,
+    repair: Lockstep | None = None,
+) -> Plan:
+    """The plan that leaves every site dense, for others to change.
+
+    Args:
+        sites: The sites.
+        why: Reason for those that could be made smaller.
+        seed: Seed, recorded in the plan.
+        calibration: Manifest of the data, recorded in the plan.
+        repair: The repair, recorded in the plan; None for none.
+    """
+    return Plan(
+        tuple(Decision(site.path, why=f"dense: {site.fixed or why}") for site in sites),
+        sites.skips,
+        sites.fingerprint,
+        sites.model,
+        seed=seed,
+        calibration=dict(calibration or {}),
+        repair=None if repair is None else to_json(repair),
+        split=sites.split,
+    )
+
+
 def _decision(site: Site, option: Option, selector: RankSelector) -> Decision:
     """The decision about a site by the option that was chosen."""
     if option.method is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rankfold.allocation import Curves
@@ -16,6 +16,7 @@ from rankfold.distributed import world
 from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError
 from rankfold.factors import Rank
 from rankfold.plan import Decision, Plan
+from rankfold.plan.making import dense_plan
 from rankfold.progress import Progress
 from rankfold.sites.site import Site, Sites
 
@@ -23,7 +24,7 @@ TARGET = 0.01  # predicted error of a cut that is carried out, where losing ever
 SAMPLES = (16, 32)  # least and largest number of samples that a cut is carried out on
 FEWEST = 8  # with fewer samples errors stay as predicted
 SHARE = 16  # of so many samples one is among them
-LASTING = (SelfCheckError, PlanError, NumericsError, BudgetError)  # errors that the same cut meets again
+WRONG = (SelfCheckError, PlanError, NumericsError, BudgetError)  # errors by which a plan drops out, in every run
 DIGITS = 3  # of a ratio: more are not the same on every machine
 FURTHEST = 16.0  # factor by which a measured error may differ from the predicted one, against the others
 
@@ -61,7 +62,7 @@ class Cuts:
             for name, (plan, predicted) in plans.items():
                 try:
                     ratio = self.carry_out(plan) / predicted if predicted > 0 else 0.0
-                except LASTING as cause:
+                except WRONG as cause:
                     if world().size > 1:  # the others would wait for this process
                         raise
                     failed.append(f"{name} ({cause})")
@@ -152,16 +153,9 @@ def measured_stacks(
 
 def _alone(sites: Sites, decision: Decision, cuts: Cuts) -> Plan:
     """The plan of one decision, with all other layers dense."""
-    decisions = (decision if site.path == decision.site else Decision(site.path, why="dense") for site in sites)
-    return Plan(
-        tuple(decisions),
-        sites.skips,
-        sites.fingerprint,
-        sites.model,
-        seed=cuts.seed,
-        calibration=dict(cuts.calibration),
-        split=sites.split,
-    )
+    plan = dense_plan(sites, why="one cut", seed=cuts.seed, calibration=cuts.calibration)
+    decisions = (decision if each.site == decision.site else each for each in plan.decisions)
+    return replace(plan, decisions=tuple(decisions))
 
 
 def _energy(curves: Sequence[RemovalCurve]) -> float:

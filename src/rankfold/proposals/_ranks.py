@@ -8,7 +8,7 @@ from functools import partial
 
 from rankfold.allocation import HalfWay, Lagrangian, RankSelector
 from rankfold.allocation.curve import Curves
-from rankfold.allocation.measuring import fitted_error, measure, methods_at, spectra_of
+from rankfold.allocation.measuring import coherences_at, fitted_error, measure, methods_at, spectra_of
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family
@@ -65,12 +65,16 @@ class RankProposer(Proposer):
                 basis.model, basis.stats, sites=basis.sites, families=forms, progress=basis.progress, world=world()
             )
 
-        def error(site: Site, method: Decomposition, rank: Rank) -> float:
-            return fitted_error(basis.model, basis.stats, site=site, method=method, rank=rank)
-
         def scaled() -> Curves:
             curves = basis.work.curves(basis.sites, forms, predicted)
-            return curves if basis.cuts is None else measured_sites(curves, basis.cuts, error)
+            if basis.cuts is None:
+                return curves
+            told = coherences_at(basis.sites, basis.stats)
+
+            def error(site: Site, method: Decomposition, rank: Rank) -> float:
+                return fitted_error(basis.model, basis.stats, told, site=site, method=method, rank=rank)
+
+            return measured_sites(curves, basis.cuts, error)
 
         if multiple not in self._curves:
             self._curves[multiple] = basis.clock.time("curves", scaled)

@@ -21,8 +21,8 @@ from rankfold.errors import SiteError
 from rankfold.graph.trace import trace
 from rankfold.layers.stands import Stand
 from rankfold.plan import BranchDecision, Decision, Plan
+from rankfold.plan.making import dense_plan
 from rankfold.plan.repair import Lockstep
-from rankfold.registry import to_json
 from rankfold.sites.copies import copied
 from rankfold.sites.finding import fingerprint
 from rankfold.sites.site import Sites, Skip
@@ -156,20 +156,9 @@ class Reducer:
 
     def dense(self, reduced: Reduced, *, seed: int, repair: Lockstep | None) -> Plan:
         """The plan that removes some branches, and leaves all else dense."""
-        plan = Plan(
-            tuple(
-                Decision(site.path, why=f"dense: {site.fixed or 'no family cuts its ranks'}")
-                for site in self.sites
-                if reduced.keeps(site.path)
-            ),
-            self.sites.skips,
-            self.sites.fingerprint,
-            self.sites.model,
-            seed=seed,
-            calibration=dict(self.stats.manifest),
-            repair=None if repair is None else to_json(repair),
-            split=self.sites.split,
-        )
+        why, read = "no family cuts its ranks", self.stats.manifest
+        plan = dense_plan(self.sites, why=why, seed=seed, calibration=read, repair=repair)
+        plan = replace(plan, decisions=tuple(each for each in plan.decisions if reduced.keeps(each.site)))
         return self.complete(plan, reduced)
 
     def complete(self, plan: Plan, reduced: Reduced) -> Plan:

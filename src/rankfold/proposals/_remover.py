@@ -23,8 +23,8 @@ from rankfold.data.batches import Batch
 from rankfold.decompositions import Decomposition, Interpolative
 from rankfold.distributed import ALONE, World
 from rankfold.errors import SiteError
-from rankfold.plan import ChannelDecision, Decision, Plan
-from rankfold.plan.making import make_plan
+from rankfold.plan import ChannelDecision, Plan
+from rankfold.plan.making import dense_plan, make_plan
 from rankfold.plan.repair import Lockstep
 from rankfold.registry import name_of, to_json
 from rankfold.sites.copies import copied
@@ -242,18 +242,8 @@ class Remover:
 
     def _dense(self, seed: int, repair: Lockstep | None) -> Plan:
         """The plan that leaves every layer dense."""
-        return Plan(
-            tuple(
-                Decision(site.path, why=f"dense: {site.fixed or 'on the channels it has left'}") for site in self.sites
-            ),
-            self.sites.skips,
-            self.sites.fingerprint,
-            self.sites.model,
-            seed=seed,
-            calibration=dict(self.stats.manifest),
-            repair=None if repair is None else to_json(repair),
-            split=self.sites.split,
-        )
+        why, read = "on the channels it has left", self.stats.manifest
+        return dense_plan(self.sites, why=why, seed=seed, calibration=read, repair=repair)
 
     def widths(self, budget: Budget, *, share: float = 1.0, ranks: Curves | None = None) -> Widths:
         """The model with all its channels, and bounds that a share of the way to a budget asks for."""

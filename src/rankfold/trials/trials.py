@@ -18,13 +18,12 @@ from rankfold.cost.counted import count
 from rankfold.data.batches import Batch, batch_size, micro_batches
 from rankfold.data.splits import HELD_OUT, Part, Split, first_of, merged
 from rankfold.distributed import world
-from rankfold.errors import BudgetError, NumericsError, PlanError, SelfCheckError
 from rankfold.graph.spill import Spill
 from rankfold.outputs.taken import Taken
 from rankfold.plan import Plan
 from rankfold.progress import Progress
 from rankfold.proposals import Proposal, plans_from
-from rankfold.proposals._measured import SAMPLES, SHARE
+from rankfold.proposals._measured import SAMPLES, SHARE, WRONG
 from rankfold.registry import to_json
 from rankfold.repair import Lockstep
 from rankfold.repair.site import always_solve
@@ -40,7 +39,6 @@ FINALISTS = 3  # number of the plans tried on a part of the samples that are car
 FEWEST = 64  # least number of samples of that part
 SPARSEST = 8  # the part has at least one sample in so many
 LARGEST_BATCH = 128  # small batches of the part are put together up to this: a trial costs calls more than samples
-WRONG = (SelfCheckError, PlanError, NumericsError, BudgetError)  # errors by which a plan drops out
 DENSER = 2  # factor by which more positions of each sample are looked at on the part
 # With few samples, what the default repair fits to them may not hold for others.
 WEAKER: Mapping[str, Lockstep | None] = {"anchor 0.5": Lockstep(anchor=0.5), "no repair": None}
@@ -132,7 +130,6 @@ class Trials:
 
     def cut(self, plan: Plan) -> float:
         """The divergence, on a few samples, of a plan of one cut carried out without repair."""
-
         few = self.few
 
         def work() -> Lost:
