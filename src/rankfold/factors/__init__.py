@@ -1,0 +1,20 @@
+"""What a decomposition returns: the weights of the layers that replace one."""
+
+from rankfold.factors._base import Factors, Rank
+from rankfold.factors._pairs import MatrixFactors, MirroredFactors, SpatialFactors
+from rankfold.factors._pivoted import PIVOTABLE, PIVOTED, PivotedFactors, Pivots, pivoted_ends
+from rankfold.factors._tucker import TuckerFactors
+
+__all__ = [
+    "PIVOTABLE",
+    "PIVOTED",
+    "Factors",
+    "MatrixFactors",
+    "MirroredFactors",
+    "PivotedFactors",
+    "Pivots",
+    "Rank",
+    "SpatialFactors",
+    "TuckerFactors",
+    "pivoted_ends",
+]
