@@ -40,12 +40,14 @@ class Task:
         draw: Number of samples to calibration batches.
         judge: Compressed model to one line of figures.
         budget: Resource and kept share to a budget.
+        spared: Layers that stay as they are.
     """
 
     model: nn.Module
     draw: Callable[[int], list[Any]]
     judge: Callable[[nn.Module], str]
     budget: Callable[[str, float], rf.Budget]
+    spared: tuple[str, ...] = ()
 
 
 def photographs(name: str, seed: int) -> Task:
@@ -79,7 +81,10 @@ def sentences(seed: int) -> Task:
     def judge(small: nn.Module) -> str:
         return f"mean cosine {float((encoder.embeddings(small, test) * expected).sum(-1).mean()):.4f}"
 
-    return Task(model, draw, judge, lambda resource, kept: rf.Budget(**{resource: int(whole - inner * (1 - kept))}))
+    def budget(resource: str, kept: float) -> rf.Budget:
+        return rf.Budget(**{resource: int(whole - inner * (1 - kept))})
+
+    return Task(model, draw, judge, budget, ("embeddings.*",))
 
 
 def main() -> None:
@@ -101,7 +106,14 @@ def main() -> None:
                 for way in options.ways:
                     start = time.perf_counter()
                     budget = task.budget(options.resource, kept)
-                    out = rf.compress(task.model, task.draw(samples), budget=budget, seed=options.seed, **WAYS[way])
+                    out = rf.compress(
+                        task.model,
+                        task.draw(samples),
+                        budget=budget,
+                        exclude=task.spared,
+                        seed=options.seed,
+                        **WAYS[way],
+                    )
                     taken = next((each.selector for each in out.report.candidates if each.taken), "the only plan")
                     print(
                         f"{name:<13}{samples:>4} samples  {options.resource} {kept}  {way:<20}"

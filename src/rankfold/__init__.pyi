@@ -34,6 +34,7 @@ from .comparison.corruptions import Corruption as Corruption
 from .comparison.corruptions import Noise as Noise
 from .comparison.tally import Comparison as Comparison
 from .cost.resources import Budget as Budget
+from .decompositions import CP as CP
 from .decompositions import SVD as SVD
 from .decompositions import Branches as Branches
 from .decompositions import Decomposition as Decomposition
@@ -42,6 +43,8 @@ from .decompositions import Interpolative as Interpolative
 from .decompositions import Moments as Moments
 from .decompositions import Pivoted as Pivoted
 from .decompositions import SpatialSVD as SpatialSVD
+from .decompositions import TensorTrain as TensorTrain
+from .decompositions import Tucker as Tucker
 from .decompositions import Tucker2 as Tucker2
 from .decompositions import WhitenedSVD as WhitenedSVD
 from .errors import RankfoldError as RankfoldError

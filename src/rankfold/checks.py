@@ -29,22 +29,23 @@ def check_flag(place: str, value: object) -> None:
         raise OptionError(place, law="True or False", got=shown(value), cure="pass a bool")
 
 
-def check_count(place: str, value: Any, *, none: bool = False, cure: str = "leave it out") -> None:
-    """Refuse what is no whole number of at least 1.
+def check_count(place: str, value: Any, *, none: bool = False, cure: str = "leave it out", least: int = 1) -> None:
+    """Refuse what is no whole number of at least 1, or another least number.
 
     Args:
         place: Name of the option.
         value: Value of the option.
         none: True if None is allowed as well.
         cure: Advice for the message.
+        least: Least number.
 
     Raises:
-        OptionError: The value is no whole number of at least 1.
+        OptionError: The value is no such number.
     """
     if none and value is None:
         return
-    if not is_whole(value) or value < 1:
-        law = f"an int of at least 1{', or None' if none else ''}"
+    if not is_whole(value) or value < least:
+        law = f"an int of at least {least}{', or None' if none else ''}"
         raise OptionError(place, law=law, got=shown(value), cure=cure)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
-from rankfold.decompositions import SVD, Moments, Pivoted, SpatialSVD, Tucker2, WhitenedSVD
+from rankfold.decompositions import CP, SVD, Moments, Pivoted, SpatialSVD, TensorTrain, Tucker, Tucker2, WhitenedSVD
 from rankfold.testing import DecompositionConformance
 
 
@@ -39,6 +41,42 @@ class TestTucker2(DecompositionConformance):
 
 class TestPlainTucker2(DecompositionConformance):
     method = Tucker2(whitened=False)
+    shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
+    idle = frozenset({"damping"})
+
+
+class TestCP(DecompositionConformance):
+    method = CP()
+    variations: ClassVar = {"sweeps": 1}
+
+
+class TestPlainCP(DecompositionConformance):
+    method = CP(whitened=False)
+    variations: ClassVar = {"sweeps": 1}
+    shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
+    idle = frozenset({"damping"})
+
+
+class TestTensorTrain(DecompositionConformance):
+    method = TensorTrain()
+
+
+class TestTiedTensorTrain(DecompositionConformance):
+    method = TensorTrain(separable=False, tied=True)
+
+
+class TestPlainTensorTrain(DecompositionConformance):
+    method = TensorTrain(whitened=False)
+    shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
+    idle = frozenset({"damping"})
+
+
+class TestTucker(DecompositionConformance):
+    method = Tucker()
+
+
+class TestPlainTucker(DecompositionConformance):
+    method = Tucker(whitened=False)
     shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
     idle = frozenset({"damping"})
 

@@ -3,18 +3,22 @@
 from rankfold.factors._base import Factors, Rank
 from rankfold.factors._pairs import MatrixFactors, MirroredFactors, SpatialFactors
 from rankfold.factors._pivoted import PIVOTABLE, PIVOTED, PivotedFactors, Pivots, pivoted_ends
+from rankfold.factors._tensors import CPFactors, FullTuckerFactors, TrainFactors
 from rankfold.factors._tucker import TuckerFactors
 
 __all__ = [
     "PIVOTABLE",
     "PIVOTED",
+    "CPFactors",
     "Factors",
+    "FullTuckerFactors",
     "MatrixFactors",
     "MirroredFactors",
     "PivotedFactors",
     "Pivots",
     "Rank",
     "SpatialFactors",
+    "TrainFactors",
     "TuckerFactors",
     "pivoted_ends",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 from torch import nn
@@ -134,6 +135,65 @@ def _tucker(geometry: Geometry, rank: Rank) -> Stages:
         geometry.on_axes(axes, inputs=inner, outputs=outer, bias=False),
         geometry.on_axes(set(), inputs=outer, outputs=geometry.outputs, bias=geometry.bias),
     )
+
+
+@form("cp", smallest=lambda geometry: 1 if _has_kernel(geometry) else None)
+def _cp(geometry: Geometry, rank: Rank) -> Stages:
+    width = _single(rank) * geometry.groups
+    axes = set(range(len(geometry.kernel)))
+    return (
+        geometry.on_axes(set(), inputs=geometry.inputs, outputs=width, bias=False),
+        geometry.on_axes(axes, inputs=width, outputs=width, bias=False, groups=width),
+        geometry.on_axes(set(), inputs=width, outputs=geometry.outputs, bias=geometry.bias),
+    )
+
+
+def _axes(geometry: Geometry) -> list[set[int]]:
+    """Axes of the kernel that are longer than 1, one a stage; the others' steps go with the first."""
+    busy = [axis for axis, size in enumerate(geometry.kernel) if size > 1]
+    idle = set(range(len(geometry.kernel))) - set(busy)
+    return [{axis} | (idle if axis == busy[0] else set()) for axis in busy]
+
+
+def _ones(geometry: Geometry, more: int) -> Rank | None:
+    return (1,) * (len(_axes(geometry)) + more) if _has_kernel(geometry) else None
+
+
+@form("train", smallest=lambda geometry: _ones(geometry, 1))
+def _train(geometry: Geometry, rank: Rank) -> Stages:
+    axes = _axes(geometry)
+    widths = [part * geometry.groups for part in _parts(rank, len(axes) + 1)]
+    middle = [
+        geometry.on_axes(own, inputs=before, outputs=after, bias=False)
+        for own, (before, after) in zip(axes, pairwise(widths), strict=True)
+    ]
+    return (
+        geometry.on_axes(set(), inputs=geometry.inputs, outputs=widths[0], bias=False),
+        *middle,
+        geometry.on_axes(set(), inputs=widths[-1], outputs=geometry.outputs, bias=geometry.bias),
+    )
+
+
+@form("full-tucker", smallest=lambda geometry: _ones(geometry, 2))
+def _full_tucker(geometry: Geometry, rank: Rank) -> Stages:
+    axes = _axes(geometry)
+    inner, outer, *counts = _parts(rank, len(axes) + 2)
+    width, outer = inner * geometry.groups, outer * geometry.groups
+    stages = [geometry.on_axes(set(), inputs=geometry.inputs, outputs=width, bias=False)]
+    for own, count in zip(axes, counts, strict=True):
+        stages.append(geometry.on_axes(own, inputs=width, outputs=width * count, bias=False, groups=width))
+        width *= count
+    return (
+        *stages,
+        geometry.on_axes(set(), inputs=width, outputs=outer, bias=False),
+        geometry.on_axes(set(), inputs=outer, outputs=geometry.outputs, bias=geometry.bias),
+    )
+
+
+def _parts(rank: Rank, count: int) -> tuple[int, ...]:
+    if not isinstance(rank, tuple) or len(rank) != count:
+        raise PlanError("rank", law=f"{count} ints of at least 1", got=repr(rank), cure="give this form a tuple")
+    return tuple(_single(part) for part in rank)
 
 
 def _pair(geometry: Geometry, rank: int, first: set[int], second: set[int]) -> Stages:

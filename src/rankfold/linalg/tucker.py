@@ -1,10 +1,13 @@
-"""Tucker-2: a matrix on the input mode, a core, a matrix on the output mode."""
+"""Tucker: a core with a matrix on each mode, or, as Tucker-2, on the input and the output mode alone."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from rankfold.linalg.modes import basis, times
 from rankfold.linalg.precision import power_of_two_scale
 from rankfold.linalg.projection import ordered_projection, split_basis, split_refit
 from rankfold.linalg.svd import svd
@@ -96,3 +99,46 @@ def metric_tucker_errors(weight: Tensor, gram: Tensor, inner: list[int], *, damp
         values = torch.linalg.eigvalsh(part @ part.mT).flip(0).clamp_min(0)
         rows.append((1 - values.cumsum(0) / total).clamp(0, 1))
     return torch.stack(rows)
+
+
+def tucker(
+    tensor: Tensor, ranks: Sequence[int], *, sweeps: int = 50, tolerance: float = 1e-8
+) -> tuple[Tensor, list[Tensor]]:
+    """Tucker decomposition along every mode, in the Frobenius norm: HOSVD start, then orthogonal iteration.
+
+    `T ≈ C ×_1 U_1 … ×_d U_d` with orthonormal `U_m`. In a sweep each `U_m` is taken from the tensor projected on all
+    others, so the error never grows.
+
+    Args:
+        tensor: Tensor, shape (n_1, …, n_d).
+        ranks: Ranks r_1 to r_d.
+        sweeps: Largest number of sweeps.
+        tolerance: Fraction of the captured energy; sweeps stop when it grows by less.
+
+    Returns:
+        Core (r_1, …, r_d), and `U_m` (n_m, r_m).
+
+    References:
+        De Lathauwer, De Moor, Vandewalle, SIAM J. Matrix Anal. Appl. 21(4), 2000, algorithm 4.2.
+    """
+    scale = power_of_two_scale(tensor)
+    work = tensor / scale
+    modes = range(work.ndim)
+    found = [basis(work, mode)[:, : ranks[mode]] for mode in modes]
+    captured = work.new_zeros(())
+    for _ in range(sweeps):
+        for mode in modes:
+            found[mode] = basis(_projected(work, found, besides=mode), mode)[:, : ranks[mode]]
+        energy = _projected(work, found).square().sum()
+        if float(energy - captured) <= tolerance * float(energy):
+            break
+        captured = energy
+    return _projected(work, found) * scale, found
+
+
+def _projected(work: Tensor, found: Sequence[Tensor], *, besides: int | None = None) -> Tensor:
+    """The tensor in the coordinates of the bases of all modes, or all but one."""
+    for mode, vectors in enumerate(found):
+        if mode != besides:
+            work = times(work, vectors.mT, mode)
+    return work

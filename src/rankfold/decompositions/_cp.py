@@ -1,0 +1,197 @@
+"""Canonical polyadic form of a convolution: one channel, one kernel and one output direction a component."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from rankfold.checks import check_count, check_flag, check_number
+from rankfold.decompositions._base import Decomposition, Moments, canonical, check_damping, judged_energy
+from rankfold.decompositions.tensors import narrowed, refuses_tensor
+from rankfold.factors import CPFactors, Rank
+from rankfold.linalg.cp import Components, alternate, drawn_components, slice_components
+from rankfold.linalg.modes import PatchMetric, mode_roots, times
+from rankfold.linalg.precision import widen
+from rankfold.linalg.projection import balanced
+from rankfold.registry import register
+
+GRID = 10  # candidate ranks; a plan may name any rank in between
+EXACT = 1e-14  # share of the energy that is rounding
+
+
+@register("cp")
+@dataclass(frozen=True)
+class CP(Decomposition):
+    """`1×1 → R`, a depthwise `k×k`, `1×1 → out`: `W[o, i, k] ≈ Σ_r O[o, r] K[r, k] I[r, i]`, R(in + k + out) weights.
+
+    Alternating least squares on the tensor (out, in, taps). Whitened, that tensor is multiplied along the channels and
+    the taps by the roots of their marginal moments, `A ≈ A_in ⊗ A_k`, which leaves its form as it is; the last stage is
+    then solved again in the metric of whole patches.
+
+    The start is in closed form: the singular values of the slices along the rotated taps. Ranks are climbed along a
+    grid: each one starts from that, or from the solution below with the largest terms of what it leaves, whichever is
+    better. So the error never grows with the rank, and `R = taps · min(in, out)` is exact.
+
+    Attributes:
+        whitened: True if the input moments are used.
+        damping: Ridge added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
+        sweeps: Largest number of sweeps at a rank.
+        tolerance: Share of its error that a sweep has to gain for another one.
+        restarts: Number of random starts that are tried beside, at the first rank of the climb.
+
+    Errors:
+        NumericsError: An element of the weight or of the moments is NaN or infinite. (A sum of terms that cancel each
+            other is no error: sweeps end before it, see `rankfold.linalg.cp.alternate`.)
+
+    References:
+        Hitchcock, J. Math. Phys. 6, 1927; Lebedev et al., arXiv 1412.6553, for convolutions (there by non-linear least
+        squares, and one kernel stage an axis). We differ in the start, the metric, and the last stage.
+    """
+
+    whitened: bool = True
+    damping: float = 1e-6
+    sweeps: int = 30
+    tolerance: float = 1e-3
+    restarts: int = 0
+
+    def __post_init__(self) -> None:
+        check_flag("CP.whitened", self.whitened)
+        check_damping(self.damping, "CP")
+        check_count("CP.sweeps", self.sweeps, cure="try 30")
+        check_number("CP.tolerance", self.tolerance, law="a share of the error, 0 to 1", cure="try 1e-3", high=1)
+        check_count("CP.restarts", self.restarts, cure="try 2", least=0)
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the input moments when whitened; none otherwise."""
+        return ("input-gram", "input-mean") if self.whitened else ()
+
+    @property
+    def form(self) -> str:
+        """ "cp"."""
+        return "cp"
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        """Only layers with a kernel have three modes."""
+        return refuses_tensor(shape, "CP")
+
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
+        """At most ten numbers that save weights, evenly spaced, and taps · min(in, out), which is exact."""
+        exact, saving = _exact(shape), _saving(shape)
+        return [*sorted({max(1, saving * step // GRID) for step in range(1, GRID + 1)} - {exact}), exact]
+
+    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
+        """Any number from 1 to the exact one."""
+        return type(rank) is int and 1 <= rank <= _exact(shape)
+
+    def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> CPFactors:
+        """See `Decomposition.decompose`."""
+        work = canonical(weight, rank, self)
+        *below, last = [each for each in self.ranks(weight.shape) if each < rank] + [rank]  # type: ignore[operator]
+        *_, (factors, _) = self._climb(work, [*below, last], moments)
+        output, kernel, first = (narrowed(stage, weight.dtype) for stage in factors.stages()[::-1])
+        return CPFactors(output, kernel, first)
+
+    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Errors of one climb over all `ranks`."""
+        work = widen(weight)
+        climbed = self._climb(work, self.ranks(weight.shape), moments)
+        return work.new_tensor([error for _, error in climbed]).clamp(0, 1)
+
+    def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
+        """See `Decomposition.judged_errors`; of one climb over all `ranks`."""
+        work = widen(weight)
+        total = judged_energy(work.flatten(1), judge, self)
+        climbed = self._climb(work, self.ranks(weight.shape), moments)
+        lost = [judged_energy((work - factors.reconstruct()).flatten(1), judge, self) for factors, _ in climbed]
+        errors = torch.stack(lost)
+        return errors / total if float(total) > 0 else torch.zeros_like(errors)
+
+    def _climb(self, work: Tensor, ranks: Sequence[Rank], moments: Moments) -> Iterator[tuple[CPFactors, float]]:
+        """Factors in the work dtype and their error at each of some ascending ranks."""
+        kernel = list(work.shape[2:])
+        tensor = work.flatten(2)
+        gram = moments.metric(self).to(work) if self.whitened else None
+        metric = PatchMetric(gram, tensor.flatten(1), damping=self.damping)
+        back: list[Tensor] | None = None
+        if gram is not None:
+            roots = mode_roots(gram, tensor.shape[1:], damping=self.damping)
+            back = [inverse for _, inverse in roots]
+            for mode, (root, _) in enumerate(roots, 1):
+                tensor = times(tensor, root, mode)
+        found: Components | None = None
+        kept: tuple[CPFactors, float] | None = None
+        for rank in ranks:
+            count = rank if isinstance(rank, int) else 0
+            start = slice_components(tensor, count)
+            found = start if found is None else self._better_start(tensor, found, start)
+            if count < _exact(work.shape):
+                found = self._solved(tensor, found, restart=kept is None)
+            now = _factors(found, back, metric, kernel)
+            error = metric.error(now.reconstruct().flatten(1))
+            if kept is not None and error > kept[1]:  # the metric of patches is not that of the climb
+                now = _factors(_padded(kept[0], start, back), None, metric, kernel)
+                error = metric.error(now.reconstruct().flatten(1))
+            kept = (now, error)
+            yield kept
+
+    def _better_start(self, tensor: Tensor, below: Components, start: Components) -> Components:
+        """The closed form, or the solution below with the largest terms of its rest: the one that is closer."""
+        rest = tensor - below.tensor()
+        joined = below.joined(slice_components(rest, start.rank - below.rank))
+        own = (tensor - start.tensor()).square().sum()
+        return joined if float((tensor - joined.tensor()).square().sum()) < float(own) else start
+
+    def _solved(self, tensor: Tensor, start: Components, *, restart: bool) -> Components:
+        """The best of a start and, where they are asked for, of random ones."""
+        starts = [start]
+        if restart:
+            starts += [drawn_components(tensor, start.rank, seed) for seed in range(self.restarts)]
+        solved = [alternate(tensor, each, sweeps=self.sweeps, tolerance=self.tolerance) for each in starts]
+        return min(solved, key=lambda each: each[1])[0]
+
+
+def _factors(components: Components, back: list[Tensor] | None, metric: PatchMetric, kernel: list[int]) -> CPFactors:
+    """Stages of some components, whose last is solved in the metric of patches."""
+    _, second, third = components.factors
+    first, taps = (second, third) if back is None else (back[0].mT @ second, back[1].mT @ third)
+    first, taps = _normal(first), _normal(taps)
+    rows = torch.einsum("ir,kr->rik", first, taps).flatten(1)
+    output, kernels = balanced(metric.refit(rows)[:, :, None], taps.mT)
+    ones = [1] * len(kernel)
+    rank = rows.shape[0]
+    return CPFactors(
+        output.reshape(-1, rank, *ones), kernels.reshape(rank, 1, *kernel), first.mT.reshape(rank, -1, *ones)
+    )
+
+
+def _normal(columns: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(columns, dim=0)
+    return columns / torch.where(lengths > 0, lengths, 1.0)
+
+
+def _padded(factors: CPFactors, start: Components, back: list[Tensor] | None) -> Components:
+    """The first and second stage of factors, and as many more components as a start has."""
+    more = start.rank - factors.ranks
+    _, second, third = (factor[:, :more] for factor in start.factors)
+    if back is not None:
+        second, third = back[0].mT @ second, back[1].mT @ third
+    first = torch.cat([factors.input.flatten(1).mT, second], 1)
+    taps = torch.cat([factors.kernel.flatten(1).mT, third], 1)
+    return Components((first.new_zeros(1, start.rank), first, taps))
+
+
+def _exact(shape: Sequence[int]) -> int:
+    """Components of which every weight of the shape is a sum: a matrix of the channels for every tap."""
+    return min(prod(shape[2:]), shape[0] * shape[1]) * min(shape[:2])
+
+
+def _saving(shape: Sequence[int]) -> int:
+    """The largest number of components that hold fewer weights than the kernel, and fewer than are exact."""
+    out, inputs, *kernel = shape
+    taps = prod(kernel)
+    return max(1, min((out * inputs * taps - 1) // (out + inputs + taps), _exact(shape) - 1))
