@@ -34,12 +34,16 @@ from .comparison.corruptions import Corruption as Corruption
 from .comparison.corruptions import Noise as Noise
 from .comparison.tally import Comparison as Comparison
 from .cost.resources import Budget as Budget
+from .decompositions import ASVD as ASVD
 from .decompositions import CP as CP
 from .decompositions import SVD as SVD
 from .decompositions import Branches as Branches
 from .decompositions import Decomposition as Decomposition
 from .decompositions import Family as Family
+from .decompositions import FeaturePCA as FeaturePCA
+from .decompositions import FisherSVD as FisherSVD
 from .decompositions import Interpolative as Interpolative
+from .decompositions import KroneckerSVD as KroneckerSVD
 from .decompositions import Moments as Moments
 from .decompositions import Pivoted as Pivoted
 from .decompositions import SpatialSVD as SpatialSVD

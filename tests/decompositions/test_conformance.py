@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from rankfold.decompositions import CP, SVD, Moments, Pivoted, SpatialSVD, TensorTrain, Tucker, Tucker2, WhitenedSVD
+from rankfold.decompositions import (
+    ASVD,
+    CP,
+    SVD,
+    FeaturePCA,
+    FisherSVD,
+    KroneckerSVD,
+    Moments,
+    Pivoted,
+    SpatialSVD,
+    TensorTrain,
+    Tucker,
+    Tucker2,
+    WhitenedSVD,
+)
 from rankfold.testing import DecompositionConformance
 
 
@@ -55,6 +70,25 @@ class TestPlainCP(DecompositionConformance):
     variations: ClassVar = {"sweeps": 1}
     shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
     idle = frozenset({"damping"})
+
+
+class TestASVD(DecompositionConformance):
+    method = ASVD()
+
+
+class TestFisherSVD(DecompositionConformance):
+    method = FisherSVD()
+
+
+class TestKroneckerSVD(DecompositionConformance):
+    method = KroneckerSVD()
+
+
+class TestFeaturePCA(DecompositionConformance):
+    method = FeaturePCA(multiple_of=2)
+
+    def metric(self, moments: Moments, features: int) -> Tensor:
+        return super().metric(replace(moments, bias=True), features)
 
 
 class TestTensorTrain(DecompositionConformance):

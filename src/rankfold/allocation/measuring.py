@@ -35,7 +35,7 @@ from rankfold.linalg.precision import widen
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.sites.finding import check_sites
 from rankfold.sites.site import Site, Sites
-from rankfold.statistics import Statistics
+from rankfold.statistics import GradientGram, Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
 
 DEFAULT_FAMILIES: tuple[Decomposition, ...] = (
@@ -229,7 +229,7 @@ def check_families(families: Sequence[Family]) -> None:
 def needed(families: Sequence[Family], *, channels: bool = False) -> list[str]:
     """Names of the statistics that any of the families reads, and with `channels` those that channel removal reads."""
     own = set(Interpolative.needs) if channels else set()
-    return sorted(own.union(*(method.needs for method in families)))
+    return sorted(own.union(*(method.needs for method in families)) - {GradientGram.name})  # a pass of its own
 
 
 def moments_of(site: Site, group: int, method: Decomposition, stats: Statistics | None) -> Moments:

@@ -1,9 +1,13 @@
 """Methods that factorise a canonical weight. They know nothing of layers."""
 
+from rankfold.decompositions._asvd import ASVD
 from rankfold.decompositions._base import Decomposition, Family, Moments, Spectrum, judged_energy
 from rankfold.decompositions._branches import Branches
 from rankfold.decompositions._cp import CP
+from rankfold.decompositions._feature_pca import FeaturePCA
+from rankfold.decompositions._fisher_svd import FisherSVD
 from rankfold.decompositions._interpolative import Interpolative
+from rankfold.decompositions._kronecker_svd import KroneckerSVD
 from rankfold.decompositions._pivoted import Pivoted
 from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
@@ -15,12 +19,16 @@ from rankfold.decompositions.weighting import damped_gradients, factorise, outpu
 from rankfold.loading import load_registering
 
 __all__ = [
+    "ASVD",
     "CP",
     "SVD",
     "Branches",
     "Decomposition",
     "Family",
+    "FeaturePCA",
+    "FisherSVD",
     "Interpolative",
+    "KroneckerSVD",
     "Moments",
     "Pivoted",
     "SpatialSVD",

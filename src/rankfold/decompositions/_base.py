@@ -34,6 +34,8 @@ class Moments:
         bias: True if the layer has a bias, which can absorb a change of the mean output.
         gradient_gram: Gram of output gradients, shape (out, out): how strongly the network's output responds to
             a change of this site's; or None.
+        groups: For each group of the samples its share of the sum of inputs, and in the last column its share of the
+            positions, shape (groups, n + 1); or None.
     """
 
     gram: Tensor | None = None
@@ -41,6 +43,7 @@ class Moments:
     output_gram: Tensor | None = None
     bias: bool = False
     gradient_gram: Tensor | None = None
+    groups: Tensor | None = None
 
     def metric(self, method: object) -> Tensor:
         """The Gram that output errors are measured in: the covariance where a bias can absorb the mean, else `A`.
@@ -63,6 +66,21 @@ class Moments:
             constant = covariance.trace() <= CONSTANT * self.gram.trace()
             return torch.where(constant, 0.0, covariance)
         return self.gram
+
+    def gradients(self, method: object) -> Tensor:
+        """The Gram of the output gradients.
+
+        Raises:
+            DataError: It was not collected.
+        """
+        if self.gradient_gram is None:
+            raise DataError(
+                type(method).__name__,
+                law="the method sees gradients of the network's output",
+                got="none",
+                cure="leave weighting=True, with a model whose outputs have gradients",
+            )
+        return self.gradient_gram
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,12 +122,17 @@ class Decomposition(Family, ABC):
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
-    """Names of the statistics the method reads: "input-gram", "input-mean", "output-gram"."""
+    """Names of the statistics the method reads: "input-gram", "input-mean", "input-groups", "output-gram"; with
+    "gradient-gram" it weights outputs itself, and is not made to by `factorise`."""
 
     @property
     @abstractmethod
     def form(self) -> str:
         """Name of the form of its factors: "matrix", "mirrored", "spatial", …"""
+
+    def output_metric(self, moments: Moments) -> Tensor | None:
+        """The Gram of the outputs that `errors` are measured in; None is the identity."""
+        return None
 
     @property
     def map(self) -> Decomposition:

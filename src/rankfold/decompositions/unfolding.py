@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rankfold.decompositions._base import Decomposition, Moments
-from rankfold.factors import MatrixFactors, MirroredFactors
+from rankfold.factors import MatrixFactors, MirroredFactors, Rank
 from rankfold.linalg.spectrum import judged_tail
 
 
@@ -53,6 +53,20 @@ def pair(
         return MirroredFactors(left.to(dtype).contiguous().clone(), right.to(dtype).contiguous().clone())  # type: ignore[call-overload]
     left, right = left.reshape(out, rank, *ones), right.reshape(rank, inputs, *kernel)
     return MatrixFactors(left.to(dtype).contiguous().clone(), right.to(dtype).contiguous().clone())  # type: ignore[call-overload]
+
+
+def projected_pair(basis: Tensor, weight: Tensor, rank: Rank, dtype: torch.dtype) -> MatrixFactors:
+    """Factors `U_r`, `U_rᵀ W`.
+
+    Args:
+        basis: Basis `U`, shape (out, k).
+        weight: Canonical weight `W` in the work dtype.
+        rank: Number of vectors `r`.
+        dtype: Dtype of the factors.
+    """
+    kept = basis[:, : rank if isinstance(rank, int) else 0]
+    factors = pair(kept, kept.mT @ weight.flatten(1), weight.shape, mirrored=False, dtype=dtype)
+    return MatrixFactors(*factors.stages()[::-1])
 
 
 def max_pair_rank(shape: Sequence[int], *, mirrored: bool) -> int:

@@ -20,7 +20,8 @@ def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moment
 
     A method that minimises `E‖(W − Ŵ)x‖²` then minimises `E‖F(W − Ŵ)x‖²`, the error in the metric `G + λI`. The output
     axis belongs to the last stage in every form, so undoing the weighting changes neither form nor rank. Methods that
-    read no statistics, and sites without a gradient Gram, are decomposed as they are.
+    read no statistics, those that weight outputs themselves, and sites without a gradient Gram, are decomposed as they
+    are.
 
     Args:
         method: The method.
@@ -28,7 +29,7 @@ def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moment
         rank: The rank.
         moments: Moments of the same group.
     """
-    if moments.gradient_gram is None or not method.needs:
+    if moments.gradient_gram is None or not _is_mixed(method):
         return method.decompose(weight, rank, moments)
     root = output_root(moments.gradient_gram.to(widen(weight)))
     factors = method.decompose(_mix(root, widen(weight)), rank, moments)
@@ -55,17 +56,22 @@ def output_errors(
     fitted = None if moments.gradient_gram is None else moments.gradient_gram.to(weight)
     felt = fitted if judge is None or judge.gradient_gram is None else judge.gradient_gram.to(weight)
     felt = None if felt is None else damped_gradients(felt)
-    if fitted is not None and method.needs:  # as `factorise` decomposes it: the mixed weight
+    if fitted is not None and _is_mixed(method):  # as `factorise` decomposes it: the mixed weight
         root = output_root(fitted)
         weight = _mix(root, weight)
         felt = None if judge is None else _mixed_metric(root, felt)
     measured = replace(moments if judge is None else judge, gradient_gram=felt)
     energy = float(judged_energy(weight.flatten(1), measured, method))
-    if judge is None and "input-gram" in method.needs:
+    if judge is None and "input-gram" in method.needs and _is_mixed(method):
         return method.errors(weight, moments), energy
     if measured.gram is None and felt is None:
         return method.errors(weight, moments), energy
     return method.judged_errors(weight, moments, measured), energy
+
+
+def _is_mixed(method: Decomposition) -> bool:
+    """Whether a method decomposes the weight in the metric of the outputs."""
+    return bool(method.needs) and "gradient-gram" not in method.needs
 
 
 def output_root(gradient_gram: Tensor) -> Tensor:

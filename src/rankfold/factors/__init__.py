@@ -1,7 +1,7 @@
 """What a decomposition returns: the weights of the layers that replace one."""
 
 from rankfold.factors._base import Factors, Rank
-from rankfold.factors._pairs import MatrixFactors, MirroredFactors, SpatialFactors
+from rankfold.factors._pairs import BiasedMatrixFactors, MatrixFactors, MirroredFactors, SpatialFactors
 from rankfold.factors._pivoted import PIVOTABLE, PIVOTED, PivotedFactors, Pivots, pivoted_ends
 from rankfold.factors._tensors import CPFactors, FullTuckerFactors, TrainFactors
 from rankfold.factors._tucker import TuckerFactors
@@ -9,6 +9,7 @@ from rankfold.factors._tucker import TuckerFactors
 __all__ = [
     "PIVOTABLE",
     "PIVOTED",
+    "BiasedMatrixFactors",
     "CPFactors",
     "Factors",
     "FullTuckerFactors",

@@ -58,6 +58,12 @@ class MatrixFactors(_PairFactors):
     form = "matrix"
 
 
+class BiasedMatrixFactors(MatrixFactors):
+    """`MatrixFactors` of a layer that has a bias afterwards, whether it had one before or not."""
+
+    form = "biased-matrix"
+
+
 class MirroredFactors(_PairFactors):
     """`1×1 → r`, then `k×k → out`: the low-rank form of the `(out·k·k) × in` matrix."""
 

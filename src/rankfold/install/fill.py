@@ -16,7 +16,7 @@ from rankfold.decompositions import factorise
 from rankfold.factors import Factors
 from rankfold.install.swap import train_as_
 from rankfold.install.tied import fill_head, for_lookups
-from rankfold.layers import adapter_for, build_shell, fill_shell, swap
+from rankfold.layers import adapter_for, build_shell, fill_shell, form_of, swap
 from rankfold.layers.tied import build_head, heads_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
@@ -81,10 +81,12 @@ def filler(stats: Statistics | None, heads: Mapping[str, str] | None = None) -> 
             fill_head(shell, layer, None if stats is None else stats.gradient_gram(decision.site, 0))
             return
         factors, bias = unrepaired(decision, layer, stats, heads.get(decision.site))
-        adapter, own = adapter_for(layer), getattr(layer, "bias", None)
-        if adapter is not None:
-            factors = list(adapter.stored(layer, factors))
-        fill_shell(shell, factors, None if bias is None or own is None else bias.to(own.dtype))
+        adapter = adapter_for(layer)
+        if adapter is None:
+            raise TypeError(f"{decision.site} was not checked")
+        fill_shell(
+            shell, adapter.stored(layer, factors), None if bias is None else bias.to(adapter.canonical(layer).dtype)
+        )
 
     return fill
 
@@ -113,6 +115,8 @@ def unrepaired(
     site = alone if head is None else replace(alone, head=replace(alone, path=head))
     bias = adapter.bias(layer)
     wide = None if bias is None else widen(bias)
+    if wide is None and decision.method is not None and form_of(decision.method.form).adds_bias:
+        wide = widen(adapter.canonical(layer)).new_zeros(geometry.outputs)
     factors: list[Factors] = []
     shifts: list[Tensor] = []
     if decision.method is None or decision.rank is None:

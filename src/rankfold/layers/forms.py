@@ -42,6 +42,7 @@ class Form:
         assemble: Function from a geometry, a rank and the built stages to one module, whose children they are in their
             order.
         extra_bytes: Function from a geometry and a rank to the bytes of what the module holds beside its layers.
+        adds_bias: True if the replacement has a bias whether the layer has one or not.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Form:
     smallest: Callable[[Geometry], Rank | None]
     assemble: Assemble = in_sequence
     extra_bytes: Callable[[Geometry, Rank], int] = no_bytes
+    adds_bias: bool = False
 
 
 _FORMS: dict[str, Form] = {}
@@ -60,11 +62,12 @@ def form(
     smallest: Callable[[Geometry], Rank | None],
     assemble: Assemble = in_sequence,
     extra_bytes: Callable[[Geometry, Rank], int] = no_bytes,
+    adds_bias: bool = False,
 ) -> Callable[[Staged], Staged]:
     """Register a function as the stages of a form; see `Form`."""
 
     def register(stages: Staged) -> Staged:
-        _FORMS[name] = Form(name, stages, smallest, assemble, extra_bytes)
+        _FORMS[name] = Form(name, stages, smallest, assemble, extra_bytes, adds_bias)
         return stages
 
     return register
@@ -111,6 +114,11 @@ def _matrix(geometry: Geometry, rank: Rank) -> Stages:
     if geometry.transposed and not _has_kernel(geometry) and pivoted_ends("matrix", geometry.canonical_shape)[0]:
         return _pair(geometry, _single(rank), set(), axes)  # its steps are the second stage's: none go past the first
     return _pair(geometry, _single(rank), axes, set())
+
+
+@form("biased-matrix", smallest=lambda geometry: None if geometry.table or geometry.tied else 1, adds_bias=True)
+def _biased(geometry: Geometry, rank: Rank) -> Stages:
+    return _matrix(replace(geometry, bias=True), rank)
 
 
 @form("mirrored", smallest=lambda geometry: 1 if _has_kernel(geometry) else None)

@@ -31,7 +31,7 @@ def fill_shell(shell: nn.Module, groups: Sequence[Factors], bias: Tensor | None)
     Args:
         shell: Shell from `build_shell`.
         groups: Factors, one per group, all of one rank.
-        bias: Bias, shape (out,), or None where the layer has none.
+        bias: Bias, shape (out,), or None where the layer has none: then a bias of the shell is zero.
     """
     with torch.no_grad():
         parts = list(shell.children())
@@ -42,6 +42,8 @@ def fill_shell(shell: nn.Module, groups: Sequence[Factors], bias: Tensor | None)
             shell.fill_(groups, bias)
         elif bias is not None:
             tensor(parts[-1], "bias").copy_(bias)
+        elif getattr(parts[-1], "bias", None) is not None:
+            tensor(parts[-1], "bias").zero_()
 
 
 def chain_of(shell: nn.Module) -> list[tuple[Tensor, Geometry, Tensor | None]] | None:

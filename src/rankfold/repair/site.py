@@ -17,7 +17,7 @@ from rankfold.errors import allocating
 from rankfold.graph.walk import Arrival
 from rankfold.install.fill import unrepaired
 from rankfold.install.tied import fill_head
-from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, tensor
+from rankfold.layers import Adapter, Geometry, adapter_for, build_shell, fill_shell, form_of, tensor
 from rankfold.layers.tied import build_head, table_of
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
@@ -114,7 +114,7 @@ class SiteSolver:
         needs = size_of(Site(path, (), "", adapter.geometry(layer), (), 1), (), repaired=True)
         with allocating(repr(path), "the moments of a layer to be solved", needs=needs.repair):
             seen = self.targets.moments(arrival, layer, adapter)
-        norm = None if adapter.geometry(layer).bias else arrival.call.norm
+        norm = None if _has_bias(decision, adapter.geometry(layer)) else arrival.call.norm
         turn, self._turn = self._turn, self._turn + 1
         mine = self._share.world.owns(turn)
         with allocating(repr(path), "solving a layer", needs=needs.working):
@@ -261,7 +261,7 @@ class SiteSolver:
     def _repaired(
         self, decision: Decision, layer: nn.Module, adapter: Adapter, seen: SplitMoments, *, absorbs: bool
     ) -> Fitted:
-        bias = adapter.geometry(layer).bias or absorbs
+        bias = _has_bias(decision, adapter.geometry(layer)) or absorbs
         weights, factors, shifts = [], [], []
         ridge_least, anchor = self._options.ridge, self._options.anchor
         originals, own = widen(adapter.canonical(layer)), adapter.bias(layer)
@@ -291,7 +291,7 @@ class SiteSolver:
         return None if self._stats is None else self._stats.gradient_gram(path, group)
 
     def _build(self, layer: nn.Module, adapter: Adapter, decision: Decision, chosen: Fitted) -> nn.Module:
-        bias = chosen.bias if adapter.geometry(layer).bias else None
+        bias = chosen.bias if _has_bias(decision, adapter.geometry(layer)) else None
         if decision.method is None or decision.rank is None:
             new = copy.deepcopy(layer)
             with torch.no_grad():
@@ -317,3 +317,8 @@ class SiteSolver:
         """A buffer of the original."""
         module, _, buffer = name.rpartition(".")
         return tensor(self._modules[module], buffer)
+
+
+def _has_bias(decision: Decision, geometry: Geometry) -> bool:
+    """Whether what replaces a layer has a bias."""
+    return geometry.bias or (decision.method is not None and form_of(decision.method.form).adds_bias)

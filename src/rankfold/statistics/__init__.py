@@ -3,7 +3,16 @@
 from rankfold.statistics._base import Statistic
 from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
-from rankfold.statistics._moments import InputGram, InputMean, OutputGram
+from rankfold.statistics._moments import InputGram, InputGroups, InputMean, OutputGram
 from rankfold.statistics.store import Statistics
 
-__all__ = ["Coherence", "GradientGram", "InputGram", "InputMean", "OutputGram", "Statistic", "Statistics"]
+__all__ = [
+    "Coherence",
+    "GradientGram",
+    "InputGram",
+    "InputGroups",
+    "InputMean",
+    "OutputGram",
+    "Statistic",
+    "Statistics",
+]

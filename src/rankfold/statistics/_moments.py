@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rankfold.linalg.precision import gram, total
 from rankfold.registry import register
 from rankfold.statistics._base import Statistic
+
+SAMPLE_GROUPS = 32
 
 
 @register("input-gram")
@@ -38,6 +41,28 @@ class InputMean(Statistic):
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
         """Column sums a group."""
         return total(inputs)
+
+
+@register("input-groups")
+@dataclass
+class InputGroups(Statistic):
+    """`Σ x` and the number of positions, in groups of the samples. Shape (groups, 32, in·k… + 1).
+
+    What is fed at once belongs to one group, in turn; the last column counts.
+    """
+
+    name = "input-groups"
+    of_channels = False
+
+    def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
+        """Column sums and the count a group, in the row of this group of samples."""
+        sums = total(inputs)
+        counted = torch.cat([sums, sums.new_full((len(sums), 1), float(inputs.shape[1]))], 1)
+        result = sums.new_zeros(len(sums), SAMPLE_GROUPS, counted.shape[1])
+        fed = getattr(self, "_fed", 0)
+        self._fed = fed + 1
+        result[:, fed % SAMPLE_GROUPS] = counted
+        return result
 
 
 @register("output-gram")

@@ -73,6 +73,7 @@ class Statistics:
             average("output-gram"),
             site.geometry.bias,
             self.gradient_gram(site.path, group, half=half, shrink=shrink),
+            average("input-groups"),
         )
 
     def _of_both_ends(self, site: Site, head: Site, *, half: int | None, shrink: bool) -> Moments:

@@ -58,11 +58,17 @@ class WeightLaws:
         return gram + getattr(self.method, "damping", 0.0) * mean * identity if float(mean) > 0 else identity
 
     def measured(self, weight: Tensor, rank: Rank, moments: Moments) -> float:
-        """Relative squared error of `decompose(…).reconstruct()` in the metric; 0 for a weight without energy."""
+        """Relative squared error of `decompose(…).reconstruct()` in the metric; 0 for a weight without energy.
+
+        Where the method has an `output_metric` `G`, the energy of a map `M` is `tr(G M A Mᵀ)`.
+        """
         flat = weight.double().flatten(1)
         metric = self.metric(moments, flat.shape[1]).to(flat)
-        total = float(weighted_energy(flat, metric))
         lost = flat - self.method.decompose(weight, rank, moments).reconstruct().double().flatten(1)
+        if (felt := self.method.output_metric(moments)) is not None:
+            root = torch.linalg.cholesky(felt.to(flat)).mT
+            flat, lost = root @ flat, root @ lost
+        total = float(weighted_energy(flat, metric))
         return float(weighted_energy(lost, metric)) / total if total > 0 else 0.0
 
     def test_it_has_a_case_among_the_shapes(self) -> None:

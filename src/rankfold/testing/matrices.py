@@ -112,7 +112,15 @@ def moments_of_weight(
     inputs = _inputs(kind, positions or 3 * n + 20, n, seed).to(flat.device)
     outputs = inputs @ flat.mT
     count = len(inputs)
-    return Moments(inputs.mT @ inputs / count, inputs.mean(0), outputs.mT @ outputs / count, bias=bias)
+    gradients = normal(4 * len(flat), len(flat), seed=seed + 1).to(flat)
+    felt = (
+        gradients.mT
+        @ gradients
+        / len(gradients)
+        * torch.linspace(1, 3, len(flat)).to(flat).outer(torch.linspace(1, 3, len(flat)).to(flat))
+    )
+    output_gram = outputs.mT @ outputs / count
+    return Moments(inputs.mT @ inputs / count, inputs.mean(0), output_gram, bias=bias, gradient_gram=felt)
 
 
 def _inputs(kind: str, count: int, n: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.allocation import Budget, Curves
-from rankfold.allocation.measuring import measure
+from rankfold.allocation.measuring import measure, needed
 from rankfold.cost.counted import count
 from rankfold.cost.formula import site_cost
 from rankfold.decompositions import Decomposition
@@ -21,7 +21,7 @@ from rankfold.errors import BudgetError
 from rankfold.factors import Factors, Rank
 from rankfold.install.fill import filler, install_shells
 from rankfold.install.merging import merge
-from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, stages
+from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, form_of, stages
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.plan.making import make_plan, plan_cost
@@ -29,10 +29,12 @@ from rankfold.registry import lookup
 from rankfold.sites.copies import copied
 from rankfold.sites.finding import find_sites, fingerprint
 from rankfold.sites.site import Site, Sites
-from rankfold.statistics import Statistic, Statistics
+from rankfold.statistics import GradientGram, Statistic, Statistics
 from rankfold.statistics.collect import collect
+from rankfold.statistics.gradients import collect_gradients
 from rankfold.testing.devices import generator_states, same_states
 from rankfold.testing.layers import ALWAYS_BIASED, LAYERS, toy_layer
+from rankfold.testing.matrices import normal
 from rankfold.testing.networks import toy_network
 
 _DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -109,14 +111,15 @@ class ShellLaws:
 
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bias-free"])
     def test_bias_is_neither_lost_nor_added(self, bias: bool, device: str) -> None:
-        """The stages have a bias where the form says so, of one entry an output in all, and only if the layer has."""
+        """The stages have a bias where the form says so, of one entry an output in all; and only if the layer has one, or the form adds it."""
         for name, layer, inputs in self.served(bias=bias, device=device):
             rank, geometry = self.ranks(layer)[0], _adapter(layer).geometry(layer)
             parts = list(self.compressed(layer, inputs, rank).children())
             expected = [stage.bias for stage in stages(geometry, self.method.form, rank)]
             assert [part.bias is not None for part in parts] == expected, name
             entries = sum(part.bias.numel() for part in parts if isinstance(part.bias, Tensor))
-            assert entries == (geometry.outputs if bias else 0), name
+            adds = form_of(self.method.form).adds_bias
+            assert entries == (geometry.outputs if bias or adds else 0), name
 
     def test_the_mean_output_is_kept_where_a_bias_can_absorb_it(self, device: str) -> None:
         """A method that reads the mean input leaves the mean output over the calibration inputs as it was."""
@@ -190,7 +193,9 @@ class ShellLaws:
     def test_no_budget_is_exceeded_and_predictions_hold(self, device: str) -> None:
         """On a whole network, the counted cost equals the predicted one and is within the bound."""
         network, inputs, sites = _sites(device)
-        statistics = collect(network, inputs, sites=sites, statistics=list(self.method.needs))
+        statistics = collect(network, inputs, sites=sites, statistics=needed([self.method]))
+        if GradientGram.name in self.method.needs:
+            collect_gradients(network, [inputs], statistics, sites=sites, samples=8)
         curves = measure(network, statistics, sites=sites, families=[self.method])
         assert len(curves) > 0
         for resource, fraction in product(("params", "macs", "bytes"), (0.3, 0.55, 0.8, 0.99)):
@@ -240,7 +245,7 @@ def _statistics(method: Decomposition, layer: nn.Module, inputs: Tensor) -> Stat
         patches, outputs = adapter.patches(layer, inputs), adapter.outputs(layer, layer(inputs))
     for name in method.needs:
         own[name] = lookup(name, Statistic)()
-        own[name].update(patches, outputs)
+        own[name].update(patches, normal(*outputs.shape, seed=7).to(outputs) if name == GradientGram.name else outputs)
     return Statistics({"": own})
 
 
