@@ -73,10 +73,10 @@ class Tucker(Decomposition):
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """A grid of tuples that `admits`, ascending; the last is exact."""
         out, inputs, *sizes = self._sizes(shape)
-        channels = [widths(size, GRID, self.multiple_of) for size in (inputs, out)]
+        inner, outer = (widths(size, GRID, self.multiple_of) for size in (inputs, out))
         levels = sorted({tuple(max(1, round(k * level / LEVELS)) for k in sizes) for level in range(1, LEVELS + 1)})
-        grid = [(a, b, *level) for a, b, level in product(*channels, levels)]
-        return [rank for rank in grid if self.admits(shape, rank) or rank == grid[-1]]
+        grid = [(a, b, *level) for a, b, level in product(inner, outer, levels)]
+        return [rank for rank in grid if self.admits(shape, rank)]
 
     def at_multiples(self, multiple: int) -> Tucker:
         """This method with a grid of multiples."""

@@ -159,7 +159,7 @@ def _small(turned: Tensor, left: Tensor) -> bool:
 def _product(turned: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """`Σ_{a,b} T[n, a, b] left[a, r] right[b, r]`, by one matrix product over the longer of the two modes."""
     long, short, axis = (left, right, 1) if len(left) >= len(right) else (right, left, 2)
-    partly = torch.tensordot(turned, long, ([axis], [0]))  # n × short × R
+    partly: Tensor = torch.tensordot(turned, long, ([axis], [0]))  # n × short × R
     return (partly * short).sum(1)
 
 

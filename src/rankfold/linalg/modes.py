@@ -105,7 +105,7 @@ class PatchMetric:
             rows: Map `M`, shape (r, N).
         """
         projected, triangle, lengths = self._solved(rows)
-        solution = torch.linalg.solve_triangular(triangle, projected.mT, upper=True).mT
+        solution: Tensor = torch.linalg.solve_triangular(triangle, projected.mT, upper=True).mT
         return solution / lengths * self._scale
 
     def _solved(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,7 @@ def carriages(tensor: Tensor, ranks: Sequence[int]) -> list[Tensor]:
     References:
         Oseledets, SIAM J. Sci. Comput. 33(5), 2011, algorithm 1.
     """
-    found = []
+    found: list[Tensor] = []
     rest = tensor
     for rank in ranks:
         found.append(_next(rest, found)[:rank])
@@ -74,7 +74,8 @@ def _left(rest: Tensor, found: Sequence[Tensor]) -> Tensor:
     """What is left of a tensor after the last carriage that was found."""
     last = found[-1]
     axes = list(range(1, last.ndim))
-    return torch.tensordot(last, rest, (axes, list(range(last.ndim - 1))))
+    left: Tensor = torch.tensordot(last, rest, (axes, list(range(last.ndim - 1))))
+    return left
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

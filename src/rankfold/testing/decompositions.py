@@ -154,7 +154,7 @@ class WeightLaws:
                 assert factors.ranks == rank
                 shapes = [(part.outputs, *part.canonical_shape[1:]) for part in parts]  # a stage may have groups
                 assert [tuple(stage.shape) for stage in factors.stages()] == shapes
-                assert factors.n_params == sum(part.n_params for part in parts)
+                assert factors.n_params == sum(part.n_weights for part in parts)
 
     def test_dtype_and_device_are_kept(self, device: str) -> None:
         """Factors come in the weight's dtype, on its device."""

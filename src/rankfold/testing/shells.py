@@ -111,7 +111,7 @@ class ShellLaws:
 
     @pytest.mark.parametrize("bias", [True, False], ids=["bias", "bias-free"])
     def test_bias_is_neither_lost_nor_added(self, bias: bool, device: str) -> None:
-        """The stages have a bias where the form says so, of one entry an output in all; and only if the layer has one, or the form adds it."""
+        """The stages have a bias where the form says so, of one entry an output in all."""
         for name, layer, inputs in self.served(bias=bias, device=device):
             rank, geometry = self.ranks(layer)[0], _adapter(layer).geometry(layer)
             parts = list(self.compressed(layer, inputs, rank).children())
