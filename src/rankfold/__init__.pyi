@@ -1,5 +1,6 @@
 from ._version import __version__ as __version__
 from .allocation import EVBMF as EVBMF
+from .allocation import Bayesian as Bayesian
 from .allocation import Energy as Energy
 from .allocation import ErrorBound as ErrorBound
 from .allocation import Fixed as Fixed
@@ -32,6 +33,11 @@ from .comparison.corruptions import Blur as Blur
 from .comparison.corruptions import Brightness as Brightness
 from .comparison.corruptions import Corruption as Corruption
 from .comparison.corruptions import Noise as Noise
+from .comparison.objectives import KL as KL
+from .comparison.objectives import CrossEntropy as CrossEntropy
+from .comparison.objectives import Measured as Measured
+from .comparison.objectives import Objective as Objective
+from .comparison.objectives import Perplexity as Perplexity
 from .comparison.tally import Comparison as Comparison
 from .cost.resources import Budget as Budget
 from .decompositions import ASVD as ASVD

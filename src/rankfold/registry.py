@@ -15,6 +15,7 @@ _NAMES: dict[type, str] = {}
 ENTRY_POINTS = "rankfold.methods"
 LATER = "later"  # key, in the metadata of an option's field, of what the method did before it had the option
 PLAIN = "plain"  # key in the metadata of an option that is a dict itself, and no method
+UNWRITTEN = "unwritten"  # key in the metadata of an option that is no part of a method's JSON
 _AS_NOW = object()
 
 
@@ -128,6 +129,8 @@ def to_json(method: Any) -> dict[str, Any]:
     result: dict[str, Any] = {"name": name_of(method)}
     for field in dataclasses.fields(method):
         value = getattr(method, field.name)
+        if UNWRITTEN in field.metadata:
+            continue
         if LATER in field.metadata and value == field.metadata[LATER]:
             continue
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)

@@ -1,6 +1,7 @@
 """Choice of ranks: from curves and a budget to one option per site."""
 
 from rankfold.allocation._base import RankSelector, Selector
+from rankfold.allocation._bayesian import Bayesian
 from rankfold.allocation._energy import Energy
 from rankfold.allocation._error_bound import ErrorBound
 from rankfold.allocation._evbmf import EVBMF
@@ -16,6 +17,7 @@ from rankfold.loading import load_registering
 
 __all__ = [
     "EVBMF",
+    "Bayesian",
     "Budget",
     "Curves",
     "Energy",

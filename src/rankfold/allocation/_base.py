@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankfold.allocation.curve import Option, Problem
+from rankfold.comparison.objectives import Objective
 from rankfold.errors import BudgetError
 from rankfold.registry import name_of
 
@@ -41,6 +42,11 @@ class RankSelector(Selector, ABC):
     def multiple(self) -> int:
         """Divisor of every rank it chooses: methods with a grid of ranks then offer multiples of it."""
         return 1
+
+    @property
+    def lowers(self) -> Objective | None:
+        """What `problem.evaluate` returns; None is the divergence by which candidates are judged."""
+        return None
 
     @property
     def local(self) -> bool:

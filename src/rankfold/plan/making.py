@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rankfold.allocation import Budget, Curves, Lagrangian, Option, RankSelector, Selector
+from rankfold.comparison.objectives import Objective
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import Cost
 from rankfold.data.draws import check_seed
@@ -34,7 +35,7 @@ def make_plan(
     seed: int = 0,
     calibration: Mapping[str, Any] | None = None,
     repair: Lockstep | None = None,
-    evaluate: Callable[[Plan], float] | None = None,
+    evaluate: Callable[[Plan, Objective | None], float] | None = None,
 ) -> Plan:
     """Decide for every site, under one budget for the whole model.
 
@@ -45,8 +46,8 @@ def make_plan(
         seed: Seed, recorded in the plan.
         calibration: Manifest of the data, recorded in the plan.
         repair: The repair at apply time, recorded in the plan and carried out by `apply`; None for none.
-        evaluate: Function that carries a plan out and returns the divergence of its outputs, for selectors that read
-            "evaluate".
+        evaluate: Function that carries a plan out and returns its objective, without one the divergence of its
+            outputs, for selectors that read "evaluate".
 
     Returns:
         The plan. Its predicted cost (`plan_cost`) is within the budget.
@@ -92,7 +93,7 @@ def make_plan(
 
     problem = curves.problem(budget)
     if evaluate is not None and "evaluate" in selector.reads:
-        problem = replace(problem, evaluate=lambda chosen: evaluate(planned(chosen)))
+        problem = replace(problem, evaluate=lambda chosen: evaluate(planned(chosen), selector.lowers))
     plan = planned(selector.select(problem))
     cost = plan_cost(sites, plan).amounts()
     for name, bound in budget.bounds(sites.cost).items():

@@ -12,6 +12,7 @@ from torch import nn
 
 from rankfold.allocation import Budget, Selector
 from rankfold.clock import Clock
+from rankfold.comparison.objectives import Objective
 from rankfold.cost.rates import Rates
 from rankfold.cost.resources import Cost
 from rankfold.data.batches import Batch
@@ -68,14 +69,14 @@ class Asked:
         budget: Upper bounds on the whole model.
         selector: The selector that the caller gave, which is then used as it is; None is each of the defaults.
         repair: The repair, recorded in the plans; None for none.
-        evaluate: Function that carries a plan out on a part of the samples and returns the divergence of its outputs,
-            for selectors that read it.
+        evaluate: Function that carries a plan out on a part of the samples and returns an objective, without one the
+            divergence of its outputs, for selectors that read it.
     """
 
     budget: Budget
     selector: Selector | None
     repair: Lockstep | None
-    evaluate: Callable[[Plan], float] | None = None
+    evaluate: Callable[[Plan, Objective | None], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,8 @@ class BranchProposer(Proposer):
         def complete(plan: Plan) -> Plan:
             return replace(reducer.complete(plan, reduced), budget=asked.budget.to_json())
 
-        inner = replace(asked, budget=bounds, evaluate=lambda plan: _given(asked)(complete(plan)))
+        evaluate = _given(asked)
+        inner = replace(asked, budget=bounds, evaluate=lambda plan, _: evaluate(complete(plan)))
         proposals = proposer.on(replace(own, work=Work())).proposals(inner)
         proposal = next((each for each in proposals if each.name == way), None)
         try:
@@ -319,6 +320,8 @@ def _inside(program: ExportedProgram, names: Mapping[str, str]) -> list[set[str]
 
 
 def _given(asked: Asked) -> Callable[[Plan], float]:
-    if asked.evaluate is None:
+    """The divergence of a plan after repair."""
+    evaluate = asked.evaluate
+    if evaluate is None:
         raise TypeError("plans that remove branches are chosen by carrying them out")
-    return asked.evaluate
+    return lambda plan: evaluate(plan, None)

@@ -233,7 +233,7 @@ class _Maker:
         others = sum(decision.error or 0.0 for decision in by_ranks.decisions)
         scale = 1.0
         if min(predicted, others) > 0:
-            lost, less = asked.evaluate(by_channels), asked.evaluate(by_ranks)
+            lost, less = asked.evaluate(by_channels, None), asked.evaluate(by_ranks, None)
             if min(lost, less) > 0 and math.isfinite(lost + less):
                 scale = (lost / predicted) / (less / others)
         return self.plan(replace(way, sizes=Ledger(scale=float(f"{scale:.{DIGITS}g}"))))

@@ -18,6 +18,7 @@ from rankfold.channels.stacks import Stack, Widths, stacks_of
 from rankfold.channels.stock import is_stock, stock_units
 from rankfold.channels.trial import removable
 from rankfold.channels.widths import WidthSelector
+from rankfold.comparison.objectives import Objective
 from rankfold.cost.counted import count
 from rankfold.data.batches import Batch
 from rankfold.decompositions import Decomposition, Interpolative
@@ -144,7 +145,7 @@ class Remover:
         selector: RankSelector,
         seed: int,
         repair: Lockstep | None,
-        evaluate: Callable[[Plan], float] | None = None,
+        evaluate: Callable[[Plan, Objective | None], float] | None = None,
         world: World = ALONE,
         ranks: Curves | None = None,
     ) -> Plan:
@@ -199,7 +200,7 @@ class Remover:
                 seed=seed,
                 calibration=self.stats.manifest,
                 repair=repair,
-                evaluate=None if evaluate is None else lambda plan: evaluate(complete(plan)),
+                evaluate=None if evaluate is None else lambda plan, what: evaluate(complete(plan), what),
             )
         else:
             plan = self._dense(seed, repair)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from rankfold.allocation import Option, Problem
 from rankfold.cost.formula import dense_cost, site_cost
@@ -97,4 +98,4 @@ def random_problem(
 
 def with_bounds(problem: Problem, **bounds: int) -> Problem:
     """The problem under other bounds on the sum over its sites, unchecked."""
-    return Problem(problem.sites, problem.options, bounds, problem.fixed, problem.original)
+    return replace(problem, bounds=bounds)

@@ -27,6 +27,13 @@ class Lost:
     divergence: float
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The objective of a plan that was carried out."""
+
+    value: float
+
+
 @dataclass(frozen=True, eq=False)
 class Attempt:
     """One plan carried out.

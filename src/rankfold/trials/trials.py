@@ -14,6 +14,7 @@ from rankfold.applying import carry_out
 from rankfold.clock import Clock
 from rankfold.comparison.compare import compare
 from rankfold.comparison.few import Few
+from rankfold.comparison.objectives import Objective
 from rankfold.cost.counted import count
 from rankfold.data.batches import Batch, batch_size, micro_batches
 from rankfold.data.splits import HELD_OUT, Part, Split, first_of, merged
@@ -32,7 +33,7 @@ from rankfold.sites.copies import copied
 from rankfold.sites.site import Sites
 from rankfold.statistics import Statistics
 from rankfold.store.work import Work
-from rankfold.trials.attempts import Attempt, Lost
+from rankfold.trials.attempts import Attempt, Lost, Scored
 from rankfold.trials.limits import Limit
 
 FINALISTS = 3  # number of the plans tried on a part of the samples that are carried out on all
@@ -175,14 +176,30 @@ class Trials:
                 raise
         return self._tried[key]
 
-    def score(self, plan: Plan) -> float:
-        """The divergence of a plan by `tried`; less is better, and infinity is a plan whose model is wrong."""
+    def score(self, plan: Plan, objective: Objective | None = None) -> float:
+        """The divergence of a plan by `tried`; less is better, and infinity is a plan whose model is wrong.
+
+        Args:
+            plan: The plan.
+            objective: What is measured in the divergence's place, on the same held-out samples.
+        """
         try:
+            if objective is not None:
+                return self._objective(plan, objective)
             return self.tried(plan).divergence
         except WRONG:
             if world().size > 1:
                 raise
             return math.inf
+
+    def _objective(self, plan: Plan, objective: Objective) -> float:
+        """An objective of a plan carried out on the part of the samples, or on all if there is none."""
+        on = f"{objective!r} on {'all' if self.part is None else 'a part'}"
+
+        def work() -> Scored:
+            return Scored(objective.of(self.original, self.attempt(plan, self.part).model, self.judged))
+
+        return self.work.result(plan, on, Scored, work).value
 
     def best(
         self, proposals: Sequence[Proposal], budget: Budget, limits: Sequence[Limit] = ()
