@@ -62,12 +62,12 @@ class TestPlainTucker2(DecompositionConformance):
 
 class TestCP(DecompositionConformance):
     method = CP()
-    variations: ClassVar = {"sweeps": 1}
+    variations: ClassVar = {"sweeps": 1, "largest": 100}
 
 
 class TestPlainCP(DecompositionConformance):
     method = CP(whitened=False)
-    variations: ClassVar = {"sweeps": 1}
+    variations: ClassVar = {"sweeps": 1, "largest": 100}
     shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
     idle = frozenset({"damping"})
 

@@ -119,7 +119,7 @@ def test_components_that_cancel_are_stopped() -> None:
 
 PLANTED: list[tuple[Decomposition, tuple[int, ...], Rank]] = [
     (rf.CP(whitened=False, sweeps=200, tolerance=1e-9), (12, 10, 3, 3), 6),
-    (rf.CP(sweeps=3000, tolerance=1e-9), (12, 10, 3, 3), 6),
+    (rf.CP(sweeps=500, tolerance=1e-9), (12, 10, 3, 3), 6),
     (rf.TensorTrain(whitened=False), (12, 10, 5, 5), (3, 4, 5)),
     (rf.TensorTrain(), (12, 10, 5, 5), (3, 4, 5)),
     (rf.TensorTrain(separable=False, tied=True), (12, 10, 3, 3), (4, 4)),
@@ -134,6 +134,9 @@ def test_planted_ranks_are_found(method: Decomposition, shape: tuple[int, ...], 
     """A weight that is of the form at a rank is reconstructed at it, and not at half of it."""
     drawn = normal(*shape, seed=3)
     exact = method.decompose(drawn, rank, moments_of_weight(drawn)).reconstruct()
+    if isinstance(rank, int):  # what CP makes of noise has components that are nearly alike: few sweeps find them again
+        sides = [normal(size, rank, seed=seed) for seed, size in enumerate((shape[0], shape[1], 9))]
+        exact = torch.einsum("or,ir,kr->oik", *sides).reshape(shape)
     moments = moments_of_weight(exact)
     assert error(method.decompose(exact, rank, moments).reconstruct(), exact) < 1e-6
     half = rank // 2 if isinstance(rank, int) else (rank[0] - 1, *rank[1:])

@@ -13,6 +13,7 @@ from rankfold.allocation import Selector
 from rankfold.allocation.curve import Curves, RankCurve, Spectra
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.decompositions import (
+    CP,
     SVD,
     Decomposition,
     Family,
@@ -43,6 +44,7 @@ DEFAULT_FAMILIES: tuple[Decomposition, ...] = (
     Pivoted(WhitenedSVD(), kernels=False),
     SpatialSVD(),
     Tucker2(),
+    CP(),
 )
 
 

@@ -14,7 +14,7 @@ from rankfold.decompositions._base import Decomposition, Moments, canonical, che
 from rankfold.decompositions.tensors import narrowed, refuses_tensor
 from rankfold.factors import CPFactors, Rank
 from rankfold.linalg.cp import Components, alternate, drawn_components, slice_components
-from rankfold.linalg.modes import PatchMetric, mode_roots, times
+from rankfold.linalg.modes import PatchMetric, mode_roots, whitened
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import balanced
 from rankfold.registry import register
@@ -42,6 +42,8 @@ class CP(Decomposition):
         sweeps: Largest number of sweeps at a rank.
         tolerance: Share of its error that a sweep has to gain for another one.
         restarts: Number of random starts that are tried beside, at the first rank of the climb.
+        largest: Largest number of weights of a layer; None for any. A sweep takes three times weights × rank
+            multiplications, and ranks worth having grow with the layer: at 512 × 512 × 3 × 3 an hour of them.
 
     Errors:
         NumericsError: An element of the weight or of the moments is NaN or infinite. (A sum of terms that cancel each
@@ -57,6 +59,7 @@ class CP(Decomposition):
     sweeps: int = 30
     tolerance: float = 1e-3
     restarts: int = 0
+    largest: int | None = 2**18
 
     def __post_init__(self) -> None:
         check_flag("CP.whitened", self.whitened)
@@ -64,6 +67,7 @@ class CP(Decomposition):
         check_count("CP.sweeps", self.sweeps, cure="try 30")
         check_number("CP.tolerance", self.tolerance, law="a share of the error, 0 to 1", cure="try 1e-3", high=1)
         check_count("CP.restarts", self.restarts, cure="try 2", least=0)
+        check_count("CP.largest", self.largest, none=True)
 
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -76,13 +80,16 @@ class CP(Decomposition):
         return "cp"
 
     def refuses(self, shape: Sequence[int]) -> str | None:
-        """Only layers with a kernel have three modes."""
+        """Only layers with a kernel have three modes, and large ones take long."""
+        if self.largest is not None and prod(shape) > self.largest:
+            return f"more than {self.largest} weights, which takes CP long (largest=None allows it)"
         return refuses_tensor(shape, "CP")
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
-        """At most ten numbers that save weights, evenly spaced, and taps · min(in, out), which is exact."""
+        """Eleven numbers that save weights, evenly spaced but for the least, and the exact taps · min(in, out)."""
         exact, saving = _exact(shape), _saving(shape)
-        return [*sorted({max(1, saving * step // GRID) for step in range(1, GRID + 1)} - {exact}), exact]
+        shares = (0.5, *range(1, GRID + 1))
+        return [*sorted({max(1, int(saving * share / GRID)) for share in shares} - {exact}), exact]
 
     def admits(self, shape: Sequence[int], rank: Rank) -> bool:
         """Any number from 1 to the exact one."""
@@ -121,16 +128,18 @@ class CP(Decomposition):
         if gram is not None:
             roots = mode_roots(gram, tensor.shape[1:], damping=self.damping)
             back = [inverse for _, inverse in roots]
-            for mode, (root, _) in enumerate(roots, 1):
-                tensor = times(tensor, root, mode)
+            tensor = whitened(tensor, roots)
         found: Components | None = None
         kept: tuple[CPFactors, float] | None = None
         for rank in ranks:
             count = rank if isinstance(rank, int) else 0
             start = slice_components(tensor, count)
-            found = start if found is None else self._better_start(tensor, found, start)
-            if count < _exact(work.shape):
-                found = self._solved(tensor, found, restart=kept is None)
+            if count == _exact(work.shape):
+                found = start
+            elif found is None:
+                found = self._best(tensor, [start, *(drawn_components(tensor, count, i) for i in range(self.restarts))])
+            else:
+                found = self._above(tensor, found, start)
             now = _factors(found, back, metric, kernel)
             error = metric.error(now.reconstruct().flatten(1))
             if kept is not None and error > kept[1]:  # the metric of patches is not that of the climb
@@ -139,20 +148,26 @@ class CP(Decomposition):
             kept = (now, error)
             yield kept
 
-    def _better_start(self, tensor: Tensor, below: Components, start: Components) -> Components:
-        """The closed form, or the solution below with the largest terms of its rest: the one that is closer."""
-        rest = tensor - below.tensor()
-        joined = below.joined(slice_components(rest, start.rank - below.rank))
-        own = (tensor - start.tensor()).square().sum()
-        return joined if float((tensor - joined.tensor()).square().sum()) < float(own) else start
+    def _above(self, tensor: Tensor, below: Components, start: Components) -> Components:
+        """The solution at a rank above another: from that one with the largest terms of its rest, or the closed form.
 
-    def _solved(self, tensor: Tensor, start: Components, *, restart: bool) -> Components:
-        """The best of a start and, where they are asked for, of random ones."""
-        starts = [start]
-        if restart:
-            starts += [drawn_components(tensor, start.rank, seed) for seed in range(self.restarts)]
+        The one that is closer is the start; the other one is tried where no sweep gets on from there.
+        """
+        joined = below.joined(slice_components(tensor - below.tensor(), start.rank - below.rank))
+        starts = sorted((joined, start), key=lambda each: _distance(tensor, each))
+        first = self._best(tensor, starts[:1])
+        if _distance(tensor, first) < _distance(tensor, starts[0]):
+            return first
+        return self._best(tensor, starts)
+
+    def _best(self, tensor: Tensor, starts: Sequence[Components]) -> Components:
+        """The best of what sweeps make of some starts."""
         solved = [alternate(tensor, each, sweeps=self.sweeps, tolerance=self.tolerance) for each in starts]
         return min(solved, key=lambda each: each[1])[0]
+
+
+def _distance(tensor: Tensor, components: Components) -> float:
+    return float((tensor - components.tensor()).square().sum())
 
 
 def _factors(components: Components, back: list[Tensor] | None, metric: PatchMetric, kernel: list[int]) -> CPFactors:

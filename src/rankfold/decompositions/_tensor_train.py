@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from rankfold.checks import check_count, check_flag
-from rankfold.decompositions._base import Decomposition, Moments, check_damping
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
 from rankfold.decompositions.tensors import busy_axes, check_admitted, narrowed, refuses_tensor, widths
 from rankfold.factors import Rank, TrainFactors, TuckerFactors
-from rankfold.linalg.modes import PatchMetric, mode_roots, times
+from rankfold.linalg.modes import PatchMetric, mode_roots, whitened
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import balanced
 from rankfold.linalg.spectrum import explained_tail
+from rankfold.linalg.svd import svd
 from rankfold.linalg.train import carriages, joined, prefixes
 from rankfold.registry import added, register
 
@@ -129,6 +130,14 @@ class TensorTrain(Decomposition):
             found[chosen] = explained_tail(metric.projected(rows), metric.total, block=1)
         return torch.stack([found[rank[:-1]][rank[-1]] for rank in ranks])
 
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Singular values of the unfoldings between the modes, (in × rest) to (in·k… × out); () for tied widths."""
+        if self.tied:
+            return ()
+        _, tensor, _ = self._whitened(widen(weight), moments)
+        cuts = (tensor.flatten(0, at).flatten(1) for at in range(tensor.ndim - 1))
+        return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in cuts)
+
     def _whitened(self, work: Tensor, moments: Moments) -> tuple[PatchMetric, Tensor, list[Tensor]]:
         """The metric of patches, the tensor (in, kernel…, out) that is decomposed, and the way back of each mode."""
         sizes = self._sizes(work.shape)
@@ -137,9 +146,8 @@ class TensorTrain(Decomposition):
             return PatchMetric(None, work.flatten(1), damping=0), tensor, [torch.eye(size).to(work) for size in sizes]
         gram = moments.metric(self).to(work)
         roots = mode_roots(gram, sizes, damping=self.damping)
-        for mode, (root, _) in enumerate(roots):
-            tensor = times(tensor, root, mode)
-        return PatchMetric(gram, work.flatten(1), damping=self.damping), tensor, [inverse for _, inverse in roots]
+        metric = PatchMetric(gram, work.flatten(1), damping=self.damping)
+        return metric, whitened(tensor, roots, 0), [inverse for _, inverse in roots]
 
     def _sizes(self, shape: Sequence[int]) -> list[int]:
         """Sizes of the modes of a patch: channels, and each axis of the kernel that is longer than 1, or all as one."""

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from rankfold.checks import check_count, check_flag
-from rankfold.decompositions._base import Decomposition, Moments, check_damping
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
 from rankfold.decompositions.tensors import busy_axes, check_admitted, narrowed, refuses_tensor, widths
 from rankfold.factors import FullTuckerFactors, Rank
-from rankfold.linalg.modes import PatchMetric, basis, mode_roots, times
+from rankfold.linalg.modes import PatchMetric, basis, mode_roots, unfolded, whitened
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import balanced
 from rankfold.linalg.svd import svd
-from rankfold.linalg.tucker import tucker
+from rankfold.linalg.tucker import hosvd, tucker
 from rankfold.registry import added, register
 
 GRID = 6  # candidate widths of the channels on a side; a plan may name any width in between
@@ -120,7 +120,8 @@ class Tucker(Decomposition):
             total = float(tensor.square().sum())
             if not total > 0:
                 return work.new_zeros(len(ranks))
-            captured = [tucker(tensor, (b, a, *counts))[0].square().sum() for a, b, *counts in ranks]
+            start = hosvd(tensor)
+            captured = [tucker(tensor, (b, a, *counts), start=start)[0].square().sum() for a, b, *counts in ranks]
             return (1 - torch.stack(captured) / total).clamp(0, 1)
         gram = moments.metric(self).to(work)
         bases, metric = self._bases(tensor, gram), PatchMetric(gram, work.flatten(1), damping=self.damping)
@@ -134,11 +135,19 @@ class Tucker(Decomposition):
                 found[chosen] = left if float(metric.total) > 0 else torch.zeros_like(left)
         return torch.stack([found[(a, *counts)][b - 1] for a, b, *counts in ranks])
 
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Singular values of the unfoldings along the inputs, the outputs and each axis of the kernel."""
+        tensor = widen(weight).reshape(self._sizes(weight.shape))
+        if self.whitened:
+            gram = moments.metric(self).to(tensor)
+            tensor = whitened(tensor, mode_roots(gram, tensor.shape[1:], damping=self.damping))
+        outer, inner, *others = (unfolded(tensor, mode) for mode in range(tensor.ndim))
+        return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in (inner, outer, *others))
+
     def _bases(self, tensor: Tensor, gram: Tensor) -> list[Tensor]:
         """Rows for each mode of a patch, most important first, of length 1."""
         roots = mode_roots(gram, tensor.shape[1:], damping=self.damping)
-        for mode, (root, _) in enumerate(roots, 1):
-            tensor = times(tensor, root, mode)
+        tensor = whitened(tensor, roots)
         rows = [basis(tensor, mode).mT @ inverse for mode, (_, inverse) in enumerate(roots, 1)]
         return [torch.nn.functional.normalize(each, dim=1) for each in rows]
 

@@ -58,6 +58,19 @@ def mode_roots(gram: Tensor, sizes: Sequence[int], *, damping: float) -> list[tu
     return [square_root(marginal(scaled, sizes, mode), damping=level) for mode in range(len(sizes))]
 
 
+def whitened(tensor: Tensor, roots: Sequence[tuple[Tensor, Tensor]], first: int = 1) -> Tensor:
+    """A tensor multiplied along the modes of a patch by the roots of `mode_roots`.
+
+    Args:
+        tensor: The tensor.
+        roots: Root and inverse root of each mode of a patch.
+        first: Position of the first of these modes.
+    """
+    for mode, (root, _) in enumerate(roots, first):
+        tensor = times(tensor, root, mode)
+    return tensor
+
+
 class PatchMetric:
     """The metric in which a map on patches is judged and its last stage is solved: `A + λI = LLᵀ`.
 

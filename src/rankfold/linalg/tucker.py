@@ -102,7 +102,12 @@ def metric_tucker_errors(weight: Tensor, gram: Tensor, inner: list[int], *, damp
 
 
 def tucker(
-    tensor: Tensor, ranks: Sequence[int], *, sweeps: int = 50, tolerance: float = 1e-8
+    tensor: Tensor,
+    ranks: Sequence[int],
+    *,
+    start: Sequence[Tensor] | None = None,
+    sweeps: int = 50,
+    tolerance: float = 1e-8,
 ) -> tuple[Tensor, list[Tensor]]:
     """Tucker decomposition along every mode, in the Frobenius norm: HOSVD start, then orthogonal iteration.
 
@@ -112,6 +117,7 @@ def tucker(
     Args:
         tensor: Tensor, shape (n_1, …, n_d).
         ranks: Ranks r_1 to r_d.
+        start: Bases of all modes, of which the first columns are the start, from `hosvd`; None computes them.
         sweeps: Largest number of sweeps.
         tolerance: Fraction of the captured energy; sweeps stop when it grows by less.
 
@@ -124,7 +130,7 @@ def tucker(
     scale = power_of_two_scale(tensor)
     work = tensor / scale
     modes = range(work.ndim)
-    found = [basis(work, mode)[:, : ranks[mode]] for mode in modes]
+    found = [vectors[:, :rank] for vectors, rank in zip(hosvd(work) if start is None else start, ranks, strict=True)]
     captured = work.new_zeros(())
     for _ in range(sweeps):
         for mode in modes:
@@ -134,6 +140,11 @@ def tucker(
             break
         captured = energy
     return _projected(work, found) * scale, found
+
+
+def hosvd(tensor: Tensor) -> list[Tensor]:
+    """Left singular vectors of the unfoldings along all modes, most important first, (n_m, min(n_m, rest))."""
+    return [basis(tensor, mode) for mode in range(tensor.ndim)]
 
 
 def _projected(work: Tensor, found: Sequence[Tensor], *, besides: int | None = None) -> Tensor:

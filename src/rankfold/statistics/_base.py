@@ -62,24 +62,28 @@ class Statistic(ABC):
             self.first = total if self.first is None else self.first + total.to(self.first.device)
             self.first_count += count
 
-    def mean(self, half: int | None = None) -> Tensor:
+    def mean(self, half: int | None = None, *, group: int | None = None) -> Tensor:
         """The sum divided by the number of positions.
 
         Args:
             half: Index of a half of the samples, 0 or 1; None for all.
+            group: Index of the group; None is all of them. (A depthwise convolution has a thousand: of the mean of all
+                no part is kept without the rest.)
 
         Raises:
             ValueError: No position was seen, or the halves are not distinguished.
         """
         if self.total is None:
             raise ValueError(f"{self.name} has seen no position")
+        total = self.total if group is None else self.total[group]
         if half is None:
-            return self.total / self.count
+            return total / self.count
         if self.first is None or not self.has_halves:
             raise ValueError(f"{self.name} does not tell the halves of the samples apart")
+        first = self.first if group is None else self.first[group]
         if half == 0:
-            return self.first / self.first_count
-        return (self.total - self.first) / (self.count - self.first_count)
+            return first / self.first_count
+        return (total - first) / (self.count - self.first_count)
 
 
 def merge(first: Statistic, second: Statistic) -> Statistic:

@@ -62,7 +62,7 @@ class Statistics:
         def average(name: str) -> torch.Tensor | None:
             if name not in own:
                 return None
-            return own[name].mean(half if own[name].halved else None)[group]
+            return own[name].mean(half if own[name].halved else None, group=group)
 
         gram, mean = average("input-gram"), average("input-mean")
         if gram is not None and shrink:
@@ -109,13 +109,13 @@ class Statistics:
         if statistic is None:
             return None
         half = half if statistic.has_halves else None
-        gram = statistic.mean(half)[group]
+        gram = statistic.mean(half, group=group)
         if not shrink:
             return gram
         gram = shrunk(gram, None, _shrinkage(statistic, None, group, half))
         if not statistic.has_halves:
             return gram
-        of_half, of_all = scales_shrinkage(statistic.mean(0)[group], statistic.mean(1)[group])
+        of_half, of_all = scales_shrinkage(statistic.mean(0, group=group), statistic.mean(1, group=group))
         return with_even_scales(gram, of_all if half is None else of_half)
 
     def merge(self, other: Statistics) -> Statistics:
@@ -234,7 +234,8 @@ def _shrinkage(gram: Statistic, mean: Statistic | None, group: int, half: int | 
     """
 
     def seen(part: int | None) -> torch.Tensor:
-        return covariance(gram.mean(part)[group], None if mean is None else mean.mean(part)[group])
+        own = gram.mean(part, group=group)
+        return covariance(own, None if mean is None else mean.mean(part, group=group))
 
     if not gram.has_halves or (mean is not None and not mean.has_halves):
         return shrinkage(correlations(seen(None))[0], gram.count)
