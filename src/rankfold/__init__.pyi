@@ -11,6 +11,7 @@ from .allocation import RankCurve as RankCurve
 from .allocation import RankSelector as RankSelector
 from .allocation import Rounded as Rounded
 from .allocation import Uniform as Uniform
+from .allocation import ZeroSum as ZeroSum
 from .allocation.measuring import measure as measure
 from .allocation.measuring import needed as needed
 from .api import compress as compress

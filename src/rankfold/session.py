@@ -201,6 +201,7 @@ class Session:
                 outputs=taken,
                 seed=seed,
                 progress=self.progress,
+                loss=self.options.selector is not None and "changes" in self.options.selector.reads,
                 world=world(),
             )
 

@@ -11,6 +11,7 @@ from rankfold.allocation._knapsack import Knapsack
 from rankfold.allocation._lagrangian import Lagrangian
 from rankfold.allocation._rounded import Rounded
 from rankfold.allocation._uniform import Uniform
+from rankfold.allocation._zero_sum import ZeroSum
 from rankfold.allocation.curve import Curves, Option, Problem, RankCurve
 from rankfold.cost.resources import Budget
 from rankfold.loading import load_registering
@@ -33,6 +34,7 @@ __all__ = [
     "Rounded",
     "Selector",
     "Uniform",
+    "ZeroSum",
 ]
 
 load_registering(__name__, __path__)

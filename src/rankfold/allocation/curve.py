@@ -13,6 +13,7 @@ from rankfold.factors import Rank
 from rankfold.sites.reach import NOTHING_SMALLER, unreachable
 from rankfold.sites.site import Site, Sites
 
+Changes: TypeAlias = Mapping[tuple[str, Decomposition], Mapping[Rank, float]]
 Spectra: TypeAlias = Mapping[tuple[str, Decomposition], tuple[tuple[Spectrum, ...], ...]]
 
 
@@ -74,6 +75,7 @@ class Curves:
         curves: Curves, one per site and family that applies there, in the order of the sites, then of the families.
         spectra: Singular values that the ranks of a family truncate at a site, by site and family, one tuple per group;
             empty unless they were requested.
+        changes: Predicted change of the loss at every rank of a family, by site and family; empty unless requested.
         unit: What losing every site's output costs a site on average, in the squared change of the network's output:
             the unit of the errors; 1 where they are relative to each site's output.
         factors: Factor by which the errors of a site were multiplied, since a cut there was measured to cost more than
@@ -85,6 +87,7 @@ class Curves:
     sites: Sites
     curves: tuple[RankCurve, ...]
     spectra: Spectra = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
     unit: float = 1.0
     factors: Mapping[str, float] = field(default_factory=dict)
     cost: float | None = None
@@ -139,6 +142,7 @@ class Problem:
         original: Cost of the whole original model.
         found: Sites with the data of the whole model, to name what blocks a budget; None for a problem without a model.
         spectra: Singular values as in `Curves`, for selectors that read "spectra".
+        changes: Changes of the loss as in `Curves`, for selectors that read "changes".
         evaluate: Function that carries a choice out on a part of the samples and returns the divergence of its outputs
             on held-out ones, less being better; None unless a selector that reads "evaluate" is used.
     """
@@ -150,6 +154,7 @@ class Problem:
     original: Cost
     found: Sites | None = None
     spectra: Spectra = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
     evaluate: Callable[[Sequence[Option]], float] | None = None
 
     @classmethod
@@ -173,7 +178,7 @@ class Problem:
                 if any(cost.amounts()[name] < dense.cost.amounts()[name] for name in bounds)
             ]
             options.append((dense, *smaller))
-        found = curves.sites, curves.spectra
+        found = curves.sites, curves.spectra, curves.changes
         return cls(curves.sites.sites, tuple(options), bounds, fixed, curves.sites.whole, *found).checked()
 
     def checked(self) -> Problem:

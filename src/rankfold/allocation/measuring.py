@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.allocation import Selector
-from rankfold.allocation.curve import Curves, RankCurve, Spectra
+from rankfold.allocation.curve import Changes, Curves, RankCurve, Spectra
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.decompositions import (
     CP,
@@ -36,7 +36,7 @@ from rankfold.linalg.precision import widen
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.sites.finding import check_sites
 from rankfold.sites.site import Site, Sites
-from rankfold.statistics import GradientGram, Statistics
+from rankfold.statistics import GradientGram, LossGradient, Statistics
 from rankfold.statistics._coherence import CoherenceCurve, coherences
 
 DEFAULT_FAMILIES: tuple[Decomposition, ...] = (
@@ -189,6 +189,33 @@ def spectra_of(
             own = tuple(method.spectra(weight, each) for weight, each in zip(weights, moments, strict=True))
             if any(own):
                 found[site.path, method] = own
+    return found
+
+
+def changes_of(model: nn.Module, stats: Statistics, *, sites: Sites, families: Sequence[Decomposition]) -> Changes:
+    """Predicted change of the loss at each rank of each family at each site, to first order; see `ZeroSum`.
+
+    Args:
+        model: The model the statistics are of.
+        stats: Statistics with a "loss-gradient" of the sites.
+        sites: Sites from `find_sites`.
+        families: Methods; those whose ranks are not nested are left out.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[tuple[str, Decomposition], dict[Rank, float]] = {}
+    for site in sites:
+        adapter, gradient = adapter_for(modules[site.path]), stats.sites.get(site.path, {}).get(LossGradient.name)
+        if adapter is None or gradient is None:
+            continue
+        weights = widen(adapter.canonical(modules[site.path]))
+        for method in methods_at(site, families):
+            own = [
+                method.changes(weight, moments_of(site, group, method, stats), gradient.mean(group=group).to(weight))
+                for group, weight in enumerate(weights)
+            ]
+            if all(each is not None for each in own):
+                rows = torch.stack([each for each in own if each is not None]).sum(0).tolist()
+                found[site.path, method] = dict(zip(method.ranks(site.geometry.canonical_shape), rows, strict=True))
     return found
 
 

@@ -27,7 +27,16 @@ from rankfold.errors import RankfoldError, TraceError, allocating
 from rankfold.outputs.taken import LOOKED_AT, Opened, Outputs, Taken, check_outputs, opened, settle, settled
 from rankfold.sites.models import check_module
 
-__all__ = ["Comparison", "OutputComparison", "check_finite", "check_shapes", "compare", "labels_of", "run_on"]
+__all__ = [
+    "Comparison",
+    "OutputComparison",
+    "check_finite",
+    "check_shapes",
+    "compare",
+    "labels_of",
+    "run_on",
+    "with_labels",
+]
 _Pair: TypeAlias = tuple[int, Batch, Batch, Any, Any]  # number of a batch, a part, the batch, what both gave
 
 
@@ -155,7 +164,7 @@ def _shares(batches: Iterable[Batch], opened_parts: list[int], world: World) -> 
         for rank, part in enumerate(parts):
             opened_parts.append(0)
             if rank == world.rank and len(part):
-                yield number, _with_labels(batch, part)
+                yield number, with_labels(batch, part)
 
 
 def _pieces(shares: Iterator[tuple[int, Batch]], most: int | None) -> Iterator[tuple[int, Batch, Batch]]:
@@ -168,10 +177,10 @@ def _pieces(shares: Iterator[tuple[int, Batch]], most: int | None) -> Iterator[t
         if (labels := labels_of(batch)) is not None:
             check_number(labels, size, number)
         for rows in torch.split(torch.arange(size), most):
-            yield number, _with_labels(batch, rows), batch
+            yield number, with_labels(batch, rows), batch
 
 
-def _with_labels(batch: Batch, rows: Tensor) -> Batch:
+def with_labels(batch: Batch, rows: Tensor) -> Batch:
     """Samples of a batch with their labels."""
     label = labels_of(batch)
     if label is None or isinstance(batch, Mapping) or label.shape[:1] != (batch_size(batch),):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rankfold.checks import check_number
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical
-from rankfold.decompositions.unfolding import judged_projections, max_pair_rank, projected_pair
+from rankfold.decompositions.unfolding import judged_projections, max_pair_rank, projected_pair, projection_changes
 from rankfold.factors import MatrixFactors, Rank
 from rankfold.linalg.precision import power_of_two_scale, widen
 from rankfold.linalg.svd import svd
@@ -66,6 +66,11 @@ class ASVD(Decomposition):
         """See `Decomposition.judged_errors`; in closed form."""
         flat = widen(weight).flatten(1)
         return judged_projections(self._basis(flat, moments), flat, judge, self)
+
+    def changes(self, weight: Tensor, moments: Moments, gradient: Tensor) -> Tensor:
+        """See `Decomposition.changes`."""
+        flat = widen(weight).flatten(1)
+        return projection_changes(self._basis(flat, moments), flat, gradient)
 
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
         """Singular values of `W S`."""

@@ -240,6 +240,16 @@ class Decomposition(Family, ABC):
         """
         return ()
 
+    def changes(self, weight: Tensor, moments: Moments, gradient: Tensor) -> Tensor | None:
+        """First-order change of the loss at each of `ranks`, `⟨G, Ŵ_r − W⟩`; None where ranks are not nested.
+
+        Args:
+            weight: Canonical weight of one group.
+            moments: Moments of the same group.
+            gradient: Gradient `G` of the loss by the flattened weight, shape (out, n).
+        """
+        return None
+
     def at_multiples(self, multiple: int) -> Decomposition:
         """This method with ranks that are multiples among its `ranks`.
 

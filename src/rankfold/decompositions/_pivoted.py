@@ -92,6 +92,10 @@ class Pivoted(Decomposition):
         """The method's spectra."""
         return self.method.spectra(weight, moments)
 
+    def changes(self, weight: Tensor, moments: Moments, gradient: Tensor) -> Tensor | None:
+        """The method's changes."""
+        return self.method.changes(weight, moments, gradient)
+
     def at_multiples(self, multiple: int) -> Pivoted:
         """The method at multiples, stored by pivots."""
         return replace(self, method=self.method.at_multiples(multiple))

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from rankfold.checks import check_flag
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical
-from rankfold.decompositions.unfolding import judged_projections, max_pair_rank, pair, refuses_mirrored, unfold
+from rankfold.decompositions.unfolding import (
+    judged_projections,
+    max_pair_rank,
+    pair,
+    projection_changes,
+    refuses_mirrored,
+    unfold,
+)
 from rankfold.factors import MatrixFactors, MirroredFactors, Rank
 from rankfold.linalg.precision import widen
 from rankfold.linalg.spectrum import tail_energy
@@ -68,6 +75,13 @@ class SVD(Decomposition):
         """Singular values of the unfolded weight."""
         matrix = unfold(weight, mirrored=self.mirrored)
         return (Spectrum(svd(matrix)[1], *matrix.shape),)
+
+    def changes(self, weight: Tensor, moments: Moments, gradient: Tensor) -> Tensor | None:
+        """See `Decomposition.changes`; None for the mirrored form."""
+        if self.mirrored:
+            return None
+        flat = widen(weight).flatten(1)
+        return projection_changes(svd(flat)[0], flat, gradient)
 
     def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
         """See `Decomposition.judged_errors`; in closed form for the matrix form."""

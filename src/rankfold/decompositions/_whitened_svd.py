@@ -9,7 +9,13 @@ from torch import Tensor
 
 from rankfold.checks import check_flag
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum, canonical, check_damping
-from rankfold.decompositions.unfolding import judged_projections, max_pair_rank, pair, refuses_mirrored
+from rankfold.decompositions.unfolding import (
+    judged_projections,
+    max_pair_rank,
+    pair,
+    projection_changes,
+    refuses_mirrored,
+)
 from rankfold.factors import MatrixFactors, MirroredFactors, Rank
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import split_basis, split_errors, split_refit
@@ -94,6 +100,14 @@ class WhitenedSVD(Decomposition):
         flat = widen(weight).flatten(1)
         values = left_spectrum(flat, moments.metric(self).to(flat), damping=self.damping)[1]
         return (Spectrum(values, *flat.shape),)
+
+    def changes(self, weight: Tensor, moments: Moments, gradient: Tensor) -> Tensor | None:
+        """See `Decomposition.changes`; None for the mirrored form."""
+        if self.mirrored:
+            return None
+        flat = widen(weight).flatten(1)
+        basis, _ = left_spectrum(flat, moments.metric(self).to(flat), damping=self.damping)
+        return projection_changes(basis, flat, gradient)
 
     def judged_errors(self, weight: Tensor, moments: Moments, judge: Moments) -> Tensor:
         """See `Decomposition.judged_errors`; in closed form for the matrix form."""

@@ -55,6 +55,19 @@ def pair(
     return MatrixFactors(left.to(dtype).contiguous().clone(), right.to(dtype).contiguous().clone())  # type: ignore[call-overload]
 
 
+def projection_changes(basis: Tensor, flat: Tensor, gradient: Tensor) -> Tensor:
+    """`⟨G, U_rU_rᵀ W − W⟩ = −Σ_{i>r} u_iᵀ G Wᵀ u_i` at every rank from 1 on.
+
+    Args:
+        basis: Basis `U`, shape (out, k), of the range of `W`.
+        flat: Weight `W`, shape (out, n).
+        gradient: Gradient `G`, shape (out, n).
+    """
+    each = ((basis.mT @ gradient) * (basis.mT @ flat)).sum(1)
+    left = each.flip(0).cumsum(0).flip(0)
+    return -torch.cat([left[1:], left.new_zeros(1)])
+
+
 def projected_pair(basis: Tensor, weight: Tensor, rank: Rank, dtype: torch.dtype) -> MatrixFactors:
     """Factors `U_r`, `U_rᵀ W`.
 

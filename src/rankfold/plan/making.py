@@ -75,6 +75,13 @@ def make_plan(
             got="curves without any",
             cure="use rankfold.compress, or families that have spectra",
         )
+    if "changes" in selector.reads and curves.curves and not curves.changes:
+        raise OptionError(
+            "curves",
+            law=f"{name_of(selector)} reads how each rank changes the loss",
+            got="curves without that",
+            cure="use rankfold.compress with weighting=True and families whose ranks are nested, as WhitenedSVD()",
+        )
     sites = curves.sites
 
     def planned(chosen: Sequence[Option]) -> Plan:

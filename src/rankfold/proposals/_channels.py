@@ -198,7 +198,7 @@ class _Maker:
         """Curves of the original's ranks, as a selector reads them."""
         if self.ranks is None:
             return None
-        return self.ranks.curves(selector.multiple, spectra="spectra" in selector.reads)
+        return self.ranks.curves(selector.multiple, reads=selector.reads)
 
     def plan(self, way: ChannelWay) -> Plan:
         """The plan of a way."""

@@ -8,7 +8,7 @@ from functools import partial
 
 from rankfold.allocation import HalfWay, Lagrangian, RankSelector
 from rankfold.allocation.curve import Curves
-from rankfold.allocation.measuring import coherences_at, fitted_error, measure, methods_at, spectra_of
+from rankfold.allocation.measuring import changes_of, coherences_at, fitted_error, measure, methods_at, spectra_of
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import RESOURCES, Cost
 from rankfold.decompositions import Decomposition, Family
@@ -43,6 +43,7 @@ class RankProposer(Proposer):
                 sites=basis.sites,
                 curves=tuple(curve for curve in curves if curve.site.path in left),
                 spectra={key: own for key, own in curves.spectra.items() if key[0] in left},
+                changes={key: own for key, own in curves.changes.items() if key[0] in left},
             )
         return other
 
@@ -51,12 +52,12 @@ class RankProposer(Proposer):
         """The families."""
         return [family for family in self.families if isinstance(family, Decomposition)]
 
-    def curves(self, multiple: int = 1, *, spectra: bool = False) -> Curves:
+    def curves(self, multiple: int = 1, *, reads: Sequence[str] = ()) -> Curves:
         """Curves of all families, measured once; see `measured_sites` for their scale.
 
         Args:
             multiple: Divisor of the ranks of methods that have a grid of ranks.
-            spectra: True if a selector reads them.
+            reads: Names of what a selector reads beside costs and errors.
         """
         basis, forms = self.basis, [form.at_multiples(multiple) for form in self.forms]
 
@@ -79,11 +80,16 @@ class RankProposer(Proposer):
         if multiple not in self._curves:
             self._curves[multiple] = basis.clock.time("curves", scaled)
         curves = self._curves[multiple]
-        if spectra and not curves.spectra:
+        if "spectra" in reads and not curves.spectra:
             found = basis.clock.time(
                 "curves", lambda: spectra_of(basis.model, basis.stats, sites=basis.sites, families=forms)
             )
             curves = self._curves[multiple] = replace(curves, spectra=found)
+        if "changes" in reads and not curves.changes:
+            told = basis.clock.time(
+                "curves", lambda: changes_of(basis.model, basis.stats, sites=basis.sites, families=forms)
+            )
+            curves = self._curves[multiple] = replace(curves, changes=told)
         return curves
 
     def proposals(self, asked: Asked) -> list[Proposal]:
@@ -92,7 +98,7 @@ class RankProposer(Proposer):
         multiple, reads = (1, ()) if selector is None else (selector.multiple, selector.reads)
 
         make = partial(self.plan, asked)
-        return by_ranks(self.curves(multiple, spectra="spectra" in reads), selector, make)
+        return by_ranks(self.curves(multiple, reads=reads), selector, make)
 
     def plan(self, asked: Asked, curves: Curves, selector: RankSelector) -> Plan:
         """The plan of a selector.

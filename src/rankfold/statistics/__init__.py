@@ -3,6 +3,7 @@
 from rankfold.statistics._base import Statistic
 from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
+from rankfold.statistics._loss_gradient import LossGradient
 from rankfold.statistics._moments import InputGram, InputGroups, InputMean, OutputGram
 from rankfold.statistics.store import Statistics
 
@@ -12,6 +13,7 @@ __all__ = [
     "InputGram",
     "InputGroups",
     "InputMean",
+    "LossGradient",
     "OutputGram",
     "Statistic",
     "Statistics",

@@ -26,6 +26,7 @@ from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.coherence import Followed, add_samples
 from rankfold.statistics.collect import labels_of_rows, of_rows, sum_up
+from rankfold.statistics.loss_gradients import add_loss_gradients, labelled_samples
 from rankfold.statistics.store import Statistics
 
 SAMPLES = 256  # samples looked at; one probe each
@@ -42,6 +43,7 @@ def collect_gradients(
     outputs: Outputs | Taken = None,
     seed: int = 0,
     progress: Progress = silent,
+    loss: bool = False,
     world: World = ALONE,
 ) -> str | None:
     """Add a `GradientGram` to the statistics of every site.
@@ -67,6 +69,7 @@ def collect_gradients(
         outputs: Kinds of the outputs; None guesses by the first 32 samples (`rankfold.outputs.taken.settle`).
         seed: Seed of the directions.
         progress: Callback for every batch.
+        loss: True to add a `LossGradient` too, for selectors that read "changes".
         world: The processes that share the samples; all get the sums.
 
     Returns:
@@ -138,6 +141,10 @@ def collect_gradients(
         if coherence.count:
             stats.sites[path][Coherence.name] = coherence
     stats.manifest["gradient_samples"] = samples
+    if loss:
+        labelled = enumerate(labelled_samples(batches, samples, at_once))
+        mine = (part for number, part in labelled if world.owns(number))
+        sum_up(add_loss_gradients(model, modules, mine, stats, sites, taken), device, world)
     if taken.asked is not None:
         stats.manifest["outputs"] = outputs_to_json(taken.asked)
     if blind:
