@@ -183,7 +183,7 @@ def test_a_weight_with_nan_is_an_error_and_no_rank(method: Decomposition) -> Non
         (lambda: rf.KroneckerSVD(output_damping=2.0), "KroneckerSVD.damping"),
         (lambda: rf.FeaturePCA(multiple_of=0), "FeaturePCA.multiple_of"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_options_are_named(make: Any, said: str) -> None:
     with pytest.raises(OptionError, match=said):
