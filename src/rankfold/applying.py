@@ -308,7 +308,7 @@ def _apply(model: nn.Module, target: nn.Module, plan: Plan, data: Any, stats: St
         raise DataError("stats", law="a rankfold.Statistics, or None", got=shown(stats), cure="pass what collect gave")
     methods = [decision.method for decision in plan.changes if decision.method is not None]
     names = needed(methods, channels=bool(plan.cuts))
-    reads = names if stats is None else []
+    reads = sorted({*names, *(name for method in methods for name in method.needs)}) if stats is None else []
     if plan.repair is not None or plan.cuts:
         reads = [f"the calibration inputs ({'removal of channels' if plan.repair is None else 'repair'})"]
     if not reads:

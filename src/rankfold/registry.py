@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from rankfold.errors import OptionError, PlanError, RegistryError, near_matches, shown
@@ -134,6 +134,8 @@ def to_json(method: Any) -> dict[str, Any]:
         if LATER in field.metadata and value == field.metadata[LATER]:
             continue
         nested = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        if PLAIN in field.metadata and isinstance(value, Mapping):
+            value = {key: list(each) if isinstance(each, tuple) else each for key, each in value.items()}
         result[field.name] = to_json(value) if nested else value
     return result
 

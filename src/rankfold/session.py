@@ -165,7 +165,7 @@ class Session:
         outputs: Outputs = None,
     ) -> None:
         """Settle the kinds of the outputs, and collect statistics over the samples that are fitted on."""
-        fit = Split(self.batches, self.every, held_out=False)
+        fit = Split(self.batches, self.every, held_out=False, labels=True)
 
         def moments() -> Statistics:
             stats = collect(
@@ -190,6 +190,7 @@ class Session:
             self.stats.manifest["outputs"] = outputs_to_json(outputs)
         if gradient_samples is None:
             return
+        loss = self.options.selector is not None and "changes" in self.options.selector.reads
 
         def gradients() -> str | None:
             return collect_gradients(
@@ -201,11 +202,12 @@ class Session:
                 outputs=taken,
                 seed=seed,
                 progress=self.progress,
-                loss=self.options.selector is not None and "changes" in self.options.selector.reads,
+                loss=loss,
                 world=world(),
             )
 
-        why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients))
+        kept = "gradients of outputs and loss" if loss else "gradients"
+        why = self.clock.time("gradients", lambda: self.work.gradients(self.stats, gradients, kept))
         if why is not None:
             self.notes.append(f"errors are relative to each layer, not weighted by the network's output: {why}")
         if unreached := self.stats.manifest.get("unreached"):

@@ -16,7 +16,7 @@ from torch import nn
 import rankfold as rf
 from rankfold.allocation import Option, Problem
 from rankfold.allocation.layer_groups import grouped
-from rankfold.errors import DependencyError, OptionError
+from rankfold.errors import DataError, DependencyError, NumericsError, OptionError
 from rankfold.testing import SelectorConformance
 from rankfold.testing.problems import random_problem
 
@@ -194,3 +194,57 @@ def test_two_processes_share_a_study(tmp_path: Path) -> None:
     trials = optuna.load_study(storage=storage, study_name="rankfold").get_trials(deepcopy=False)
     complete = [trial for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
     assert 8 <= len(complete) <= 9
+
+
+def labelled(offset: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(x, torch.arange(len(x)) % 6 + offset) for x in data()]
+
+
+def searched(objective: rf.Objective, batches: list[Any]) -> rf.Compressed:
+    search = rf.Bayesian(groups={"*": "all"}, n_trials=2, objective=objective)
+    return rf.compress(network(), batches, families=[rf.SVD()], budget=rf.Budget(params=0.6), selector=search)
+
+
+def test_labels_of_the_data_reach_the_objective() -> None:
+    assert searched(rf.CrossEntropy(), labelled()).report.after.params
+    with pytest.raises(DataError, match="none"):
+        searched(rf.CrossEntropy(), data())
+    with pytest.raises(DataError, match="a label below 6"):
+        searched(rf.CrossEntropy(), labelled(50))
+    with pytest.raises(DataError, match="nothing"):
+        searched(rf.CrossEntropy(), [(x, torch.full_like(y, -100)) for x, y in labelled()])
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [("a", OptionError), (float("nan"), NumericsError), (float("inf"), NumericsError)], ids=str
+)
+def test_what_is_no_number_is_an_error(value: Any, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        searched(rf.Measured("mine", lambda model: value), data())
+
+
+def test_a_start_that_was_cut_off_is_tried_again(tmp_path: Path) -> None:
+    import optuna
+
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    problem = random_problem(2, resources=("params",))
+
+    def cut_off(chosen: Sequence[Option]) -> float:
+        raise KeyboardInterrupt
+
+    search = rf.Bayesian(n_trials=3, storage=storage)
+    with pytest.raises(KeyboardInterrupt):
+        search.select(replace(problem, evaluate=cut_off))
+    search.select(judged(problem))
+    trials = optuna.load_study(storage=storage, study_name="rankfold").get_trials(deepcopy=False)
+    complete = [trial.params for trial in trials if trial.state == optuna.trial.TrialState.COMPLETE]
+    assert any(all(value == 1.0 for value in params.values()) for params in complete)
+    assert all(trial.state != optuna.trial.TrialState.RUNNING for trial in trials)
+
+
+def test_storage_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    for storage in ("nonsense", f"sqlite:///{tmp_path / 'nowhere' / 'study.db'}"):
+        with pytest.raises(OptionError, match="storage"):
+            rf.Bayesian(storage=storage).select(judged(random_problem(0)))
+    with pytest.raises(OptionError, match="storage"):
+        rf.Bayesian(storage=3)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,3 +137,15 @@ def test_what_it_cannot_work_with_is_named() -> None:
         rf.compress(model, batches, families=[rf.WhitenedSVD()], **(options | {"outputs": rf.Values()}))
     with pytest.raises(OptionError, match="nested"):
         rf.ZeroSum().select(random_problem(0, resources=("params",)))
+
+
+def test_labels_count_and_a_shared_folder_serves_both_selectors(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"families": [rf.WhitenedSVD()], "outputs": rf.Logits(), "budget": rf.Budget(params=0.5)}
+    folder = tmp_path / "work"
+    rf.compress(network(), data(labels=True), **options, selector=rf.Lagrangian(), work_dir=folder)
+    out = rf.compress(network(), data(labels=True), **options, selector=rf.ZeroSum(), work_dir=folder)
+    assert out.plan == rf.compress(network(), data(labels=True), **options, selector=rf.ZeroSum()).plan
+    assert out.plan.decisions != rf.compress(network(), data(), **options, selector=rf.ZeroSum()).plan.decisions
+    more: dict[str, Any] = options | {"families": [rf.WhitenedSVD(), rf.Interpolative()]}
+    with pytest.raises(OptionError, match="no channels"):
+        rf.compress(network(), data(), **more, selector=rf.ZeroSum())

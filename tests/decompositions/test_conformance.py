@@ -24,6 +24,9 @@ from rankfold.decompositions import (
 )
 from rankfold.testing import DecompositionConformance
 
+FEW = ((12, 20), (20, 12), (8, 6, 3, 3))
+FEW_LAYERS = ("linear on tokens", "conv2d grouped", "conv2d same, reflect")
+
 
 class TestSVD(DecompositionConformance):
     method = SVD()
@@ -68,24 +71,28 @@ class TestCP(DecompositionConformance):
 class TestPlainCP(DecompositionConformance):
     method = CP(whitened=False)
     variations: ClassVar = {"sweeps": 1, "largest": 100}
-    shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
+    shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
     idle = frozenset({"damping"})
 
 
 class TestASVD(DecompositionConformance):
     method = ASVD()
+    shapes, layers = FEW, FEW_LAYERS
 
 
 class TestFisherSVD(DecompositionConformance):
     method = FisherSVD()
+    shapes, layers = FEW, FEW_LAYERS
 
 
 class TestKroneckerSVD(DecompositionConformance):
     method = KroneckerSVD()
+    shapes, layers = FEW, FEW_LAYERS
 
 
 class TestFeaturePCA(DecompositionConformance):
     method = FeaturePCA(multiple_of=2)
+    shapes, layers = FEW, FEW_LAYERS
 
     def metric(self, moments: Moments, features: int) -> Tensor:
         return super().metric(replace(moments, bias=True), features)
@@ -97,11 +104,12 @@ class TestTensorTrain(DecompositionConformance):
 
 class TestTiedTensorTrain(DecompositionConformance):
     method = TensorTrain(separable=False, tied=True)
+    shapes, layers = FEW, FEW_LAYERS
 
 
 class TestPlainTensorTrain(DecompositionConformance):
     method = TensorTrain(whitened=False)
-    shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
+    shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
     idle = frozenset({"damping"})
 
 
@@ -111,12 +119,8 @@ class TestTucker(DecompositionConformance):
 
 class TestPlainTucker(DecompositionConformance):
     method = Tucker(whitened=False)
-    shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
+    shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
     idle = frozenset({"damping"})
-
-
-FEW = ((12, 20), (20, 12), (8, 6, 3, 3))
-FEW_LAYERS = ("linear on tokens", "conv2d grouped", "conv2d same, reflect")
 
 
 class TestUndampedWhitenedSVD(DecompositionConformance):

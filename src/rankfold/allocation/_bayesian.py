@@ -17,13 +17,14 @@ from rankfold.allocation.layer_groups import check_groups, grouped
 from rankfold.checks import check_count, check_number
 from rankfold.comparison.objectives import Objective
 from rankfold.data.draws import check_seed
-from rankfold.errors import DependencyError, OptionError
+from rankfold.errors import DependencyError, NumericsError, OptionError
 from rankfold.registry import PLAIN, UNWRITTEN, register
 
 if TYPE_CHECKING:
     import optuna
 
 STARTS = 10  # trials before the Gaussian process, drawn at random but for the first two
+WORST = 1e300  # value of a trial whose model is wrong, or whose objective is no number
 COMPLETE = 1 - 1e-9  # ratio from which a layer stays dense
 
 
@@ -56,7 +57,9 @@ class Bayesian(RankSelector):
 
     Errors:
         DependencyError: Optuna is not installed (`pip install rankfold[search]`).
-        OptionError: A pattern matches no layer; the study belongs to another network, budget, groups or objective.
+        OptionError: A pattern matches no layer; the storage cannot be opened; the study belongs to another network
+            (told by its predicted errors), families, budget, groups or objective. The repair is not looked at.
+        NumericsError: No trial has an objective that is a number.
 
     References:
         Bolaco, arXiv 2405.10616: 5 groups, or 5 times 4 spans, 50 trials. There the total is a constraint of the
@@ -80,6 +83,9 @@ class Bayesian(RankSelector):
         law = "a ratio above 0, up to 1"
         check_number("Bayesian.least", self.least, law=law, cure="try 0.1", high=1, open_low=True)
         check_seed(self.seed)
+        for name, value in (("storage", self.storage or "memory"), ("study", self.study)):
+            if not isinstance(value, str) or not value:
+                raise OptionError(f"Bayesian.{name}", law="a text", got=repr(value), cure="see docs")
         if self.objective is not None and not isinstance(self.objective, Objective):
             raise OptionError(
                 "Bayesian.objective", law="an Objective or None", got=repr(self.objective), cure="try rankfold.KL()"
@@ -112,15 +118,39 @@ class Bayesian(RankSelector):
         level = optuna.logging.get_verbosity()
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         try:
-            study = optuna.create_study(
-                storage=self.storage, study_name=self.study, load_if_exists=True, direction="minimize"
-            )
+            study = self._study(optuna)
             self._check_study(study, space)
             self._search(study, space, problem.evaluate, optuna)
             best = study.best_trial.params
+            if study.best_value >= WORST:
+                raise NumericsError(
+                    "Bayesian.objective",
+                    law="a number for one trial at least",
+                    got=f"none in {self.n_trials} trials",
+                    cure="look at the objective, or at the models that `rankfold.compress` gives with another selector",
+                )
         finally:
             optuna.logging.set_verbosity(level)
         return space.choice(best)
+
+    def _study(self, library: Any) -> optuna.Study:
+        """The study, opened or begun.
+
+        Raises:
+            OptionError: The storage cannot be opened.
+        """
+        try:
+            study: optuna.Study = library.create_study(
+                storage=self.storage, study_name=self.study, load_if_exists=True, direction="minimize"
+            )
+            return study
+        except Exception as cause:
+            raise OptionError(
+                "Bayesian.storage",
+                law="a URL of Optuna's storage, in a folder that is there",
+                got=f"{self.storage!r}: {str(cause).splitlines()[0][:120]}",
+                cure='try "sqlite:///study.db"',
+            ) from cause
 
     def _search(
         self, study: optuna.Study, space: _Space, evaluate: Callable[[Sequence[Option]], float], optuna: Any
@@ -133,15 +163,20 @@ class Bayesian(RankSelector):
         while len(study.get_trials(deepcopy=False, states=done)) < self.n_trials:
             started = len(study.get_trials(deepcopy=False))
             # a sampler of its own for each trial: a study that goes on draws what one that never stopped would have
-            study.sampler = optuna.samplers.GPSampler(seed=self.seed + started, n_startup_trials=STARTS)
-            if started < len(starts):
-                study.enqueue_trial(starts[started], skip_if_exists=True)
+            study.sampler = optuna.samplers.GPSampler(seed=(self.seed + started) % 2**32, n_startup_trials=STARTS)
+            known = [trial.params for trial in study.get_trials(deepcopy=False, states=done)]
+            if missing := [start for start in starts if start not in known]:
+                study.enqueue_trial(missing[0])
             trial = study.ask(spaces)
             choice = space.choice(trial.params)
-            if choice not in seen:
-                seen[choice] = evaluate(choice)
+            try:
+                if choice not in seen:
+                    seen[choice] = evaluate(choice)
+            except BaseException:
+                study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                raise
             value = seen[choice]
-            study.tell(trial, value if math.isfinite(value) else 1e300)
+            study.tell(trial, value if math.isfinite(value) else WORST)
 
     def _check_study(self, study: optuna.Study, space: _Space) -> None:
         """Mark a new study with what it is about, and refuse one that is about something else."""
@@ -187,6 +222,8 @@ class _Space:
             "bounds": problem.bounds,
             "groups": self._groups,
             "objective": repr(selector.objective),
+            "families": sorted({str(option.method) for own in problem.options for option in own[1:]}),
+            "errors": f"{sum(option.error for own in problem.options for option in own):.3g}",
             "least": selector.least,
         }
 

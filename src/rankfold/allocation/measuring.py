@@ -290,7 +290,9 @@ def _check_collected(site: Site, method: Decomposition, stats: Statistics | None
             repr(site.path),
             law=f"{method} reads {', '.join(method.needs)}",
             got=f"no {', '.join(missing)}",
-            cure="collect with statistics=rankfold.needed(families)",
+            cure="leave weighting=True, or call rankfold.collect_gradients"
+            if missing == [GradientGram.name]
+            else "collect with statistics=rankfold.needed(families)",
         )
 
 

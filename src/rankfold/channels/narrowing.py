@@ -15,7 +15,7 @@ from rankfold.linalg.interpolative import folded
 from rankfold.linalg.precision import widen
 from rankfold.sites.finding import fingerprint
 from rankfold.sites.site import Site, Sites
-from rankfold.statistics import Statistics
+from rankfold.statistics import InputGroups, LossGradient, Statistic, Statistics
 
 Cuts = Mapping[str, Mapping[int, tuple[int, ...]]]  # parameter or buffer → axis → indices that stay
 Attributes = Mapping[str, Mapping[str, int]]  # path of a module → attribute → its value
@@ -188,10 +188,15 @@ def narrowed_statistics(stats: Statistics, model: nn.Module, sites: Sites, cuts:
     for site in sites:
         kept = kept_of(site.path, modules[site.path], cuts)
         depthwise = site.geometry.groups > 1
-        own = {}
+        own: dict[str, Statistic] = {}
         itself = depthwise or site.geometry.table is not None  # what goes of its outputs goes of its inputs
         index = kept.outputs if itself else features_of(site.geometry, kept)
         for name, statistic in stats.sites.get(site.path, {}).items():
+            if isinstance(statistic, LossGradient):  # of the whole weight; what is left of it was not collected
+                continue
+            if isinstance(statistic, InputGroups):
+                own[name] = statistic.narrowed(index, groups=bool(depthwise and kept))
+                continue
             if not statistic.of_channels:
                 own[name] = statistic
                 continue

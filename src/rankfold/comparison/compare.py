@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rankfold.checks import check_count
 from rankfold.comparison.tally import (
@@ -17,9 +17,8 @@ from rankfold.comparison.tally import (
     check_finite,
     check_number,
     check_shapes,
-    labels_of,
 )
-from rankfold.data.batches import Batch, batch_size, take, to_device
+from rankfold.data.batches import Batch, batch_size, labels_of, to_device, with_labels
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.data.splits import as_batches, no_batch, numbered
 from rankfold.distributed import ALONE, World
@@ -35,7 +34,6 @@ __all__ = [
     "compare",
     "labels_of",
     "run_on",
-    "with_labels",
 ]
 _Pair: TypeAlias = tuple[int, Batch, Batch, Any, Any]  # number of a batch, a part, the batch, what both gave
 
@@ -178,11 +176,3 @@ def _pieces(shares: Iterator[tuple[int, Batch]], most: int | None) -> Iterator[t
             check_number(labels, size, number)
         for rows in torch.split(torch.arange(size), most):
             yield number, with_labels(batch, rows), batch
-
-
-def with_labels(batch: Batch, rows: Tensor) -> Batch:
-    """Samples of a batch with their labels."""
-    label = labels_of(batch)
-    if label is None or isinstance(batch, Mapping) or label.shape[:1] != (batch_size(batch),):
-        return take(batch, rows)
-    return take(batch, rows), label[rows.to(label.device)]

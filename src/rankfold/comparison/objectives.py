@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankfold.checks import check_choice, check_number
+from rankfold.checks import check_choice, check_number, is_number
 from rankfold.comparison.compare import run_on
-from rankfold.comparison.tally import labels_of
-from rankfold.data.batches import Batch
+from rankfold.data.batches import Batch, labels_of
 from rankfold.data.running import evaluating
 from rankfold.data.splits import numbered
 from rankfold.errors import DataError, NumericsError, OptionError
 from rankfold.outputs.taken import output_tensor
 from rankfold.registry import UNWRITTEN, register
 
+IGNORED = -100  # label of a row that does not count
 DIRECTIONS = ("original to compressed", "compressed to original")
 
 
@@ -78,7 +78,7 @@ class KL(Objective):
         total, rows = 0.0, 0
         for _, mine, theirs in _pairs(original, compressed, batches):
             total, rows = total + float(_kl(mine, theirs, self.direction).sum()), rows + mine[..., 0].numel()
-        return total / max(rows, 1)
+        return total / _counted(rows)
 
 
 @register("cross-entropy")
@@ -103,9 +103,19 @@ class CrossEntropy(Objective):
                     cure='pass (inputs, labels) or a dict with "labels", or choose KL()',
                 )
             logits = output_tensor(run_on("compressed", compressed, batch, number))[0].double()
-            loss = nn.functional.cross_entropy(logits, labels.to(logits.device), reduction="sum")
-            total, rows = total + float(loss), rows + len(logits)
-        return total / max(rows, 1)
+            logits = logits.reshape(-1, logits.shape[-1])
+            wanted = labels.reshape(-1).long().to(logits.device)
+            used = wanted != IGNORED
+            if len(wanted) != len(logits) or bool(((wanted[used] < 0) | (wanted[used] >= logits.shape[1])).any()):
+                raise DataError(
+                    f"batch {number}",
+                    law=f"a label below {logits.shape[1]}, or {IGNORED}, for each of {len(logits)} rows of scores",
+                    got=f"labels {tuple(labels.shape)}, from {int(labels.min())} to {int(labels.max())}",
+                    cure="correct the labels, or choose KL()",
+                )
+            total += float(nn.functional.cross_entropy(logits[used], wanted[used], reduction="sum"))
+            rows += int(used.sum())
+        return total / _counted(rows)
 
 
 @register("perplexity")
@@ -156,7 +166,7 @@ class Perplexity(Objective):
             if self.kl:
                 apart += float((_kl(mine, theirs, self.direction) * counts).sum())
                 rows += float(counts.sum())
-        return math.exp(min(surprise / max(seen, 1), 700.0)) + self.kl * apart / max(rows, 1.0)
+        return math.exp(min(surprise / _counted(seen), 700.0)) + self.kl * apart / max(rows, 1.0)
 
 
 @register("measured")
@@ -189,7 +199,27 @@ class Measured(Objective):
         if self.function is None:
             cure = "pass Measured(label, function)"
             raise OptionError("Measured.function", law="a function", got="none", cure=cure)
-        return self.function(compressed)
+        value = self.function(compressed)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = float(value.detach())
+        if not is_number(value):
+            raise OptionError(
+                f"Measured({self.label!r})", law="f(model) is a number", got=repr(value)[:80], cure="return a float"
+            )
+        return float(value)
+
+
+def _counted(rows: int) -> int:
+    """A number of rows that is not 0.
+
+    Raises:
+        DataError: It is.
+    """
+    if rows < 1:
+        raise DataError(
+            "data", law="something that counts in the objective", got="nothing", cure="look at labels and masks"
+        )
+    return rows
 
 
 def _kl(original: Tensor, compressed: Tensor, direction: str) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rankfold.data.batches import Batch, batch_size, split_batch
+from rankfold.data.batches import Batch, batch_size, labels_of, split_batch
 from rankfold.data.splits import no_batch
 from rankfold.distributed import World
 from rankfold.errors import DataError, NumericsError
@@ -104,18 +103,6 @@ class Comparison:
     def to_json(self) -> dict[str, Any]:
         """As a dict of JSON values."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
-
-
-def labels_of(batch: Any) -> Tensor | None:
-    """Integer labels of a batch: the second item of a tuple, or the entry "labels" of a dict."""
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        label = batch[1]
-    elif isinstance(batch, Mapping):
-        label = batch.get("labels")
-    else:
-        return None
-    integer = isinstance(label, Tensor) and not label.is_floating_point() and label.dtype != torch.bool
-    return label if integer else None
 
 
 def _are_inputs(batch: Any, labels: Tensor) -> bool:

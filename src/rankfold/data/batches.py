@@ -69,6 +69,26 @@ def take(batch: Batch, index: Tensor) -> Batch:
     return pick(args[0]) if args else {name: pick(value) for name, value in kwargs.items()}
 
 
+def labels_of(batch: Any) -> Tensor | None:
+    """Integer labels of a batch: the second item of a tuple, or the entry "labels" of a dict."""
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        label = batch[1]
+    elif isinstance(batch, Mapping):
+        label = batch.get("labels")
+    else:
+        return None
+    integer = isinstance(label, Tensor) and not label.is_floating_point() and label.dtype != torch.bool
+    return label if integer else None
+
+
+def with_labels(batch: Batch, rows: Tensor) -> Batch:
+    """Samples of a batch with their labels."""
+    label = labels_of(batch)
+    if label is None or isinstance(batch, Mapping) or label.shape[:1] != (batch_size(batch),):
+        return take(batch, rows)
+    return take(batch, rows), label[rows.to(label.device)]
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The model's inputs of a batch, on a device."""
     return _mapped(batch, lambda tensor: tensor.to(device))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankfold.data.batches import Batch, batch_size, split_batch, take
+from rankfold.data.batches import Batch, batch_size, split_batch, take, with_labels
 from rankfold.errors import DataError
 
 HELD_OUT = 10  # one calibration sample in this many is never fitted on, where there are many
@@ -26,11 +26,13 @@ class Split:
         data: The data.
         every: Period of the held-out samples: one sample in this many is held out.
         held_out: True if this is the held-out part.
+        labels: True if samples keep their labels, beside what the model gets of them.
     """
 
     data: Iterable[Batch]
     every: int
     held_out: bool
+    labels: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches of this part; empty ones are left out."""
@@ -45,7 +47,7 @@ class Split:
             chosen = ((index + start) % self.every == self.every - 1) == self.held_out
             start += size
             if bool(chosen.any()):
-                yield number, take(batch, index[chosen])
+                yield number, (with_labels if self.labels else take)(batch, index[chosen])
 
 
 def held_out_of(data: Iterable[Batch]) -> int:

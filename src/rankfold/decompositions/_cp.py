@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -17,7 +18,7 @@ from rankfold.linalg.cp import Components, alternate, drawn_components, slice_co
 from rankfold.linalg.modes import PatchMetric, mode_roots, whitened
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import balanced
-from rankfold.registry import register
+from rankfold.registry import added, register
 
 GRID = 10  # candidate ranks; a plan may name any rank in between
 EXACT = 1e-14  # share of the energy that is rounding
@@ -43,7 +44,8 @@ class CP(Decomposition):
         tolerance: Share of its error that a sweep has to gain for another one.
         restarts: Number of random starts that are tried beside, at the first rank of the climb.
         largest: Largest number of weights of a layer; None for any. A sweep takes three times weights × rank
-            multiplications, and ranks worth having grow with the layer: at 512 × 512 × 3 × 3 an hour of them.
+            multiplications, and ranks worth having grow with the layer: at 160 × 160 × 3 × 3 a minute of them.
+        multiple_of: Number of which the ranks of the grid are multiples, but for the exact one.
 
     Errors:
         NumericsError: An element of the weight or of the moments is NaN or infinite. (A sum of terms that cancel each
@@ -59,7 +61,8 @@ class CP(Decomposition):
     sweeps: int = 30
     tolerance: float = 1e-3
     restarts: int = 0
-    largest: int | None = 2**18
+    largest: int | None = 2**16
+    multiple_of: int = added(1)
 
     def __post_init__(self) -> None:
         check_flag("CP.whitened", self.whitened)
@@ -67,6 +70,7 @@ class CP(Decomposition):
         check_count("CP.sweeps", self.sweeps, cure="try 30")
         check_number("CP.tolerance", self.tolerance, law="a share of the error, 0 to 1", cure="try 1e-3", high=1)
         check_count("CP.restarts", self.restarts, cure="try 2", least=0)
+        check_count("CP.multiple_of", self.multiple_of, cure="try 8")
         check_count("CP.largest", self.largest, none=True)
 
     @property
@@ -89,7 +93,12 @@ class CP(Decomposition):
         """Eleven numbers that save weights, evenly spaced but for the least, and the exact taps · min(in, out)."""
         exact, saving = _exact(shape), _saving(shape)
         shares = (0.5, *range(1, GRID + 1))
-        return [*sorted({max(1, int(saving * share / GRID)) for share in shares} - {exact}), exact]
+        steps = {max(1, int(saving * share / GRID / self.multiple_of)) * self.multiple_of for share in shares}
+        return [*sorted(step for step in steps if step < exact), exact]
+
+    def at_multiples(self, multiple: int) -> CP:
+        """This method with a grid of multiples."""
+        return replace(self, multiple_of=math.lcm(self.multiple_of, multiple))
 
     def admits(self, shape: Sequence[int], rank: Rank) -> bool:
         """Any number from 1 to the exact one."""

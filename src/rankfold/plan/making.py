@@ -80,7 +80,7 @@ def make_plan(
             "curves",
             law=f"{name_of(selector)} reads how each rank changes the loss",
             got="curves without that",
-            cure="use rankfold.compress with weighting=True and families whose ranks are nested, as WhitenedSVD()",
+            cure="use rankfold.compress with weighting=True and nested ranks, as of WhitenedSVD(), and no channels",
         )
     sites = curves.sites
 

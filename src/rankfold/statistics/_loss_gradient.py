@@ -21,6 +21,7 @@ class LossGradient(Statistic):
 
     name = "loss-gradient"
     reads_outputs = True
+    of_channels = False
 
     def summand(self, inputs: Tensor, outputs: Tensor | None) -> Tensor:
         """`Σ g xᵀ` a group; `outputs` are the gradients of the loss there."""

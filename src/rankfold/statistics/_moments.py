@@ -64,6 +64,14 @@ class InputGroups(Statistic):
         result[:, fed % SAMPLE_GROUPS] = counted
         return result
 
+    def narrowed(self, kept: Tensor | None, *, groups: bool) -> InputGroups:
+        """The same for the features, or the groups of a depthwise layer, that stay; the count stays in any case."""
+        if self.total is None or kept is None:
+            return self
+        place = kept.to(self.total.device)
+        left = self.total[place] if groups else torch.cat([self.total[..., place], self.total[..., -1:]], -1)
+        return InputGroups(self.count, left)
+
 
 @register("output-gram")
 @dataclass

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankfold.comparison.compare import labels_of, with_labels
-from rankfold.data.batches import Batch, batch_size, to_device
+from rankfold.data.batches import Batch, batch_size, labels_of, to_device, with_labels
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.errors import DataError
 from rankfold.layers import adapter_for

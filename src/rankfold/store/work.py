@@ -118,13 +118,14 @@ class Work:
         """The statistics: read from the folder, or collected now."""
         return collect() if self._folder is None else self._kept("statistics", collect)
 
-    def gradients(self, stats: Statistics, collect: Callable[[], str | None]) -> str | None:
+    def gradients(self, stats: Statistics, collect: Callable[[], str | None], name: str = "gradients") -> str | None:
         """Add the gradient Grams to the statistics: read from the folder, or collected now.
 
         Args:
             stats: Statistics, changed as `collect` changes them.
             collect: Function that adds the statistics of gradients to `stats`; it returns the reason why there are
                 none, or None.
+            name: Name of what is collected, which the folder keeps it by.
         """
         if self._folder is None:
             return collect()
@@ -139,7 +140,7 @@ class Work:
             manifest = {name: value for name, value in stats.manifest.items() if name not in known}
             return Statistics(sites, {"added": manifest, "why": why}, stats.fingerprint)
 
-        kept = self._kept("gradients", added)
+        kept = self._kept(name, added)
         for path, own in kept.sites.items():
             stats.sites[path].update(own)
         stats.manifest.update(kept.manifest["added"])

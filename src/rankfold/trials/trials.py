@@ -192,12 +192,17 @@ class Trials:
                 raise
             return math.inf
 
+    @property
+    def _labelled(self) -> Iterable[Batch]:
+        """The samples that plans are judged on, with their labels."""
+        return replace(self.judged, labels=True) if isinstance(self.judged, Split) else self.judged
+
     def _objective(self, plan: Plan, objective: Objective) -> float:
         """An objective of a plan carried out on the part of the samples, or on all if there is none."""
         on = f"{objective!r} on {'all' if self.part is None else 'a part'}"
 
         def work() -> Scored:
-            return Scored(objective.of(self.original, self.attempt(plan, self.part).model, self.judged))
+            return Scored(objective.of(self.original, self.attempt(plan, self.part).model, self._labelled))
 
         return self.work.result(plan, on, Scored, work).value
 
