@@ -73,10 +73,9 @@ def test_errors_are_not_above_those_of_tensorly(seed: int) -> None:
     from tensorly.decomposition import parafac, tensor_train
     from tensorly.decomposition import tucker as other_tucker
 
-    tensorly.set_backend("pytorch")
     drawn = tensor(seed)
     ranks = [max(2, size // 2) for size in drawn.shape]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tensorly.backend_context("pytorch"):
         warnings.simplefilter("ignore")
         theirs = tensorly.tucker_to_tensor(other_tucker(drawn, ranks, n_iter_max=50))
         by_cp = tensorly.cp_to_tensor(parafac(drawn, max(ranks), n_iter_max=100, init="svd"))

@@ -34,7 +34,8 @@ class TensorTrain(Decomposition):
 
     TT-SVD of the tensor (in, kernel…, out). Whitened, the tensor is multiplied along each mode of a patch by the root
     of its marginal moment, `A ≈ A_in ⊗ A_h ⊗ A_w`, and the last stage is solved again in the metric of whole patches.
-    Ranks are tuples, one width between two stages.
+    Ranks are tuples, one width between two stages. Where that metric prefers smaller widths of the grid, their map is
+    taken: the error never grows.
 
     Attributes:
         separable: True for a stage of its own for each axis of the kernel; False for the kernel as one mode, whose form
@@ -104,10 +105,13 @@ class TensorTrain(Decomposition):
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> TrainFactors | TuckerFactors:
         """See `Decomposition.decompose`."""
-        widths = check_admitted(self, weight.shape, rank)
+        wanted = check_admitted(self, weight.shape, rank)
         work = widen(weight)
         metric, tensor, back = self._whitened(work, moments)
-        parts = _turned(carriages(tensor, widths), back)
+        below = [each for each in self._grid(weight.shape) if each != wanted and _within(each, wanted)]
+        raw = _errors(metric, tensor, back, [wanted, *below]).tolist()
+        best = [wanted, *below][raw.index(min(raw))]
+        parts = _padded(_turned(carriages(tensor, best), back), wanted)
         last = metric.refit(joined(parts).flatten(1))
         left, right = balanced(last[:, :, None], parts[-1].flatten(1))
         parts[-1] = right.reshape(parts[-1].shape)
@@ -120,15 +124,16 @@ class TensorTrain(Decomposition):
         return TuckerFactors(output, core, first)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Errors of the last width all at once, for each tuple of the others."""
-        work = widen(weight)
-        metric, tensor, back = self._whitened(work, moments)
-        ranks = [rank for rank in self.ranks(weight.shape) if isinstance(rank, tuple)]
-        found = {}
-        for chosen, parts in prefixes(tensor, ranks):
-            rows = joined(_turned(parts, back)).flatten(1)
-            found[chosen] = explained_tail(metric.projected(rows), metric.total, block=1)
-        return torch.stack([found[rank[:-1]][rank[-1]] for rank in ranks])
+        """Errors of the last width all at once, for each tuple of the others; none above that of smaller widths."""
+        metric, tensor, back = self._whitened(widen(weight), moments)
+        ranks = self._grid(weight.shape)
+        errors = _errors(metric, tensor, back, ranks)
+        table = torch.tensor(ranks, device=errors.device)
+        within = (table[:, None] <= table).all(-1)  # [i, j]: i is nowhere above j
+        return torch.where(within, errors[:, None], torch.inf).amin(0)
+
+    def _grid(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        return [rank for rank in self.ranks(shape) if isinstance(rank, tuple)]
 
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
         """Singular values of the unfoldings between the modes, (in × rest) to (in·k… × out); () for tied widths."""
@@ -172,6 +177,32 @@ class TensorTrain(Decomposition):
 
     def _pointwise(self, left: Tensor, weight: Tensor) -> Tensor:
         return left.reshape(*left.shape[:2], *[1] * (weight.ndim - 2))
+
+
+def _within(small: Sequence[int], large: Sequence[int]) -> bool:
+    """Whether widths are nowhere above others."""
+    return all(a <= b for a, b in zip(small, large, strict=True))
+
+
+def _errors(metric: PatchMetric, tensor: Tensor, back: Sequence[Tensor], ranks: Sequence[tuple[int, ...]]) -> Tensor:
+    """Errors of the carriages of TT-SVD. In the metric of whole patches they may grow with a width by chance."""
+    found = {}
+    for chosen, parts in prefixes(tensor, ranks):
+        rows = joined(_turned(parts, back)).flatten(1)
+        found[chosen] = explained_tail(metric.projected(rows), metric.total, block=1)
+    return torch.stack([found[rank[:-1]][rank[-1]] for rank in ranks])
+
+
+def _padded(parts: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
+    """Carriages with zeros up to some widths."""
+    padded, before = [], None
+    for part, width in zip(parts, ranks, strict=True):
+        shape = (width, part.shape[1]) if before is None else (width, before, part.shape[2])
+        whole = part.new_zeros(shape)
+        whole[tuple(slice(size) for size in part.shape)] = part
+        padded.append(whole)
+        before = width
+    return padded
 
 
 def _turned(parts: Sequence[Tensor], back: Sequence[Tensor]) -> list[Tensor]:
