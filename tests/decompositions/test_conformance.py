@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import ClassVar
-
 from torch import Tensor
 
 from rankfold.decompositions import (
-    ASVD,
-    CP,
     SVD,
-    FeaturePCA,
-    FisherSVD,
-    KroneckerSVD,
     Moments,
     Pivoted,
     SpatialSVD,
-    TensorTrain,
-    Tucker,
     Tucker2,
     WhitenedSVD,
 )
@@ -60,66 +50,6 @@ class TestTucker2(DecompositionConformance):
 class TestPlainTucker2(DecompositionConformance):
     method = Tucker2(whitened=False)
     shapes = ((8, 6, 3), (4, 20, 3, 3), (9, 4, 2, 3))
-    idle = frozenset({"damping"})
-
-
-class TestCP(DecompositionConformance):
-    method = CP()
-    variations: ClassVar = {"sweeps": 1, "largest": 100}
-
-
-class TestPlainCP(DecompositionConformance):
-    method = CP(whitened=False)
-    variations: ClassVar = {"sweeps": 1, "largest": 100}
-    shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
-    idle = frozenset({"damping"})
-
-
-class TestASVD(DecompositionConformance):
-    method = ASVD()
-    shapes, layers = FEW, FEW_LAYERS
-
-
-class TestFisherSVD(DecompositionConformance):
-    method = FisherSVD()
-    shapes, layers = FEW, FEW_LAYERS
-
-
-class TestKroneckerSVD(DecompositionConformance):
-    method = KroneckerSVD()
-    shapes, layers = FEW, FEW_LAYERS
-
-
-class TestFeaturePCA(DecompositionConformance):
-    method = FeaturePCA(multiple_of=2)
-    shapes, layers = FEW, FEW_LAYERS
-
-    def metric(self, moments: Moments, features: int) -> Tensor:
-        return super().metric(replace(moments, bias=True), features)
-
-
-class TestTensorTrain(DecompositionConformance):
-    method = TensorTrain()
-
-
-class TestTiedTensorTrain(DecompositionConformance):
-    method = TensorTrain(separable=False, tied=True)
-    shapes, layers = FEW, FEW_LAYERS
-
-
-class TestPlainTensorTrain(DecompositionConformance):
-    method = TensorTrain(whitened=False)
-    shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
-    idle = frozenset({"damping"})
-
-
-class TestTucker(DecompositionConformance):
-    method = Tucker()
-
-
-class TestPlainTucker(DecompositionConformance):
-    method = Tucker(whitened=False)
-    shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
     idle = frozenset({"damping"})
 
 
