@@ -35,8 +35,8 @@ class Bayesian(RankSelector):
 
     A trial gives every group g a ratio ρ_g. A layer takes the option of least error whose cost is at most s·ρ_g times
     the dense one's, s the largest common factor within the budget, and what is left is spent where it removes most
-    error: so each trial spends the budget, and keeps it. The
-    objective is measured on held-out samples after the plan was carried out on a part of the samples, with the repair.
+    error: so each trial spends the budget, and keeps it. The objective is measured on held-out samples after the plan
+    was carried out on a part of the samples, with the repair.
     The next ratios maximise the expected improvement under a Gaussian process with a Matérn-5/2 kernel. Two ratios are
     given to start with: one for all, and those of `Lagrangian`, group by group; so the result is not worse than either
     on these samples.
@@ -85,7 +85,12 @@ class Bayesian(RankSelector):
         check_seed(self.seed)
         for name, value in (("storage", self.storage or "memory"), ("study", self.study)):
             if not isinstance(value, str) or not value:
-                raise OptionError(f"Bayesian.{name}", law="a text", got=repr(value), cure="see docs")
+                raise OptionError(
+                    f"Bayesian.{name}",
+                    law="a text",
+                    got=repr(value),
+                    cure='try storage="sqlite:///study.db", study="mine"',
+                )
         if self.objective is not None and not isinstance(self.objective, Objective):
             raise OptionError(
                 "Bayesian.objective", law="an Objective or None", got=repr(self.objective), cure="try rankfold.KL()"

@@ -148,7 +148,7 @@ class Perplexity(Objective):
             DataError: A batch has no "input_ids", or outputs are no logits of its positions.
         """
         surprise, apart, seen, rows = 0.0, 0.0, 0, 0.0
-        for number, (batch, mine, theirs) in enumerate(_pairs(original, compressed, batches)):
+        for number, (batch, mine, theirs) in enumerate(_pairs(original, compressed, batches), 1):
             own: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
             tokens = own.get("input_ids")
             if tokens is None or theirs.ndim != 3 or theirs.shape[:2] != tokens.shape:

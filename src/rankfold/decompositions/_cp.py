@@ -107,8 +107,8 @@ class CP(Decomposition):
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> CPFactors:
         """See `Decomposition.decompose`."""
         work = canonical(weight, rank, self)
-        *below, last = [each for each in self.ranks(weight.shape) if each < rank] + [rank]  # type: ignore[operator]
-        *_, (factors, _) = self._climb(work, [*below, last], moments)
+        below = [each for each in self.ranks(weight.shape) if each < rank]  # type: ignore[operator]
+        *_, (factors, _) = self._climb(work, [*below, rank], moments)
         output, kernel, first = (narrowed(stage, weight.dtype) for stage in factors.stages()[::-1])
         return CPFactors(output, kernel, first)
 
@@ -138,11 +138,12 @@ class CP(Decomposition):
             roots = mode_roots(gram, tensor.shape[1:], damping=self.damping)
             back = [inverse for _, inverse in roots]
             tensor = whitened(tensor, roots)
+        closed = slice_components(tensor, max(rank for rank in ranks if isinstance(rank, int)))
         found: Components | None = None
         kept: tuple[CPFactors, float] | None = None
         for rank in ranks:
             count = rank if isinstance(rank, int) else 0
-            start = slice_components(tensor, count)
+            start = closed.first(count)
             if count == _exact(work.shape):
                 found = start
             elif found is None:
@@ -201,7 +202,7 @@ def _normal(columns: Tensor) -> Tensor:
 def _padded(factors: CPFactors, start: Components, back: list[Tensor] | None) -> Components:
     """The first and second stage of factors, and as many more components as a start has."""
     more = start.rank - factors.ranks
-    _, second, third = (factor[:, :more] for factor in start.factors)
+    _, second, third = start.first(more).factors
     if back is not None:
         second, third = back[0].mT @ second, back[1].mT @ third
     first = torch.cat([factors.input.flatten(1).mT, second], 1)

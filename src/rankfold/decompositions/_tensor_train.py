@@ -115,9 +115,8 @@ class TensorTrain(Decomposition):
         last = metric.refit(joined(parts).flatten(1))
         left, right = balanced(last[:, :, None], parts[-1].flatten(1))
         parts[-1] = right.reshape(parts[-1].shape)
-        stages = [
-            narrowed(each, weight.dtype) for each in (*self._folded(parts, weight.shape), self._pointwise(left, weight))
-        ]
+        pointwise = left.reshape(*left.shape[:2], *[1] * (weight.ndim - 2))
+        stages = [narrowed(each, weight.dtype) for each in (*self._folded(parts, weight.shape), pointwise)]
         if self.separable:
             return TrainFactors(tuple(stages))
         first, core, output = stages
@@ -174,9 +173,6 @@ class TensorTrain(Decomposition):
         for part, axis in zip(others, busy_axes(shape), strict=True):
             stages.append(part.reshape(*part.shape[:2], *(size if i == axis else 1 for i, size in enumerate(kernel))))
         return stages
-
-    def _pointwise(self, left: Tensor, weight: Tensor) -> Tensor:
-        return left.reshape(*left.shape[:2], *[1] * (weight.ndim - 2))
 
 
 def _within(small: Sequence[int], large: Sequence[int]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rankfold.checks import check_count, check_flag
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
+from rankfold.decompositions.tensors import narrowed, refuses_tensor, widths
 from rankfold.errors import OptionError
 from rankfold.factors import Rank, TuckerFactors
 from rankfold.linalg.precision import power_of_two_scale, widen
@@ -61,15 +62,13 @@ class Tucker2(Decomposition):
 
     def refuses(self, shape: Sequence[int]) -> str | None:
         """Only layers with a kernel have three stages worth having."""
-        if any(size > 1 for size in shape[2:]) and min(shape[:2]) > 1:
-            return None
-        return "the Tucker form needs a kernel larger than 1 and more than one channel on each side"
+        return refuses_tensor(shape, "Tucker")
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """A grid of pairs `(a, b)` that `admits`, ascending; the last is exact."""
         inner, outer = _largest(shape)
-        widths = [_widths(size, self.multiple_of) for size in (inner, outer)]
-        return [(a, b) for a in widths[0] for b in widths[1] if self.admits(shape, (a, b))]
+        grid = [widths(size, GRID, self.multiple_of) for size in (inner, outer)]
+        return [(a, b) for a in grid[0] for b in grid[1] if self.admits(shape, (a, b))]
 
     def at_multiples(self, multiple: int) -> Tucker2:
         """This method with a grid of multiples."""
@@ -109,7 +108,7 @@ class Tucker2(Decomposition):
             core.reshape(*core.shape[:2], *kernel),
             inp.reshape(*inp.shape, *ones),
         )
-        output, middle, first = (stage.to(weight.dtype).contiguous().clone() for stage in stages)
+        output, middle, first = (narrowed(stage, weight.dtype) for stage in stages)
         return TuckerFactors(output, middle, first)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
@@ -136,9 +135,3 @@ def _largest(shape: Sequence[int]) -> tuple[int, int]:
     """The smallest pair that is exact."""
     taps = prod(shape[2:])
     return min(shape[1], shape[0] * taps), min(shape[0], shape[1] * taps)
-
-
-def _widths(size: int, multiple: int) -> list[int]:
-    """At most `GRID` widths from size/GRID to size, evenly spaced; all but the last are multiples."""
-    even = {max(1, round(size * step / GRID / multiple)) * multiple for step in range(1, GRID)}
-    return sorted({*(width for width in even if width < size), size})

@@ -35,6 +35,11 @@ class Components:
         """The sum of the terms."""
         return torch.einsum("ar,br,cr->abc", *self.factors)
 
+    def first(self, count: int) -> Components:
+        """The first terms."""
+        first, second, third = (factor[:, :count] for factor in self.factors)
+        return Components((first, second, third))
+
     def joined(self, other: Components) -> Components:
         """The terms of both."""
         first, second, third = (torch.cat(pair, 1) for pair in zip(self.factors, other.factors, strict=True))
@@ -61,7 +66,7 @@ def slice_components(tensor: Tensor, rank: int) -> Components:
 
 
 def drawn_components(tensor: Tensor, rank: int, seed: int) -> Components:
-    """Terms to start from at random, with normal entries.
+    """Terms to start from at random: of the first mode, which is solved before it is read, zeros; normal entries else.
 
     Args:
         tensor: Tensor.
@@ -69,9 +74,9 @@ def drawn_components(tensor: Tensor, rank: int, seed: int) -> Components:
         seed: Seed of a generator of its own.
     """
     generator = torch.Generator().manual_seed(seed)
-    first, *others = (torch.randn(size, rank, generator=generator, dtype=tensor.dtype) for size in tensor.shape)
-    second, third = (torch.nn.functional.normalize(each, dim=0).to(tensor.device) for each in others)
-    return Components((first.to(tensor.device) * 0, second, third))
+    others = [torch.randn(size, rank, generator=generator, dtype=tensor.dtype) for size in tensor.shape[1:]]
+    second, third = (torch.nn.functional.normalize(each, dim=0).to(tensor) for each in others)
+    return Components((tensor.new_zeros(len(tensor), rank), second, third))
 
 
 def alternate(tensor: Tensor, start: Components, *, sweeps: int, tolerance: float) -> tuple[Components, float]:
