@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from rankfold.data.batches import Batch, batch_size, take, to_device
+from rankfold.data.batches import Batch, batch_size, take, to_device, with_labels
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.data.splits import no_batch
 from rankfold.errors import DataError, OptionError, near_matches, shown
@@ -385,12 +385,13 @@ def output_tensor(output: Any) -> tuple[Tensor, bool]:
     return tensor, _has_columns(tensor)
 
 
-def first_samples(batches: Iterable[Batch], samples: int, size: int) -> Iterator[Batch]:
-    """The first samples of some batches, at most `size` of them at once."""
+def first_samples(batches: Iterable[Batch], samples: int, size: int, *, labels: bool = False) -> Iterator[Batch]:
+    """The first samples of some batches, at most `size` of them at once; with their labels if asked for."""
+    part_of = with_labels if labels else take
     left = samples
     for batch in batches:
         for chunk in torch.split(torch.arange(min(batch_size(batch), left)), size):
-            yield take(batch, chunk)
+            yield part_of(batch, chunk)
             left -= len(chunk)
         if left <= 0:
             return

@@ -26,7 +26,7 @@ from rankfold.statistics._coherence import Coherence
 from rankfold.statistics._gradients import GradientGram
 from rankfold.statistics.coherence import Followed, add_samples
 from rankfold.statistics.collect import labels_of_rows, of_rows, sum_up
-from rankfold.statistics.loss_gradients import add_loss_gradients, labelled_samples
+from rankfold.statistics.loss_gradients import add_loss_gradients
 from rankfold.statistics.store import Statistics
 
 SAMPLES = 256  # samples looked at; one probe each
@@ -142,7 +142,7 @@ def collect_gradients(
             stats.sites[path][Coherence.name] = coherence
     stats.manifest["gradient_samples"] = samples
     if loss:
-        labelled = enumerate(labelled_samples(batches, samples, at_once))
+        labelled = enumerate(first_samples(batches, samples, at_once, labels=True))
         mine = (part for number, part in labelled if world.owns(number))
         sum_up(add_loss_gradients(model, modules, mine, stats, sites, taken), device, world)
     if taken.asked is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rankfold.data.batches import Batch, batch_size, labels_of, to_device, with_labels
+from rankfold.data.batches import Batch, batch_size, labels_of, to_device
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.errors import DataError
 from rankfold.layers import adapter_for
@@ -74,17 +74,6 @@ def add_loss_gradients(
     for path, statistic in found.items():
         stats.sites[path][LossGradient.name] = statistic
     return list(found.values())
-
-
-def labelled_samples(batches: Iterable[Batch], samples: int, size: int) -> Iterator[Batch]:
-    """The first samples of some batches with their labels, at most `size` of them at once."""
-    left = samples
-    for batch in batches:
-        for chunk in torch.split(torch.arange(min(batch_size(batch), left)), size):
-            yield with_labels(batch, chunk)
-            left -= len(chunk)
-        if left <= 0:
-            return
 
 
 def _gradients(model: nn.Module, part: Batch, taken: Taken, place: int, weights: Sequence[Tensor]) -> list[Tensor]:
