@@ -25,12 +25,12 @@ FEW_LAYERS = ("linear on tokens", "conv2d grouped", "conv2d same, reflect")
 
 class TestCP(DecompositionConformance):
     method = CP()
-    variations: ClassVar = {"sweeps": 1, "largest": 100}
+    variations: ClassVar = {"sweeps": 1, "largest": 100, "restarts": 8}
 
 
 class TestPlainCP(DecompositionConformance):
     method = CP(whitened=False)
-    variations: ClassVar = {"sweeps": 1, "largest": 100}
+    variations: ClassVar = {"sweeps": 1, "largest": 100, "restarts": 8}
     shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
     idle = frozenset({"damping"})
 
