@@ -8,19 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 
-import torch
 from torch import Tensor
 
 from rankfold.checks import check_count, check_flag
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
 from rankfold.decompositions.tensors import busy_axes, check_admitted, narrowed, refuses_tensor, widths
+from rankfold.decompositions.trains import Train, admits_widths, largest_widths
 from rankfold.factors import Rank, TrainFactors, TuckerFactors
-from rankfold.linalg.modes import PatchMetric, mode_roots, whitened
 from rankfold.linalg.precision import widen
-from rankfold.linalg.projection import balanced
-from rankfold.linalg.spectrum import explained_tail
 from rankfold.linalg.svd import svd
-from rankfold.linalg.train import carriages, joined, prefixes
 from rankfold.registry import added, register
 
 GRID = 5  # candidate widths a stage; a plan may name any width in between
@@ -78,7 +74,7 @@ class TensorTrain(Decomposition):
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """A grid of tuples that `admits`, ascending; the last is exact."""
-        largest = self._largest(shape)
+        largest = largest_widths(self._sizes(shape), shape[0])
         if self.tied:
             tied = {
                 tuple(min(width, most) for most in largest) for width in widths(max(largest), TIED, self.multiple_of)
@@ -93,29 +89,13 @@ class TensorTrain(Decomposition):
 
     def admits(self, shape: Sequence[int], rank: Rank) -> bool:
         """Any widths of which none is larger than what either side of it can fill."""
-        sizes = self._sizes(shape)
-        if not isinstance(rank, tuple) or len(rank) != len(sizes) or any(type(part) is not int for part in rank):
-            return False
-        left, right = (1, *rank[:-1]), (*rank[1:], shape[0])
-        after = (*sizes[1:], 1)
-        return all(
-            1 <= width <= min(before * size, beyond * later)
-            for width, before, size, beyond, later in zip(rank, left, sizes, right, after, strict=True)
-        )
+        return admits_widths(self._sizes(shape), shape[0], rank)
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> TrainFactors | TuckerFactors:
         """See `Decomposition.decompose`."""
         wanted = check_admitted(self, weight.shape, rank)
-        work = widen(weight)
-        metric, tensor, back = self._whitened(work, moments)
-        below = [each for each in self._grid(weight.shape) if each != wanted and _within(each, wanted)]
-        raw = _errors(metric, tensor, back, [wanted, *below]).tolist()
-        best = [wanted, *below][raw.index(min(raw))]
-        parts = _padded(_turned(carriages(tensor, best), back), wanted)
-        last = metric.refit(joined(parts).flatten(1))
-        left, right = balanced(last[:, :, None], parts[-1].flatten(1))
-        parts[-1] = right.reshape(parts[-1].shape)
-        pointwise = left.reshape(*left.shape[:2], *[1] * (weight.ndim - 2))
+        parts, last = self._train(weight, moments).fitted(wanted, self._grid(weight.shape))
+        pointwise = last.reshape(*last.shape, *[1] * (weight.ndim - 2))
         stages = [narrowed(each, weight.dtype) for each in (*self._folded(parts, weight.shape), pointwise)]
         if self.separable:
             return TrainFactors(tuple(stages))
@@ -124,12 +104,7 @@ class TensorTrain(Decomposition):
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """Errors of the last width all at once, for each tuple of the others; none above that of smaller widths."""
-        metric, tensor, back = self._whitened(widen(weight), moments)
-        ranks = self._grid(weight.shape)
-        errors = _errors(metric, tensor, back, ranks)
-        table = torch.tensor(ranks, device=errors.device)
-        within = (table[:, None] <= table).all(-1)  # [i, j]: i is nowhere above j
-        return torch.where(within, errors[:, None], torch.inf).amin(0)
+        return self._train(weight, moments).errors(self._grid(weight.shape))
 
     def _grid(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
         return [rank for rank in self.ranks(shape) if isinstance(rank, tuple)]
@@ -138,30 +113,19 @@ class TensorTrain(Decomposition):
         """Singular values of the unfoldings between the modes, (in × rest) to (in·k… × out); () for tied widths."""
         if self.tied:
             return ()
-        _, tensor, _ = self._whitened(widen(weight), moments)
+        tensor = self._train(weight, moments).tensor
         cuts = (tensor.flatten(0, at).flatten(1) for at in range(tensor.ndim - 1))
         return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in cuts)
 
-    def _whitened(self, work: Tensor, moments: Moments) -> tuple[PatchMetric, Tensor, list[Tensor]]:
-        """The metric of patches, the tensor (in, kernel…, out) that is decomposed, and the way back of each mode."""
-        sizes = self._sizes(work.shape)
-        tensor = work.reshape(len(work), *sizes).movedim(0, -1)
-        if not self.whitened:
-            return PatchMetric(None, work.flatten(1), damping=0), tensor, [torch.eye(size).to(work) for size in sizes]
-        gram = moments.metric(self).to(work)
-        roots = mode_roots(gram, sizes, damping=self.damping)
-        metric = PatchMetric(gram, work.flatten(1), damping=self.damping)
-        return metric, whitened(tensor, roots, 0), [inverse for _, inverse in roots]
+    def _train(self, weight: Tensor, moments: Moments) -> Train:
+        work = widen(weight).flatten(1)
+        gram = moments.metric(self).to(work) if self.whitened else None
+        return Train(work, self._sizes(weight.shape), gram, damping=self.damping)
 
     def _sizes(self, shape: Sequence[int]) -> list[int]:
         """Sizes of the modes of a patch: channels, and each axis of the kernel that is longer than 1, or all as one."""
         kernel = [size for size in shape[2:] if size > 1]
         return [shape[1], *(kernel if self.separable else [prod(kernel)])]
-
-    def _largest(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """The smallest widths that are exact."""
-        sizes = self._sizes(shape)
-        return tuple(min(prod(sizes[: i + 1]), prod(sizes[i + 1 :]) * shape[0]) for i in range(len(sizes)))
 
     def _folded(self, parts: Sequence[Tensor], shape: Sequence[int]) -> list[Tensor]:
         """Carriages as weights `out × in × kernel…`."""
@@ -173,41 +137,3 @@ class TensorTrain(Decomposition):
         for part, axis in zip(others, busy_axes(shape), strict=True):
             stages.append(part.reshape(*part.shape[:2], *(size if i == axis else 1 for i, size in enumerate(kernel))))
         return stages
-
-
-def _within(small: Sequence[int], large: Sequence[int]) -> bool:
-    """Whether widths are nowhere above others."""
-    return all(a <= b for a, b in zip(small, large, strict=True))
-
-
-def _errors(metric: PatchMetric, tensor: Tensor, back: Sequence[Tensor], ranks: Sequence[tuple[int, ...]]) -> Tensor:
-    """Errors of the carriages of TT-SVD. In the metric of whole patches they may grow with a width by chance."""
-    found = {}
-    for chosen, parts in prefixes(tensor, ranks):
-        rows = joined(_turned(parts, back)).flatten(1)
-        found[chosen] = explained_tail(metric.projected(rows), metric.total, block=1)
-    return torch.stack([found[rank[:-1]][rank[-1]] for rank in ranks])
-
-
-def _padded(parts: Sequence[Tensor], ranks: Sequence[int]) -> list[Tensor]:
-    """Carriages with zeros up to some widths."""
-    padded, before = [], None
-    for part, width in zip(parts, ranks, strict=True):
-        shape = (width, part.shape[1]) if before is None else (width, before, part.shape[2])
-        whole = part.new_zeros(shape)
-        whole[tuple(slice(size) for size in part.shape)] = part
-        padded.append(whole)
-        before = width
-    return padded
-
-
-def _turned(parts: Sequence[Tensor], back: Sequence[Tensor]) -> list[Tensor]:
-    """Carriages taken back from the metrics of their modes, with rows of length 1: lengths go to the next one."""
-    found: list[Tensor] = []
-    lengths = None
-    for part, inverse in zip(parts, back, strict=True):
-        rows = part @ inverse if lengths is None else (part * lengths[:, None]) @ inverse
-        lengths = torch.linalg.vector_norm(rows.flatten(1), dim=1)
-        lengths = torch.where(lengths > 0, lengths, 1.0)
-        found.append(rows / lengths.reshape(-1, *[1] * (rows.ndim - 1)))
-    return found
