@@ -41,12 +41,13 @@ FAMILIES: dict[str, list[rf.Family]] = {
     "CP": [rf.CP()],
     "TensorTrain": [rf.TensorTrain()],
     "TensorTrain, tied": [rf.TensorTrain(separable=False, tied=True)],
+    "LinearTrain": [rf.LinearTrain()],
     "ASVD": [rf.ASVD()],
     "FisherSVD": [rf.FisherSVD()],
     "KroneckerSVD": [rf.KroneckerSVD()],
     "FeaturePCA": [rf.FeaturePCA(multiple_of=1)],
 }
-LINEAR = ("SVD", "WhitenedSVD", "Pivoted", "ASVD", "FisherSVD", "KroneckerSVD", "FeaturePCA")
+LINEAR = ("SVD", "WhitenedSVD", "Pivoted", "LinearTrain", "ASVD", "FisherSVD", "KroneckerSVD", "FeaturePCA")
 
 
 @dataclass(frozen=True)

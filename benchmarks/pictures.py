@@ -34,6 +34,7 @@ PAGES = {
     "cp": ("CP",),
     "tensor-train": ("TensorTrain", "TensorTrain, tied"),
     "tucker": ("Tucker",),
+    "linear-train": ("LinearTrain",),
     "asvd": ("ASVD",),
     "fisher-svd": ("FisherSVD",),
     "kronecker-svd": ("KroneckerSVD",),
@@ -69,12 +70,16 @@ def main() -> None:
     families = [family for own in FAMILIES.values() for family in own if isinstance(family, Decomposition)]
     stats = rf.collect(model, data, sites=sites, statistics=rf.needed(families))
     rf.collect_gradients(model, data, stats, sites=sites)
-    site = max((each for each in sites if each.geometry.kernel), key=lambda each: dense_cost(each).params)
-    weight = widen(dict(model.named_modules())[site.path].weight.detach())  # type: ignore[union-attr, operator]
     for page, names in PAGES.items():
+        linear = page == "linear-train"
+        layers = (each for each in sites if bool(each.geometry.kernel) != linear)
+        site = max(layers, key=lambda each: dense_cost(each).params)
+        weight = widen(dict(model.named_modules())[site.path].weight.detach())  # type: ignore[union-attr, operator]
         figure, axes = pyplot.subplots(figsize=(6, 3.6))
         for name in (*GREY, *names):
             (method,) = (each for each in FAMILIES[name] if isinstance(each, Decomposition))
+            if method.refuses(weight.shape) is not None:
+                continue
             grey = name in GREY
             axes.plot(
                 *curve(site, weight, stats, method),

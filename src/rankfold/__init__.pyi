@@ -51,6 +51,7 @@ from .decompositions import FeaturePCA as FeaturePCA
 from .decompositions import FisherSVD as FisherSVD
 from .decompositions import Interpolative as Interpolative
 from .decompositions import KroneckerSVD as KroneckerSVD
+from .decompositions import LinearTrain as LinearTrain
 from .decompositions import Moments as Moments
 from .decompositions import Pivoted as Pivoted
 from .decompositions import SpatialSVD as SpatialSVD

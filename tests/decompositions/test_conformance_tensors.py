@@ -13,6 +13,7 @@ from rankfold.decompositions import (
     FeaturePCA,
     FisherSVD,
     KroneckerSVD,
+    LinearTrain,
     Moments,
     TensorTrain,
     Tucker,
@@ -80,4 +81,18 @@ class TestTucker(DecompositionConformance):
 class TestPlainTucker(DecompositionConformance):
     method = Tucker(whitened=False)
     shapes, layers = ((4, 20, 3, 3), (9, 4, 2, 3)), FEW_LAYERS
+    idle = frozenset({"damping"})
+
+
+class TestLinearTrain(DecompositionConformance):
+    method = LinearTrain()
+    shapes: ClassVar = ((20, 12), (9, 24), (6, 7, 3, 3))
+    layers = ("linear", "linear on tokens", "conv1d")
+
+
+class TestPlainLinearTrain(DecompositionConformance):
+    method = LinearTrain(modes=2, whitened=False)
+    variations: ClassVar = {"modes": 3}
+    shapes: ClassVar = ((20, 12), (9, 24))
+    layers = ("linear on tokens",)
     idle = frozenset({"damping"})

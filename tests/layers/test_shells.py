@@ -10,7 +10,17 @@ from torch import nn
 
 from rankfold.errors import PlanError
 from rankfold.factors import PIVOTED, Rank
-from rankfold.layers import Geometry, PivotedLayer, adapter_for, build_shell, dense_geometry, form_of, forms, stages
+from rankfold.layers import (
+    Geometry,
+    PivotedLayer,
+    adapter_for,
+    build_shell,
+    dense_geometry,
+    form_of,
+    forms,
+    serves,
+    stages,
+)
 from rankfold.testing import LAYERS, toy_layer
 from rankfold.testing.devices import generator_states, same_states
 
@@ -23,7 +33,7 @@ def _larger(rank: Rank | None) -> Rank:
     return tuple(part + 1 + i for i, part in enumerate(rank)) if isinstance(rank, tuple) else rank + 2
 
 
-RANKS = {name: _larger(form_of(name).smallest(CONV)) for name in forms()}
+RANKS = {name: _larger(form_of(name).smallest(CONV)) for name in forms() if serves(name, CONV)}
 
 
 def geometry_of(name: str) -> Geometry:

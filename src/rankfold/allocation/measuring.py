@@ -31,7 +31,7 @@ from rankfold.decompositions import (
 from rankfold.distributed import ALONE, World
 from rankfold.errors import DataError, OptionError, shown
 from rankfold.factors import Rank
-from rankfold.layers import adapter_for
+from rankfold.layers import adapter_for, serves
 from rankfold.linalg.precision import widen
 from rankfold.progress import Progress, Told, as_progress, silent
 from rankfold.sites.finding import check_sites
@@ -221,7 +221,12 @@ def changes_of(model: nn.Module, stats: Statistics, *, sites: Sites, families: S
 
 def methods_at(site: Site, families: Sequence[Decomposition]) -> list[Decomposition]:
     """The methods that apply at a site, without one of which another of them stores the same map in fewer numbers."""
-    own = [m for m in families if not site.fixed and m.refuses(site.geometry.canonical_shape) is None]
+    layer = site.geometry
+    own = [
+        method
+        for method in families
+        if not site.fixed and method.refuses(layer.canonical_shape) is None and serves(method.form, layer)
+    ]
     stored = {method.map for method in own if method.map != method}
     return [method for method in own if method not in stored]
 

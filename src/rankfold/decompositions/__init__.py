@@ -8,6 +8,7 @@ from rankfold.decompositions._feature_pca import FeaturePCA
 from rankfold.decompositions._fisher_svd import FisherSVD
 from rankfold.decompositions._interpolative import Interpolative
 from rankfold.decompositions._kronecker_svd import KroneckerSVD
+from rankfold.decompositions._linear_train import LinearTrain
 from rankfold.decompositions._pivoted import Pivoted
 from rankfold.decompositions._spatial_svd import SpatialSVD
 from rankfold.decompositions._svd import SVD
@@ -29,6 +30,7 @@ __all__ = [
     "FisherSVD",
     "Interpolative",
     "KroneckerSVD",
+    "LinearTrain",
     "Moments",
     "Pivoted",
     "SpatialSVD",

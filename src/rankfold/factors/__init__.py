@@ -3,7 +3,8 @@
 from rankfold.factors._base import Factors, Rank
 from rankfold.factors._pairs import BiasedMatrixFactors, MatrixFactors, MirroredFactors, SpatialFactors
 from rankfold.factors._pivoted import PIVOTABLE, PIVOTED, PivotedFactors, Pivots, pivoted_ends
-from rankfold.factors._tensors import CPFactors, FullTuckerFactors, TrainFactors
+from rankfold.factors._sizes import factored
+from rankfold.factors._tensors import CPFactors, FullTuckerFactors, LinearTrainFactors, TrainFactors, joined_parts
 from rankfold.factors._tucker import TuckerFactors
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CPFactors",
     "Factors",
     "FullTuckerFactors",
+    "LinearTrainFactors",
     "MatrixFactors",
     "MirroredFactors",
     "PivotedFactors",
@@ -21,5 +23,7 @@ __all__ = [
     "SpatialFactors",
     "TrainFactors",
     "TuckerFactors",
+    "factored",
+    "joined_parts",
     "pivoted_ends",
 ]

@@ -1,7 +1,8 @@
-"""Factors of more stages: canonical polyadic, tensor train, and Tucker with spatial modes."""
+"""Factors of more stages: canonical polyadic, tensor trains, and Tucker with spatial modes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import pairwise
@@ -76,6 +77,52 @@ class TrainFactors(Factors):
     def reconstruct(self) -> Tensor:
         """`W`, shape (out, in, kernel…)."""
         return reduce(lambda inner, part: torch.einsum("or...,ri...->oi...", part, inner), self.parts)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearTrainFactors(Factors):
+    """A tensor train of a linear layer, whose inputs are seen as `n_d × … × n_1`: one mode a stage, then the outputs.
+
+    `W[o, (…, j, i)] = Σ last[o, z] … part_2[b, (j, a)] part_1[a, i]`.
+
+    Attributes:
+        parts: The stages, first applied first: (r_1, n_1), (r_2, n_2·r_1), …, (out, r_d).
+        sizes: Sizes of the modes, n_1 to n_d.
+    """
+
+    parts: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+    form = "linear-train"
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The widths between the stages, first to last."""
+        return tuple(part.shape[0] for part in self.parts[:-1])
+
+    def stages(self) -> tuple[Tensor, ...]:
+        """The parts."""
+        return self.parts
+
+    def mixed(self, matrix: Tensor) -> Self:
+        """The last part mixed along its outputs."""
+        return replace(self, parts=(*self.parts[:-1], _mixed(matrix, self.parts[-1])))
+
+    def reconstruct(self) -> Tensor:
+        """`W`, shape (out, in)."""
+        return self.parts[-1] @ joined_parts(self.parts[:-1], self.sizes)
+
+
+def joined_parts(parts: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The map of a whole input that stages of a linear train but the last are, shape (r_d, in).
+
+    Args:
+        parts: The stages, first applied first, as in `LinearTrainFactors`.
+        sizes: Sizes of the modes, n_1 to n_d.
+    """
+    rows = parts[0]
+    for part, size in zip(parts[1:], sizes[1:], strict=True):
+        rows = torch.einsum("bja,ai->bji", torch.unflatten(part, 1, (size, len(rows))), rows).flatten(1)
+    return rows
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankfold.branches.installing import below
 from rankfold.channels.narrowing import Attributes, Cuts, kept_of, narrowed_geometry
 from rankfold.errors import PlanError, near_matches, shown
-from rankfold.layers import adapter_for, places_of
+from rankfold.layers import adapter_for, places_of, serves
 from rankfold.layers.attention import SplitAttention
 from rankfold.layers.splitting import attentions, split_, split_at
 from rankfold.layers.stands import CONSTANT
@@ -123,8 +123,11 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 cure=f"decide on {table!r}",
             )
         kept = kept_of(decision.site, module, plan.cuts)
-        shape = narrowed_geometry(adapter.geometry(module), kept).canonical_shape
+        geometry = narrowed_geometry(adapter.geometry(module), kept)
+        shape = geometry.canonical_shape
         why = decision.method.refuses(shape)
+        if why is None and not serves(decision.method.form, geometry):
+            why = f"a layer that the {decision.method.form} form can replace"
         if why is None and (decision.rank is None or not decision.method.admits(shape, decision.rank)):
             ranks = decision.method.ranks(shape)
             why = f"a rank between {ranks[0]} and {ranks[-1]}"

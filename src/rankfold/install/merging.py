@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -88,7 +89,8 @@ def _is_shell(module: nn.Module | None, decision: Decision) -> bool:
         return False
     geometry = dense_geometry([part for _, part, _ in chain])
     try:
-        return list(stages(geometry, decision.method.form, decision.rank)) == parts
+        expected = stages(geometry, decision.method.form, decision.rank)
+        return [replace(part, repeats=1) for part in expected] == parts  # a built layer does not know its repeats
     except PlanError:
         return False
 

@@ -3,7 +3,7 @@
 from rankfold.layers._base import Adapter, Operator, adapter_for, adapts, layer_operators, why_no_adapter
 from rankfold.layers.calls import input_of
 from rankfold.layers.carriers import places_of, resize
-from rankfold.layers.forms import Form, form, form_of, forms, stages
+from rankfold.layers.forms import Form, form, form_of, forms, serves, stages
 from rankfold.layers.geometry import Geometry, stage_weight, tensor
 from rankfold.layers.pivoted import PivotedLayer
 from rankfold.layers.shells import build_shell, chain_of, dense_geometry, fill_shell
@@ -29,6 +29,7 @@ __all__ = [
     "layer_operators",
     "places_of",
     "resize",
+    "serves",
     "stage_weight",
     "stages",
     "swap",

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import prod
 from typing import TypeAlias
 
 from torch import nn
 
 from rankfold.checks import is_whole
 from rankfold.errors import PlanError, near_matches
-from rankfold.factors import PIVOTABLE, PIVOTED, Rank, pivoted_ends
+from rankfold.factors import PIVOTABLE, PIVOTED, Rank, factored, pivoted_ends
 from rankfold.layers.geometry import Geometry
 from rankfold.layers.pivoted import CORE, INDEX_BYTES, INPUT, OUTPUT, PivotedLayer
+from rankfold.layers.train import TrainLinear
 
 Stages: TypeAlias = tuple[Geometry, ...]
 Staged: TypeAlias = Callable[[Geometry, Rank], Stages]
@@ -87,6 +89,11 @@ def form_of(name: str) -> Form:
     if name not in _FORMS:
         raise PlanError(name, law="a form of factors", got=repr(name), cure=near_matches(name, _FORMS))
     return _FORMS[name]
+
+
+def serves(form: str, geometry: Geometry) -> bool:
+    """Whether a form applies to a layer; a rank that is small enough need not be smaller than the layer."""
+    return form_of(form).smallest(geometry) is not None
 
 
 def stages(geometry: Geometry, form: str, rank: Rank) -> Stages:
@@ -180,6 +187,34 @@ def _train(geometry: Geometry, rank: Rank) -> Stages:
         *middle,
         geometry.on_axes(set(), inputs=widths[-1], outputs=geometry.outputs, bias=geometry.bias),
     )
+
+
+def _smallest_train(geometry: Geometry) -> Rank | None:
+    if geometry.kernel or geometry.table is not None or geometry.tied:
+        return None
+    modes = len(factored(geometry.inputs, 2))
+    return (1,) * modes if modes > 1 else None
+
+
+def _of_train(geometry: Geometry, rank: Rank, built: Sequence[nn.Module]) -> nn.Module:
+    """The module of `linear-train`."""
+    return TrainLinear(factored(geometry.inputs, len(built) - 1), built)
+
+
+@form("linear-train", smallest=_smallest_train, assemble=_of_train)
+def _linear_train(geometry: Geometry, rank: Rank) -> Stages:
+    modes = len(rank) if isinstance(rank, tuple) else 1
+    sizes = factored(geometry.inputs, modes)
+    if geometry.kernel or modes < 2 or len(sizes) < modes:
+        law = f"two ints or more, one for each of as many factors of {geometry.inputs}"
+        raise PlanError("rank", law=law, got=repr(rank), cure="give a linear layer of composite width such a tuple")
+    widths = _parts(rank, modes)
+    before = (1, *widths)
+    stages = [
+        Geometry(width * size, after, repeats=prod(sizes[index + 1 :]))
+        for index, (width, size, after) in enumerate(zip(before, sizes, widths, strict=False))
+    ]
+    return (*stages, Geometry(widths[-1], geometry.outputs, bias=geometry.bias))
 
 
 @form("full-tucker", smallest=lambda geometry: _ones(geometry, 2))

@@ -78,6 +78,7 @@ class Geometry:
         table: The rows that are looked up; None where the input is multiplied.
         output_padding: Positions that a transposed convolution adds at the end of each axis; None for any other layer.
         tied: True if the weight of a linear layer is a table that another layer holds.
+        repeats: Times that a linear layer is applied to the parts of one input, as a stage of a train is.
     """
 
     inputs: int
@@ -92,6 +93,7 @@ class Geometry:
     table: Table | None = None
     output_padding: tuple[int, ...] | None = None
     tied: bool = False
+    repeats: int = 1
 
     @property
     def transposed(self) -> bool:
@@ -154,7 +156,7 @@ class Geometry:
         """
         if self.table is not None:
             return 0
-        return self.n_weights * prod(size if self.transposed else self.output_size(size))
+        return self.n_weights * self.repeats * prod(size if self.transposed else self.output_size(size))
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """The empty `nn.Linear`, `nn.ConvNd`, `nn.ConvTransposeNd` or `nn.Embedding` of this geometry, uninitialised;

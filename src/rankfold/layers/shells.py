@@ -16,6 +16,7 @@ from rankfold.layers._base import adapter_for
 from rankfold.layers.forms import form_of
 from rankfold.layers.geometry import Geometry, stage_weight, tensor
 from rankfold.layers.pivoted import PivotedLayer
+from rankfold.layers.train import TrainLinear
 
 
 def build_shell(geometry: Geometry, form: str, rank: Rank, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -52,7 +53,7 @@ def chain_of(shell: nn.Module) -> list[tuple[Tensor, Geometry, Tensor | None]] |
     Args:
         shell: A module.
     """
-    if isinstance(shell, PivotedLayer):
+    if isinstance(shell, PivotedLayer | TrainLinear):
         return shell.chain()
     parts: list[tuple[Tensor, Geometry, Tensor | None]] = []
     for layer in shell.children():

@@ -10,7 +10,7 @@ from rankfold.allocation import Option, Problem
 from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.cost.resources import Cost
 from rankfold.decompositions import SVD, Decomposition, SpatialSVD
-from rankfold.layers import Geometry
+from rankfold.layers import Geometry, serves
 from rankfold.sites.site import Site
 
 FAMILIES: tuple[Decomposition, ...] = (SVD(), SpatialSVD(whitened=False))
@@ -48,7 +48,7 @@ def random_options(
     dense = Option(None, None, dense_cost(site), 0.0)
     options = [dense]
     for method in families:
-        if method.refuses(site.geometry.canonical_shape) is not None:
+        if method.refuses(site.geometry.canonical_shape) is not None or not serves(method.form, site.geometry):
             continue
         ranks = method.ranks(site.geometry.canonical_shape)
         energies = [draw.random() ** 4 for _ in ranks]

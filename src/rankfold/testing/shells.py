@@ -21,7 +21,7 @@ from rankfold.errors import BudgetError
 from rankfold.factors import Factors, Rank
 from rankfold.install.fill import filler, install_shells
 from rankfold.install.merging import merge
-from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, form_of, stages
+from rankfold.layers import Adapter, adapter_for, build_shell, fill_shell, form_of, serves, stages
 from rankfold.linalg.precision import widen
 from rankfold.plan import Decision, Plan
 from rankfold.plan.making import make_plan, plan_cost
@@ -52,7 +52,8 @@ class ShellLaws:
         for name in self.layers:
             if bias or name not in ALWAYS_BIASED:
                 layer, inputs = toy_layer(name, bias=bias, **options)
-                if self.method.refuses(_adapter(layer).geometry(layer).canonical_shape) is None:
+                own = _adapter(layer).geometry(layer)
+                if self.method.refuses(own.canonical_shape) is None and serves(self.method.form, own):
                     yield name, layer, inputs
 
     def compressed(self, layer: nn.Module, inputs: Tensor, rank: Rank) -> nn.Module:

@@ -1,0 +1,125 @@
+"""Tensor train of a linear layer, whose inputs are seen as a tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from rankfold.checks import check_count, check_flag
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
+from rankfold.decompositions.tensors import check_admitted, narrowed, widths
+from rankfold.decompositions.trains import Train, admits_widths, largest_widths
+from rankfold.factors import LinearTrainFactors, Rank, factored
+from rankfold.linalg.precision import widen
+from rankfold.linalg.svd import svd
+from rankfold.registry import register
+
+GRID = 5  # candidate widths a stage but the last; a plan may name any width in between
+LAST = 16  # the same of the last stage
+
+
+@register("linear-train")
+@dataclass(frozen=True)
+class LinearTrain(Decomposition):
+    """`in = n_1 ⋯ n_d` seen as a tensor: linear layers `n_1 → r_1`, `n_2 r_1 → r_2`, …, `n_d r_{d−1} → r_d → out`.
+
+    TT-SVD of the tensor (n_1, …, n_d, out). The last bond is the rank of a low-rank pair, whose first factor is a
+    train: where features have no order, as in most networks, it is the pair that saves, and not the train.
+
+    Ranks are tuples, one width behind each mode. Factors of the width are as even as possible, the largest first; it is
+    the mode that lies closest in memory, so that no stage has to transpose.
+
+    Attributes:
+        modes: Number of factors of the width of the inputs; a width with fewer prime factors has fewer.
+        whitened: True if the input moments are used, as in `TensorTrain`.
+        damping: Ridge added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
+        multiple_of: Number of which the widths of the grid of ranks are multiples, but for the exact ones.
+
+    References:
+        Oseledets, SIAM J. Sci. Comput. 33(5), 2011. Novikov et al., arXiv 1509.06569, split the outputs as well, one
+        factor of each side a carriage; we split the inputs alone, so that the last stage can be solved in closed form
+        and repaired as that of every other method.
+    """
+
+    modes: int = 3
+    whitened: bool = True
+    damping: float = 1e-6
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        check_count("LinearTrain.modes", self.modes, cure="try 3", least=2)
+        check_flag("LinearTrain.whitened", self.whitened)
+        check_damping(self.damping, "LinearTrain")
+        check_count("LinearTrain.multiple_of", self.multiple_of, cure="try 8")
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the input moments when whitened; none otherwise."""
+        return ("input-gram", "input-mean") if self.whitened else ()
+
+    @property
+    def form(self) -> str:
+        """ "linear-train"."""
+        return "linear-train"
+
+    def refuses(self, shape: Sequence[int]) -> str | None:
+        """Only linear layers whose width is a product."""
+        if len(shape) > 2:
+            return "a convolution has modes of its own: see TensorTrain"
+        if len(self._sizes(shape)) < 2:
+            return f"a width of {shape[1]} is no product"
+        return None
+
+    def ranks(self, shape: Sequence[int]) -> list[Rank]:
+        """A grid of tuples that `admits`, ascending; the last is exact."""
+        *inner, last = largest_widths(self._sizes(shape), shape[0])
+        axes = [*(widths(size, GRID, self.multiple_of) for size in inner), widths(last, LAST, self.multiple_of)]
+        return [each for each in product(*axes) if self.admits(shape, each)]
+
+    def at_multiples(self, multiple: int) -> LinearTrain:
+        """This method with a grid of multiples."""
+        return replace(self, multiple_of=math.lcm(self.multiple_of, multiple))
+
+    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
+        """Any widths of which none is larger than what either side of it can fill."""
+        return admits_widths(self._sizes(shape), shape[0], rank)
+
+    def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> LinearTrainFactors:
+        """See `Decomposition.decompose`."""
+        wanted = check_admitted(self, weight.shape, rank)
+        parts, last = self._train(weight, moments).fitted(wanted, self._grid(weight.shape))
+        first, *middle = parts
+        stages = (first, *(part.movedim(1, 2).flatten(1) for part in middle), last)
+        return LinearTrainFactors(
+            tuple(narrowed(each, weight.dtype) for each in stages), tuple(self._sizes(weight.shape))
+        )
+
+    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Errors of the last width all at once, for each tuple of the others; none above that of smaller widths."""
+        return self._train(weight, moments).errors(self._grid(weight.shape))
+
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Singular values of the unfoldings between the modes."""
+        tensor = self._train(weight, moments).tensor
+        cuts = (tensor.flatten(0, at).flatten(1) for at in range(tensor.ndim - 1))
+        return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in cuts)
+
+    def _grid(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        return [rank for rank in self.ranks(shape) if isinstance(rank, tuple)]
+
+    def _sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return factored(shape[1], self.modes)
+
+    def _train(self, weight: Tensor, moments: Moments) -> Train:
+        """The train of the weight, with its inputs in the order of the modes: the last one in memory first."""
+        sizes = self._sizes(weight.shape)
+        axes = range(len(sizes))
+        order = torch.arange(weight.shape[1], device=weight.device).reshape(sizes[::-1]).permute(*reversed(axes))
+        places = order.flatten()
+        gram = moments.metric(self).to(widen(weight))[places][:, places] if self.whitened else None
+        return Train(widen(weight)[:, places], sizes, gram, damping=self.damping)
