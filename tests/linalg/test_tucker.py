@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rankfold.linalg.tucker import hooi, metric_tucker, metric_tucker_errors
+from rankfold.linalg.tucker import _conjugate_gradients, hooi, metric_tucker, metric_tucker_errors, refined_tucker
 
 
 def _weight(seed: int = 0) -> torch.Tensor:
@@ -65,3 +65,41 @@ def test_zero_weights_and_zero_inputs_stay_finite() -> None:
     for weight, gram in ((torch.zeros(7, 6, 9).double(), _gram(54)), (_weight(), torch.zeros(54, 54).double())):
         for part in metric_tucker(weight, gram.reshape(6, 9, 6, 9), (2, 2), damping=1e-6):
             assert bool(torch.isfinite(part).all())
+
+
+def _lost(parts: tuple[torch.Tensor, ...], weight: torch.Tensor, gram: torch.Tensor) -> float:
+    change = (weight - torch.einsum("ob,bak,ai->oik", *parts)).flatten(1)
+    return float((change @ gram * change).sum())
+
+
+@pytest.mark.parametrize("ranks", [(2, 3), (4, 4), (5, 6)])
+def test_refining_lowers_the_error_in_the_metric(ranks: tuple[int, int]) -> None:
+    weight, gram = _weight(), _gram(54)
+    metric = gram.reshape(6, 9, 6, 9)
+    start = metric_tucker(weight, metric, ranks, damping=1e-10)
+    errors = [_lost(start, weight, gram)]
+    for passes in (1, 2, 10):
+        parts = refined_tucker(weight, metric, start, damping=1e-10, passes=passes)
+        assert [part.shape for part in parts] == [part.shape for part in start]
+        errors.append(_lost(parts, weight, gram))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.995 * errors[0]
+
+
+def test_the_input_factor_ends_at_the_least_squares_solution() -> None:
+    """Many steps of conjugate gradients reach the solution of all of its equations at once."""
+    weight, gram = _weight(), _gram(54)
+    out, core, inp = metric_tucker(weight, gram.reshape(6, 9, 6, 9), (3, 4), damping=1e-10)
+    design = torch.einsum("bak,ij->bikaj", core, torch.eye(6).double()).reshape(4, 54, 18)
+    root = torch.linalg.cholesky(gram).mT
+    seen = torch.einsum("nm,bmv->bnv", root, design).flatten(0, 1)
+    target = torch.einsum("nm,bm->bn", root, (out.mT @ weight.flatten(1))).flatten()
+    expected = torch.linalg.lstsq(seen, target[:, None]).solution.reshape(3, 6)
+    found = _conjugate_gradients(out.mT @ weight.flatten(1), core, inp, gram, 60)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_tucker_that_is_exact_is_not_refined() -> None:
+    weight, gram = _weight(), _gram(54).reshape(6, 9, 6, 9)
+    parts = metric_tucker(weight, gram, (6, 7), damping=1e-10)
+    assert refined_tucker(weight, gram, parts, damping=1e-10, passes=3) is parts

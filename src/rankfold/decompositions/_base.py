@@ -165,6 +165,18 @@ class Decomposition(Family, ABC):
             Factors in the weight's dtype, sharing no storage with it.
         """
 
+    def refine(self, factors: Factors, weight: Tensor, moments: Moments) -> Factors:
+        """Factors of the same form and rank with no larger an error, made where a layer is replaced.
+
+        What is too slow for every rank of a curve; `errors` are those of `decompose`.
+
+        Args:
+            factors: What `decompose` gave.
+            weight: The weight it was given, in the work dtype.
+            moments: The moments it was given.
+        """
+        return factors
+
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """Relative squared output error at each of `ranks`, by decomposing at each of them.
 

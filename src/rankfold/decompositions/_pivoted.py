@@ -11,7 +11,7 @@ from rankfold.checks import check_flag
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum
 from rankfold.decompositions._whitened_svd import WhitenedSVD
 from rankfold.errors import OptionError, shown
-from rankfold.factors import PIVOTABLE, PIVOTED, PivotedFactors, Rank
+from rankfold.factors import PIVOTABLE, PIVOTED, Factors, PivotedFactors, Rank
 from rankfold.registry import register
 
 
@@ -79,6 +79,12 @@ class Pivoted(Decomposition):
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> PivotedFactors:
         """See `Decomposition.decompose`."""
         return PivotedFactors(self.method.decompose(weight, rank, moments))
+
+    def refine(self, factors: Factors, weight: Tensor, moments: Moments) -> Factors:
+        """The method's factors refined, stored by pivots."""
+        own = factors.base if isinstance(factors, PivotedFactors) else factors
+        better = self.method.refine(own, weight, moments)
+        return factors if better is own else PivotedFactors(better)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """The method's errors: the map is the same."""

@@ -14,10 +14,10 @@ from rankfold.checks import check_count, check_flag
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
 from rankfold.decompositions.tensors import narrowed, refuses_tensor, widths
 from rankfold.errors import OptionError
-from rankfold.factors import Rank, TuckerFactors
+from rankfold.factors import Factors, Rank, TuckerFactors
 from rankfold.linalg.precision import power_of_two_scale, widen
 from rankfold.linalg.svd import svd
-from rankfold.linalg.tucker import hooi, metric_tucker, metric_tucker_errors
+from rankfold.linalg.tucker import hooi, metric_tucker, metric_tucker_errors, refined_tucker
 from rankfold.registry import added, register
 
 GRID = 16  # candidate widths a mode; a plan may name any width in between
@@ -29,11 +29,13 @@ class Tucker2(Decomposition):
     """`1×1 → a`, `k×k → b`, `1×1 → out`: a core between an input and an output matrix. Ranks are tuples `(a, b)`.
 
     Plain: HOSVD start, then HOOI, best in the Frobenius norm. Whitened: the input matrix comes from the marginal
-    moment of a pixel, and what remains is the best rank-b map of the projected patches, in closed form.
+    moment of a pixel, and what remains is the best rank-b map of the projected patches, in closed form. Where a layer
+    is replaced, passes of alternating least squares in that metric follow, each kept where it wins; curves are without.
 
     Attributes:
         whitened: True if the input moments are used.
         damping: Ridge added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
+        passes: Passes of alternating least squares after the closed form; read when `whitened`.
         multiple_of: Number of which the widths of the grid of ranks are multiples, but for the exact ones.
 
     References:
@@ -44,8 +46,10 @@ class Tucker2(Decomposition):
     whitened: bool = True
     damping: float = 1e-6
     multiple_of: int = added(1)
+    passes: int = added(2, before=0)
 
     def __post_init__(self) -> None:
+        check_count("Tucker2.passes", self.passes, cure="try 2", least=0)
         check_count("Tucker2.multiple_of", self.multiple_of, cure="try 8")
         check_flag("Tucker2.whitened", self.whitened)
         check_damping(self.damping, "Tucker2")
@@ -102,14 +106,17 @@ class Tucker2(Decomposition):
             out, core, inp = metric_tucker(work, self._patches(moments, work), pair, damping=self.damping)
         else:
             out, core, inp = hooi(work, pair)
-        ones = [1] * len(kernel)
-        stages = (
-            out.reshape(*out.shape, *ones),
-            core.reshape(*core.shape[:2], *kernel),
-            inp.reshape(*inp.shape, *ones),
-        )
-        output, middle, first = (narrowed(stage, weight.dtype) for stage in stages)
-        return TuckerFactors(output, middle, first)
+        return _stages((out, core, inp), kernel, weight.dtype)
+
+    def refine(self, factors: Factors, weight: Tensor, moments: Moments) -> Factors:
+        """Alternating least squares in the metric of the patches; see `refined_tucker`."""
+        if not self.whitened or not self.passes or not isinstance(factors, TuckerFactors):
+            return factors
+        work = widen(weight).flatten(2)
+        output, core, inp = (widen(part).flatten(2) for part in (factors.output, factors.core, factors.input))
+        parts = (output[:, :, 0], core, inp[:, :, 0])
+        found = refined_tucker(work, self._patches(moments, work), parts, damping=self.damping, passes=self.passes)
+        return factors if found is parts else _stages(found, weight.shape[2:], factors.core.dtype)
 
     def errors(self, weight: Tensor, moments: Moments) -> Tensor:
         """Errors by one projection for all pairs (whitened), or by one HOOI for each pair (plain)."""
@@ -129,6 +136,15 @@ class Tucker2(Decomposition):
     def _patches(self, moments: Moments, work: Tensor) -> Tensor:
         _, inputs, taps = work.shape
         return moments.metric(self).to(work).reshape(inputs, taps, inputs, taps)
+
+
+def _stages(parts: tuple[Tensor, Tensor, Tensor], kernel: Sequence[int], dtype: torch.dtype) -> TuckerFactors:
+    """Output factor, core and input factor as the stages of a layer."""
+    out, core, inp = parts
+    ones = [1] * len(kernel)
+    stages = (out.reshape(*out.shape, *ones), core.reshape(*core.shape[:2], *kernel), inp.reshape(*inp.shape, *ones))
+    output, middle, first = (narrowed(stage, dtype) for stage in stages)
+    return TuckerFactors(output, middle, first)
 
 
 def _largest(shape: Sequence[int]) -> tuple[int, int]:

@@ -16,7 +16,7 @@ OUTPUT_DAMPING = 0.05  # relative damping of the gradient Gram: no output direct
 
 
 def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moments) -> Factors:
-    """Decompose in the metric of inputs and outputs: `F⁻¹ · decompose(F W)` with `FᵀF = G + λI`.
+    """Decompose and refine in the metric of inputs and outputs: `F⁻¹ · decompose(F W)` with `FᵀF = G + λI`.
 
     A method that minimises `E‖(W − Ŵ)x‖²` then minimises `E‖F(W − Ŵ)x‖²`, the error in the metric `G + λI`. The output
     axis belongs to the last stage in every form, so undoing the weighting changes neither form nor rank. Methods that
@@ -30,9 +30,10 @@ def factorise(method: Decomposition, weight: Tensor, rank: Rank, moments: Moment
         moments: Moments of the same group.
     """
     if moments.gradient_gram is None or not _is_mixed(method):
-        return method.decompose(weight, rank, moments)
+        return method.refine(method.decompose(weight, rank, moments), widen(weight), moments)
     root = output_root(moments.gradient_gram.to(widen(weight)))
-    factors = method.decompose(_mix(root, widen(weight)), rank, moments)
+    mixed = _mix(root, widen(weight))
+    factors = method.refine(method.decompose(mixed, rank, moments), mixed, moments)
     eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
     return factors.mixed(torch.linalg.solve_triangular(root, eye, upper=True))
 

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from rankfold.linalg.modes import basis, times
 from rankfold.linalg.precision import power_of_two_scale
-from rankfold.linalg.projection import ordered_projection, split_basis, split_refit
+from rankfold.linalg.projection import LEAST_DAMPING, ordered_projection, split_basis, split_refit
+from rankfold.linalg.spectrum import weighted_energy
 from rankfold.linalg.svd import svd
+from rankfold.linalg.whitening import damped_gram
 
 
 def hooi(
@@ -69,11 +71,90 @@ def metric_tucker(
         `U` (out, b), core (b, a, taps), `V` (a, in).
     """
     inner, outer = ranks
-    basis = split_basis(weight, gram, damping=damping)
-    projected, _ = ordered_projection(weight, gram, basis[:inner], damping=damping)
+    return _behind(weight, gram, split_basis(weight, gram, damping=damping)[:inner], outer, damping=damping)
+
+
+def _behind(weight: Tensor, gram: Tensor, inp: Tensor, outer: int, *, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The best output factor and core behind an input factor (a, in), which is rescaled by powers of two."""
+    projected, _ = ordered_projection(weight, gram, inp, damping=damping)
     out = svd(projected)[0][:, :outer]
-    left, right = split_refit(weight, gram, basis[:inner], damping=damping)  # out × a × taps, a × in
+    left, right = split_refit(weight, gram, inp, damping=damping)  # out × a × taps, a × in
     return out, torch.einsum("ob,oak->bak", out, left), right
+
+
+def refined_tucker(
+    weight: Tensor, gram: Tensor, parts: tuple[Tensor, Tensor, Tensor], *, damping: float, passes: int, steps: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Alternating least squares from a Tucker-2 in the metric of the patches; the error never grows.
+
+    A pass takes a few steps of conjugate gradients towards the best input factor behind the output factor and the core,
+    `Σ_{k,l} C_kᵀ C_l V A_{lk} = Σ_k C_kᵀ Uᵀ (W A)_k`, and then the best output factor and core in closed form. It is
+    kept where it lowers the error.
+
+    Args:
+        weight: Weight `W`, shape (out, in, taps).
+        gram: Second moment `A` of the patches, shape (in, taps, in, taps).
+        parts: `U` (out, b) with orthonormal columns, core `C` (b, a, taps), `V` (a, in), as of `metric_tucker`.
+        damping: Relative damping of the Gram.
+        passes: Largest number of passes.
+        steps: Steps of conjugate gradients in a pass.
+
+    Returns:
+        The three parts.
+    """
+    _, inputs, taps = weight.shape
+    scale = power_of_two_scale(weight)
+    flat = damped_gram(gram.reshape(inputs * taps, -1), damping=max(damping, LEAST_DAMPING))
+    flat = flat / power_of_two_scale(flat)
+    target = (weight / scale).flatten(1)
+
+    def lost(found: tuple[Tensor, Tensor, Tensor]) -> float:
+        made = torch.einsum("ob,bak,ai->oik", found[0], found[1] / scale, found[2]).flatten(1)
+        return float(weighted_energy(target - made, flat))
+
+    least = lost(parts)
+    for _ in range(passes if least > 1e-12 * float(weighted_energy(target, flat)) else 0):
+        left, core, inp = parts
+        factor = _conjugate_gradients(left.mT @ target, core / scale, inp, flat, steps)
+        tried = _behind(weight, gram, factor, core.shape[0], damping=damping)
+        error = lost(tried)
+        if not error < least:
+            break
+        parts, least = tried, error
+    return parts
+
+
+def _conjugate_gradients(target: Tensor, core: Tensor, inp: Tensor, metric: Tensor, steps: int) -> Tensor:
+    """Steps towards the input factor `V` that makes `‖(T − C (V ⊗ I)) A^{1/2}‖` smallest, from one that is given.
+
+    Args:
+        target: `T`, shape (b, in·taps).
+        core: `C`, shape (b, a, taps).
+        inp: The start, shape (a, in).
+        metric: `A`, shape (in·taps, in·taps).
+        steps: Number of steps.
+    """
+    inputs, taps = inp.shape[1], core.shape[2]
+
+    def gradient(maps: Tensor) -> Tensor:
+        seen = torch.unflatten(maps @ metric, 1, (inputs, taps))
+        return torch.einsum("bak,bik->ai", core, seen)
+
+    def normal(factor: Tensor) -> Tensor:
+        return gradient(torch.einsum("bak,ai->bik", core, factor).flatten(1))
+
+    rest = gradient(target) - normal(inp)
+    direction, energy = rest, rest.square().sum()
+    for _ in range(steps):
+        image = normal(direction)
+        curvature = (direction * image).sum()
+        if not float(curvature) > 0:
+            break
+        step = energy / curvature
+        inp, rest = inp + step * direction, rest - step * image
+        before, energy = energy, rest.square().sum()
+        direction = rest + energy / before * direction
+    return inp
 
 
 def metric_tucker_errors(weight: Tensor, gram: Tensor, inner: list[int], *, damping: float) -> Tensor:

@@ -139,6 +139,24 @@ class WeightLaws:
                 assert max(curve.values()) <= 1 + self.tolerance, shape
                 assert curve[ranks[-1]] == pytest.approx(0, abs=self.tolerance), shape
 
+    def test_refining_never_adds_error(self, device: str) -> None:
+        """`refine` keeps form and rank, and the measured error does not grow."""
+        for shape in self.cases():
+            weight = toy_weight(shape, device=device)
+            moments = moments_of_weight(weight)
+            flat = weight.flatten(1)
+            metric = self.metric(moments, flat.shape[1]).to(flat)
+            ranks = self.method.ranks(shape)
+            for rank in (ranks[index] for index in spread(len(ranks))):
+                plain = self.method.decompose(weight, rank, moments)
+                refined = self.method.refine(plain, weight, moments)
+                assert (refined.form, refined.ranks) == (plain.form, rank)
+                before, after = (
+                    weighted_energy(flat - factors.reconstruct().flatten(1), metric) for factors in (plain, refined)
+                )
+                total = float(weighted_energy(flat, metric))
+                assert float(after) <= float(before) + self.tolerance * total, (shape, rank)
+
     def test_factors_have_the_form_and_rank_asked_for(self, device: str) -> None:
         """The stages of the factors have the shapes of the layers that the shell is built of."""
         for shape in self.cases():
@@ -257,7 +275,8 @@ def _differ(first: Decomposition, second: Decomposition, shape: tuple[int, ...])
     weight = toy_weight(shape)
     moments = moments_of_weight(weight)
     rank = first.ranks(shape)[0]
-    stages_of_both = (method.decompose(weight, rank, moments).stages() for method in (first, second))
+    made = (method.refine(method.decompose(weight, rank, moments), weight, moments) for method in (first, second))
+    stages_of_both = (factors.stages() for factors in made)
     return any(not torch.equal(a, b) for a, b in zip(*stages_of_both, strict=True))
 
 
