@@ -14,7 +14,7 @@ from rankfold.checks import check_count, check_flag, check_number
 from rankfold.decompositions._base import Decomposition, Moments, canonical, check_damping, judged_energy
 from rankfold.decompositions.tensors import narrowed, refuses_tensor
 from rankfold.factors import CPFactors, Rank
-from rankfold.linalg.cp import Components, alternate, drawn_components, slice_components
+from rankfold.linalg.cp import Components, alternate, drawn_components, slice_components, squared_distance
 from rankfold.linalg.modes import PatchMetric, mode_roots, whitened
 from rankfold.linalg.precision import widen
 from rankfold.linalg.projection import balanced
@@ -164,20 +164,21 @@ class CP(Decomposition):
         The one that is closer is the start; the other one is tried where no sweep gets on from there.
         """
         joined = below.joined(slice_components(tensor - below.tensor(), start.rank - below.rank))
-        starts = sorted((joined, start), key=lambda each: _distance(tensor, each))
-        first = self._best(tensor, starts[:1])
-        if _distance(tensor, first) < _distance(tensor, starts[0]):
+        distances = [squared_distance(tensor, each) for each in (joined, start)]
+        closer, other = (joined, start) if distances[0] <= distances[1] else (start, joined)
+        first, error = self._swept(tensor, closer)
+        if error * float(tensor.square().sum()) < min(distances):
             return first
-        return self._best(tensor, starts)
+        second, reached = self._swept(tensor, other)
+        return second if reached < error else first
 
     def _best(self, tensor: Tensor, starts: Sequence[Components]) -> Components:
         """The best of what sweeps make of some starts."""
-        solved = [alternate(tensor, each, sweeps=self.sweeps, tolerance=self.tolerance) for each in starts]
-        return min(solved, key=lambda each: each[1])[0]
+        return min((self._swept(tensor, each) for each in starts), key=lambda each: each[1])[0]
 
-
-def _distance(tensor: Tensor, components: Components) -> float:
-    return float((tensor - components.tensor()).square().sum())
+    def _swept(self, tensor: Tensor, start: Components) -> tuple[Components, float]:
+        """What sweeps make of a start, and its squared error over the tensor's energy."""
+        return alternate(tensor, start, sweeps=self.sweeps, tolerance=self.tolerance)
 
 
 def _factors(components: Components, back: list[Tensor] | None, metric: PatchMetric, kernel: list[int]) -> CPFactors:

@@ -13,6 +13,7 @@ from rankfold.linalg.precision import power_of_two_scale
 
 PULL = 1e-7  # weight of the factors of the last sweep, beside components of length 1: keeps every solve regular
 CANCELLING = 1e3  # energy of all components over that of the tensor from which they cancel each other
+DIRECT = 1e-6  # share of the energy below which an error is computed from what is left of the tensor
 LINE_EVERY = 4  # sweeps from one step along the last change to the next
 
 
@@ -33,7 +34,10 @@ class Components:
 
     def tensor(self) -> Tensor:
         """The sum of the terms."""
-        return torch.einsum("ar,br,cr->abc", *self.factors)
+        first, second, third = self.factors
+        rows = second[:, None] * third  # b × c × R
+        tensor: Tensor = torch.tensordot(first, rows, ([1], [2]))
+        return tensor
 
     def first(self, count: int) -> Components:
         """The first terms."""
@@ -117,13 +121,12 @@ def alternate(tensor: Tensor, start: Components, *, sweeps: int, tolerance: floa
     if total <= 0:
         return start, 0.0
     best = Components((start.factors[0] / scale, start.factors[1], start.factors[2]))
-    error = _error(work, best)
+    error = squared_distance(work, best)
     before = best
     for sweep in range(sweeps):
-        now = _sweep(work, best)
+        now, reached = _sweep(work, best, total)
         if sweep % LINE_EVERY == LINE_EVERY - 1:
-            now = _along(work, before, now, (sweep + 1) ** (1 / 3))
-        reached = _error(work, now)
+            now, reached = _along(work, before, now, reached, (sweep + 1) ** (1 / 3))
         cancelling = float(now.factors[0].square().sum()) > CANCELLING * total
         if cancelling or not reached <= error:
             break
@@ -134,9 +137,14 @@ def alternate(tensor: Tensor, start: Components, *, sweeps: int, tolerance: floa
     return Components((best.factors[0] * scale, best.factors[1], best.factors[2])), error / total
 
 
-def _sweep(work: Tensor, start: Components) -> Components:
-    """One solve of each mode; the first one last, so that it holds the lengths."""
+def _sweep(work: Tensor, start: Components, total: float) -> tuple[Components, float]:
+    """One solve of each mode, the first one last, so that it holds the lengths; and the squared error then.
+
+    The error is `‖T‖² − 2⟨A, S⟩ + ⟨A G, A⟩` for the last factor `A`, the Gram `G` of the other two and `S`, the tensor
+    seen through them; where that is little beside `‖T‖²` it is computed from the rest itself.
+    """
     factors = list(start.factors)
+    error = total
     for mode in (1, 2, 0):
         others = [other for other in range(3) if other != mode]
         for other in others:  # the lengths go to the mode that is solved
@@ -145,16 +153,29 @@ def _sweep(work: Tensor, start: Components) -> Components:
             factors[other], factors[mode] = factors[other] / lengths, factors[mode] * lengths
         left, right = (factors[other] for other in others)
         gram = (left.mT @ left) * (right.mT @ right)
-        gram.diagonal().add_(PULL)
         turned = work.movedim(mode, 0)
         seen = (
             torch.einsum("nab,ar,br->nr", turned, left, right)
             if _small(turned, left)
             else _product(turned, left, right)
         )
-        factors[mode] = torch.linalg.solve(gram, (seen + PULL * factors[mode]).mT).mT
+        pulled = gram.clone()
+        pulled.diagonal().add_(PULL)
+        factors[mode] = _solved(pulled, (seen + PULL * factors[mode]).mT).mT
+        if mode == 0:
+            error += float(((factors[0] @ gram - 2 * seen) * factors[0]).sum())
     first, second, third = factors
-    return _unit(first, second, third)
+    found = Components((first, second, third))
+    return found, error if error > DIRECT * total else squared_distance(work, found)
+
+
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """`M⁻¹R` of a positive definite `M`: by Cholesky, and by LU where rounding left it indefinite."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not int(failed):
+        return torch.cholesky_solve(right, factor)
+    solved: Tensor = torch.linalg.solve(matrix, right)
+    return solved
 
 
 def _small(turned: Tensor, left: Tensor) -> bool:
@@ -178,15 +199,16 @@ def _unit(first: Tensor, second: Tensor, third: Tensor) -> Components:
     return Components((first, second, third))
 
 
-def _along(work: Tensor, before: Components, now: Components, step: float) -> Components:
-    """A step further along the change of the last sweep, where that is better."""
+def _along(work: Tensor, before: Components, now: Components, error: float, step: float) -> tuple[Components, float]:
+    """A step further along the change of the last sweep, where that is better; and its squared error."""
     first, second, third = (
         new + (step - 1) * (new - old) for new, old in zip(now.factors, before.factors, strict=True)
     )
     further = _unit(first, second, third)
-    return further if _error(work, further) < _error(work, now) else now
+    reached = squared_distance(work, further)
+    return (further, reached) if reached < error else (now, error)
 
 
-def _error(work: Tensor, components: Components) -> float:
+def squared_distance(tensor: Tensor, components: Components) -> float:
     """Squared error of a sum of terms."""
-    return float((work - components.tensor()).square().sum())
+    return float((tensor - components.tensor()).square().sum())

@@ -32,7 +32,14 @@ def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Te
 
 
 def ridge(
-    moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float, anchor: float = 1.0
+    moments: SplitMoments,
+    group: int,
+    weight: Tensor,
+    *,
+    bias: bool,
+    strength: float,
+    anchor: float = 1.0,
+    level: float | None = None,
 ) -> tuple[Tensor, float]:
     """Least squares with a ridge towards the original weight: `W_λ = W + (C − WS)(S + λ diag(S))⁻¹`.
 
@@ -54,12 +61,13 @@ def ridge(
         bias: True if a bias absorbs the means.
         strength: Least value of `λ`.
         anchor: Share `α`, in (0, 1].
+        level: `λ` that was chosen on the same inputs for another target; None chooses it.
 
     Returns:
         `W_λ`, shape (out, n), and `λ`. A site that saw only zeros keeps `W`, at infinity. Rank-deficient `S` is normal:
         in directions that the inputs never take, `W_λ` equals `W`.
     """
-    chosen = _chosen(moments, group, weight, bias=bias, strength=strength)
+    chosen = _chosen(moments, group, weight, bias=bias, strength=strength) if level is None else level
     second, crossed, _, _ = centred(moments.fit, group, bias=bias)
     if math.isinf(chosen) or not float(second.diagonal().mean()) > 0:
         return weight.clone(), math.inf
