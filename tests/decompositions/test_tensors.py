@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import rankfold as rf
 from rankfold.decompositions import Decomposition, Moments
-from rankfold.errors import NumericsError, OptionError
+from rankfold.errors import BudgetError, NumericsError, OptionError
 from rankfold.factors import Rank
 from rankfold.linalg.cp import CANCELLING, alternate, drawn_components, slice_components
 from rankfold.linalg.modes import PatchMetric, marginal, mode_roots, times, unfolded
@@ -202,3 +202,19 @@ def test_the_whole_road(method: Decomposition) -> None:
     assert rf.Plan.from_json(out.plan.to_json()) == out.plan
     dense = rf.merge(out.model, out.plan)
     assert torch.allclose(dense(data[0]), out.model(data[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "family", [rf.SpatialSVD(), rf.CP(), rf.TensorTrain(), rf.Tucker(), rf.Tucker2()], ids=lambda each: str(each)
+)
+def test_layers_without_a_kernel_are_no_case_for_families_of_kernels(family: Decomposition) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 1), nn.Flatten()).eval()
+    with pytest.raises(BudgetError, match=r"none of the families given makes it smaller.*, or allow more families"):
+        rf.compress(model, [torch.randn(8, 8, 4, 4)], families=[family], budget=rf.Budget(params=0.6))
+    with pytest.raises(OptionError, match="leave the site out"):
+        rf.compress(
+            model,
+            [torch.randn(8, 8, 4, 4)],
+            families=[family],
+            selector=rf.Fixed({"0": family.ranks((16, 8, 3, 3))[0]}),
+        )

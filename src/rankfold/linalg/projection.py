@@ -99,11 +99,28 @@ def split_refit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) 
     Returns:
         Second stage, shape (out, r, b), and first stage, shape (r, a).
     """
+    return split_fit(weight, gram, basis, damping=damping)[1:]
+
+
+def split_fit(weight: Tensor, gram: Tensor, basis: Tensor, *, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The target in the coordinates of `ordered_projection`, and both stages of `split_refit`, from one factorisation.
+
+    Args:
+        weight: Weight `W`, shape (out, a, b).
+        gram: Second moment `A` of whole patches, shape (a, b, a, b).
+        basis: First stage, shape (r, a).
+        damping: Relative damping of the whole Gram, as in `split_errors`.
+
+    Returns:
+        Shapes (out, r·b), (out, r, b) and (r, a).
+    """
     out, _, b = weight.shape
     metric = damped_gram(gram.reshape(basis.shape[1] * b, -1), damping=max(damping, LEAST_DAMPING))
     inner, outer, lengths = _projected(weight, metric, basis)
-    solution = torch.cholesky_solve(outer.mT, cholesky(inner)).mT.reshape(out, len(basis), b)
-    return balanced(solution * power_of_two_scale(weight), basis / lengths)
+    root = cholesky(inner)
+    explained = torch.linalg.solve_triangular(root, outer.mT, upper=False)
+    solution = torch.linalg.solve_triangular(root.mT, explained, upper=True).mT.reshape(out, len(basis), b)
+    return explained.mT, *balanced(solution * power_of_two_scale(weight), basis / lengths)
 
 
 def _projected(weight: Tensor, metric: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:

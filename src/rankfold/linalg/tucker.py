@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankfold.linalg.modes import basis, times
 from rankfold.linalg.precision import power_of_two_scale
-from rankfold.linalg.projection import LEAST_DAMPING, ordered_projection, split_basis, split_refit
+from rankfold.linalg.projection import LEAST_DAMPING, ordered_projection, split_basis, split_fit
 from rankfold.linalg.spectrum import weighted_energy
 from rankfold.linalg.svd import svd
 from rankfold.linalg.whitening import damped_gram
@@ -76,9 +76,8 @@ def metric_tucker(
 
 def _behind(weight: Tensor, gram: Tensor, inp: Tensor, outer: int, *, damping: float) -> tuple[Tensor, Tensor, Tensor]:
     """The best output factor and core behind an input factor (a, in), which is rescaled by powers of two."""
-    projected, _ = ordered_projection(weight, gram, inp, damping=damping)
+    projected, left, right = split_fit(weight, gram, inp, damping=damping)  # left: out × a × taps, right: a × in
     out = svd(projected)[0][:, :outer]
-    left, right = split_refit(weight, gram, inp, damping=damping)  # out × a × taps, a × in
     return out, torch.einsum("ob,oak->bak", out, left), right
 
 

@@ -130,6 +130,7 @@ def unreachable(
         parts.append(text)
         unselected |= any(one.reason.startswith("not selected") for one in left)
         unreduced |= 2 * sum(one.amount for one in left) < smallest[name]
+        unreduced |= any(one.reason == NOTHING_SMALLER for one in left)
     needed = ", ".join(f"{name}={math.ceil(1e4 * smallest[name] / max(whole[name], 1)) / 1e4:g}" for name in broken)
     cures = [f"raise the bound (at least {needed})"]
     cures += ["select more layers"] if unselected else []
