@@ -1,3 +1,4 @@
+from . import training as training
 from ._version import __version__ as __version__
 from .allocation import EVBMF as EVBMF
 from .allocation import Bayesian as Bayesian

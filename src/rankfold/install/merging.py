@@ -58,10 +58,10 @@ def merge(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         chain = chain_of(shell)
         if chain is None:
             raise TypeError(f"{decision.site} was not checked")
-        replaced[id(shell)] = _dense(shell, chain)
+        replaced[id(shell)] = dense_of(shell, chain)
         head = _head_of(model, shell)
         if head is not None and (own := chain_of(head)) is not None:
-            replaced[id(head)] = _dense(head, own)
+            replaced[id(head)] = dense_of(head, own)
     return join_(swap(model, replaced), plan.split)
 
 
@@ -95,7 +95,7 @@ def _is_shell(module: nn.Module | None, decision: Decision) -> bool:
         return False
 
 
-def _dense(shell: nn.Module, chain: Chain) -> nn.Module:
+def dense_of(shell: nn.Module, chain: Chain) -> nn.Module:
     """The dense layer that a shell's layers multiply out to."""
     geometry, bias = dense_geometry([part for _, part, _ in chain]), chain[-1][2]
     weights = [_dense_stage(weight, part, geometry.groups) for weight, part, _ in chain]

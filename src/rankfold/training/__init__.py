@@ -1,0 +1,19 @@
+"""Training for compressibility: penalties for any training loop, and models in the form that training needs."""
+
+from rankfold.training._base import Regularizer
+from rankfold.training.optimizers import check_optimizer
+from rankfold.training.orthogonality import Orthogonality
+from rankfold.training.overparameterized import Overparameterized, merge, overparameterize
+from rankfold.training.smoothness import FirstDerivative, NuclearNorm, SecondDerivative
+
+__all__ = [
+    "FirstDerivative",
+    "NuclearNorm",
+    "Orthogonality",
+    "Overparameterized",
+    "Regularizer",
+    "SecondDerivative",
+    "check_optimizer",
+    "merge",
+    "overparameterize",
+]

@@ -1,0 +1,189 @@
+"""What penalties on weights share: the layers they act on, their weight beside the task's loss, and their state."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rankfold.checks import check_number
+from rankfold.errors import NumericsError, OptionError, SiteError, near_matches
+from rankfold.layers import Adapter, adapter_for
+from rankfold.sites.finding import check_selection
+
+DECAY = 0.98  # share of the running means that a step keeps
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what wraps it: `DistributedDataParallel`, `DataParallel`, `torch.compile`."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+class Regularizer(ABC):
+    """A penalty on the weights of a model that is trained, which makes it easier to compress afterwards.
+
+    `loss = loss + penalty(model, loss)`, once for each step of the optimizer (with gradients accumulated over k
+    batches, a k-th of it each time). It is `λ Σ R(W)`, summed over the layers it acts on, in float32 whatever autocast
+    says; λ is a number, or such that the penalty is a share of the loss: `λ = share · mean(loss)/mean(Σ R)`, both
+    running means. In a distributed run the loss of all processes counts, so that λ is one number.
+
+    Args:
+        weight: λ; None with a share.
+        share: Share of the loss that the penalty is held at, above 0; None with a weight.
+        only: Paths or patterns (`*`, `?`) of the layers to act on; None is all that it can.
+        exclude: Paths or patterns of layers to leave alone.
+
+    Raises:
+        OptionError: Neither or both of weight and share are given, or one is no positive number.
+    """
+
+    def __init__(
+        self,
+        weight: float | None = None,
+        *,
+        share: float | None = None,
+        only: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
+    ) -> None:
+        name = type(self).__name__
+        if (weight is None) == (share is None):
+            raise OptionError(
+                name,
+                law="a weight, or a share of the loss",
+                got="neither" if weight is None else "both",
+                cure=f"try {name}(share=0.05)",
+            )
+        for option, value in (("weight", weight), ("share", share)):
+            if value is not None:
+                check_number(f"{name}.{option}", value, law="a number above 0", cure="try 0.05", open_low=True)
+        check_selection(only, exclude)
+        self.weight, self.share, self.only, self.exclude = weight, share, only, tuple(exclude)
+        self._means: tuple[float, float] | None = None  # running means of the loss and of the sum of the penalties
+
+    @abstractmethod
+    def penalty(self, weight: Tensor) -> Tensor | None:
+        """`R(W)` of a layer.
+
+        Args:
+            weight: Canonical weight, shape (groups, out, in, kernel…), in float32 or wider, with its gradient.
+
+        Returns:
+            A scalar; None for a layer that the penalty says nothing about.
+        """
+
+    def __call__(self, model: nn.Module, loss: Tensor | None = None) -> Tensor:
+        """The penalty, to be added to the loss.
+
+        Args:
+            model: The model that is trained; may be wrapped by `DistributedDataParallel` or `torch.compile`.
+            loss: The loss of the task, of which the penalty is a share; not read with a weight.
+
+        Raises:
+            SiteError: A pattern matches no layer, or the penalty says nothing about any of the layers.
+            OptionError: The penalty is a share of the loss, and there is none.
+            NumericsError: The penalty, or the loss it is a share of, is NaN or infinite.
+        """
+        values = self.values(model)
+        total = torch.stack([value.to(torch.float32) for value in values.values()]).sum()
+        if not bool(torch.isfinite(total)):
+            path = next((path for path, value in values.items() if not bool(torch.isfinite(value))), "the sum")
+            raise NumericsError(
+                f"{type(self).__name__} at {path!r}",
+                law="the penalty is finite",
+                got=str(float(values.get(path, total).detach())),
+                cure="lower the learning rate or the weight; the model has diverged",
+            )
+        return total * self._scale(float(total.detach()), loss)
+
+    def values(self, model: nn.Module) -> dict[str, Tensor]:
+        """`R(W)` of each layer by its path, before λ.
+
+        Raises:
+            SiteError: A pattern matches no layer, or the penalty says nothing about any of the layers.
+        """
+        found: dict[str, Tensor] = {}
+        for path, layer, adapter in self.layers(model):
+            weight = adapter.canonical(layer)
+            with torch.autocast(weight.device.type, enabled=False):
+                value = self.penalty(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+            if value is not None:
+                found[path] = value
+        if not found:
+            raise SiteError(
+                type(self).__name__,
+                law="a layer that the penalty says something about",
+                got="none",
+                cure="look at `only`, `exclude` and the options of the penalty",
+            )
+        return found
+
+    def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
+        """Path, layer and adapter of every layer that the penalty acts on; a layer with several names has one."""
+        known = [
+            (path, layer, adapter)
+            for path, layer in unwrapped(model).named_modules()
+            if (adapter := adapter_for(layer)) is not None
+        ]
+        for pattern in [*(self.only or ()), *self.exclude]:
+            if not any(fnmatchcase(path, pattern) for path, _, _ in known):
+                raise SiteError(
+                    f"{type(self).__name__} {pattern!r}",
+                    law="a selection names layers of the model",
+                    got="no match",
+                    cure=near_matches(pattern, [path for path, _, _ in known]),
+                )
+        for path, layer, adapter in known:
+            chosen = self.only is None or any(fnmatchcase(path, pattern) for pattern in self.only)
+            if chosen and not any(fnmatchcase(path, pattern) for pattern in self.exclude):
+                yield path, layer, adapter
+
+    def _scale(self, total: float, loss: Tensor | None) -> float:
+        """λ; with a share after taking the step into the running means."""
+        if self.weight is not None:
+            return self.weight
+        if loss is None:
+            raise OptionError(
+                type(self).__name__,
+                law="the loss is passed, of which the penalty is a share",
+                got="none",
+                cure="call penalty(model, loss), or give a weight",
+            )
+        told = loss.detach().to(torch.float32).mean()
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            told = told.clone()
+            dist.all_reduce(told)
+            told = told / dist.get_world_size()
+        level = abs(float(told))
+        if not math.isfinite(level):
+            raise NumericsError(
+                f"{type(self).__name__}: the loss",
+                law="the loss of which the penalty is a share is finite",
+                got=str(float(told)),
+                cure="lower the learning rate; the model has diverged",
+            )
+        if torch.is_grad_enabled():
+            old = (level, total) if self._means is None else self._means
+            self._means = DECAY * old[0] + (1 - DECAY) * level, DECAY * old[1] + (1 - DECAY) * total
+        means = self._means or (level, total)
+        return float(self.share or 0.0) * means[0] / means[1] if means[1] > 0 else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running means, with which training goes on as if it had not been stopped."""
+        return {"means": None if self._means is None else list(self._means)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the state that `state_dict` gave."""
+        means = state["means"]
+        self._means = None if means is None else (float(means[0]), float(means[1]))

@@ -1,0 +1,43 @@
+"""Parameters of an optimizer when parameters of its model are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from rankfold.errors import OptionError
+from rankfold.training._base import unwrapped
+
+Replaced = Mapping[Tensor, Sequence[Tensor]]  # an old parameter → the new ones in its place
+
+
+def replace_parameters(optimizer: Optimizer, replaced: Replaced) -> None:
+    """Put new parameters in the place of old ones, in the same groups. What the optimizer knew of the old ones goes."""
+    for group in optimizer.param_groups:
+        group["params"] = [new for old in group["params"] for new in replaced.get(old, (old,))]
+    for old in replaced:
+        optimizer.state.pop(old, None)
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Refuse an optimizer that was built before parameters of its model were replaced.
+
+    Args:
+        model: The model that is trained.
+        optimizer: Its optimizer, which may hold parameters of other modules too.
+
+    Raises:
+        OptionError: A parameter of the model that is to be trained is not in the optimizer; it is named.
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    own = {name: each for name, each in unwrapped(model).named_parameters() if each.requires_grad}
+    missing = [name for name, each in own.items() if id(each) not in held]
+    if missing:
+        raise OptionError(
+            "optimizer",
+            law="it holds every parameter of the model that is to be trained",
+            got=f"{len(missing)} of {len(own)} that it does not hold, such as {missing[0]!r}",
+            cure="build it after parameters were replaced, or pass optimizer= to the function that replaces them",
+        )
