@@ -2,18 +2,32 @@
 
 from rankfold.training._base import Regularizer
 from rankfold.training.optimizers import check_optimizer
+from rankfold.training.ordered import (
+    HierarchicalLasso,
+    Ordered,
+    OrderedSampler,
+    drop_ranks,
+    merge_ordered,
+    to_ordered,
+)
 from rankfold.training.orthogonality import Orthogonality
 from rankfold.training.overparameterized import Overparameterized, merge, overparameterize
 from rankfold.training.smoothness import FirstDerivative, NuclearNorm, SecondDerivative
 
 __all__ = [
     "FirstDerivative",
+    "HierarchicalLasso",
     "NuclearNorm",
+    "Ordered",
+    "OrderedSampler",
     "Orthogonality",
     "Overparameterized",
     "Regularizer",
     "SecondDerivative",
     "check_optimizer",
+    "drop_ranks",
     "merge",
+    "merge_ordered",
     "overparameterize",
+    "to_ordered",
 ]

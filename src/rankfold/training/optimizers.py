@@ -21,6 +21,20 @@ def replace_parameters(optimizer: Optimizer, replaced: Replaced) -> None:
         optimizer.state.pop(old, None)
 
 
+def cut_parameters(optimizer: Optimizer, old: Tensor, new: Tensor, axis: int) -> None:
+    """Put a parameter that is the first part of another one along an axis in its place, its state cut alike."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if each is old else each for each in group["params"]]
+    known = optimizer.state.pop(old, None)
+    if known is not None:
+        optimizer.state[new] = {
+            name: value.narrow(axis, 0, new.shape[axis]).clone()
+            if isinstance(value, Tensor) and value.shape == old.shape
+            else value
+            for name, value in known.items()
+        }
+
+
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Refuse an optimizer that was built before parameters of its model were replaced.
 

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankfold.decompositions.tensors import refuses_tensor
-from rankfold.errors import OptionError, SiteError, near_matches
+from rankfold.errors import SiteError
 from rankfold.factors import Factors, MatrixFactors, TuckerFactors
 from rankfold.install.merging import dense_of
 from rankfold.install.swap import train_as_
-from rankfold.layers import Adapter, Geometry, adapter_for, build_shell, chain_of, fill_shell, swap
+from rankfold.layers import Adapter, Geometry, build_shell, chain_of, fill_shell, swap
 from rankfold.linalg.modes import times, unfolded
 from rankfold.linalg.precision import widen
 from rankfold.linalg.svd import svd
 from rankfold.linalg.whitening import symmetric_eigen
-from rankfold.sites.copies import copied
-from rankfold.sites.finding import check_selection
-from rankfold.sites.models import check_module
+from rankfold.training.choosing import chosen_layers, target_of
 from rankfold.training.optimizers import replace_parameters
 
 
@@ -72,26 +69,8 @@ def overparameterize(
     References:
         He, Jiang, Wu, arXiv 2408.16289. We differ in the start, which is exact, and in layers without a kernel.
     """
-    check_selection(only, exclude)
-    model = _target(model, optimizer, inplace)
-    found = {
-        path: (layer, adapter)
-        for path, layer in model.named_modules()
-        if (adapter := adapter_for(layer)) is not None and _fits(adapter.geometry(layer))
-    }
-    for pattern in [*(only or ()), *exclude]:
-        if not any(fnmatchcase(path, pattern) for path in found):
-            raise SiteError(
-                repr(pattern), law="a selection names layers", got="no match", cure=near_matches(pattern, list(found))
-            )
-    chosen = {
-        path: own
-        for path, own in found.items()
-        if (only is None or any(fnmatchcase(path, pattern) for pattern in only))
-        and not any(fnmatchcase(path, pattern) for pattern in exclude)
-    }
-    if not chosen:
-        raise SiteError("overparameterize", law="a layer is left to write as a product", got="none", cure="select more")
+    model = target_of(model, optimizer, inplace)
+    chosen = chosen_layers(model, _fits, only=only, exclude=exclude, place="overparameterize")
     replaced: dict[int, nn.Module] = {}
     parameters: dict[Tensor, list[Tensor]] = {}
     for layer, adapter in chosen.values():
@@ -118,7 +97,7 @@ def merge(model: nn.Module, *, optimizer: Optimizer | None = None, inplace: bool
         OptionError: An optimizer is given for a copy.
         SiteError: There is nothing to merge.
     """
-    model = _target(model, optimizer, inplace)
+    model = target_of(model, optimizer, inplace)
     replaced: dict[int, nn.Module] = {}
     parameters: dict[Tensor, list[Tensor]] = {}
     for module in model.modules():
@@ -140,19 +119,6 @@ def merge(model: nn.Module, *, optimizer: Optimizer | None = None, inplace: bool
     if optimizer is not None:
         replace_parameters(optimizer, parameters)
     return model
-
-
-def _target(model: nn.Module, optimizer: Optimizer | None, inplace: bool) -> nn.Module:
-    """The model that is changed."""
-    model = check_module(model)
-    if optimizer is not None and not inplace:
-        raise OptionError(
-            "optimizer",
-            law="a model that is changed in place",
-            got="a copy, which it knows nothing of",
-            cure="inplace=True",
-        )
-    return model if inplace else copied(model)
 
 
 def _fits(geometry: Geometry) -> bool:

@@ -1,0 +1,78 @@
+"""The layers of a model that are to be replaced for training, and the model itself or a copy of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.optim import Optimizer
+
+from rankfold.errors import OptionError, SiteError, near_matches
+from rankfold.layers import Adapter, Geometry, adapter_for
+from rankfold.sites.copies import copied
+from rankfold.sites.finding import check_selection
+from rankfold.sites.models import check_module
+
+
+def target_of(model: nn.Module, optimizer: Optimizer | None, inplace: bool) -> nn.Module:
+    """The model that is changed: the one given, or a copy.
+
+    Raises:
+        OptionError: An optimizer is given for a copy.
+    """
+    model = check_module(model)
+    if optimizer is not None and not inplace:
+        raise OptionError(
+            "optimizer",
+            law="a model that is changed in place",
+            got="a copy, which it knows nothing of",
+            cure="pass inplace=True",
+        )
+    return model if inplace else copied(model)
+
+
+def chosen_layers(
+    model: nn.Module,
+    fits: Callable[[Geometry], bool],
+    *,
+    only: Sequence[str] | None,
+    exclude: Sequence[str],
+    place: str,
+) -> dict[str, tuple[nn.Module, Adapter]]:
+    """Layer and adapter by path of what can be replaced and was selected; a layer with several names has one.
+
+    Args:
+        model: The model.
+        fits: Whether a layer can be replaced.
+        only: Paths or patterns (`*`, `?`) of the layers; None is all.
+        exclude: Paths or patterns of layers to leave alone.
+        place: Name of the function, for messages.
+
+    Raises:
+        OptionError: A selection is no list of strings.
+        SiteError: A pattern matches no layer, or no layer is left.
+    """
+    check_selection(only, exclude)
+    found = {
+        path: (layer, adapter)
+        for path, layer in model.named_modules()
+        if (adapter := adapter_for(layer)) is not None and fits(adapter.geometry(layer))
+    }
+    for pattern in [*(only or ()), *exclude]:
+        if not any(fnmatchcase(path, pattern) for path in found):
+            raise SiteError(
+                f"{place} {pattern!r}",
+                law="a selection names layers that can be replaced",
+                got="no match",
+                cure=near_matches(pattern, list(found)),
+            )
+    chosen = {
+        path: own
+        for path, own in found.items()
+        if (only is None or any(fnmatchcase(path, pattern) for pattern in only))
+        and not any(fnmatchcase(path, pattern) for pattern in exclude)
+    }
+    if not chosen:
+        raise SiteError(place, law="a layer is left that can be replaced", got="none", cure="select more layers")
+    return chosen
