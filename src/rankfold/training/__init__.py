@@ -1,6 +1,7 @@
 """Training for compressibility: penalties for any training loop, and models in the form that training needs."""
 
 from rankfold.training._base import Regularizer
+from rankfold.training.extraction import extract
 from rankfold.training.optimizers import check_optimizer
 from rankfold.training.ordered import (
     HierarchicalLasso,
@@ -26,6 +27,7 @@ __all__ = [
     "SecondDerivative",
     "check_optimizer",
     "drop_ranks",
+    "extract",
     "merge",
     "merge_ordered",
     "overparameterize",
