@@ -13,6 +13,7 @@ from rankfold.training.ordered import (
 )
 from rankfold.training.orthogonality import Orthogonality
 from rankfold.training.overparameterized import Overparameterized, merge, overparameterize
+from rankfold.training.recovery import Recovered, recover
 from rankfold.training.smoothness import FirstDerivative, NuclearNorm, SecondDerivative
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "OrderedSampler",
     "Orthogonality",
     "Overparameterized",
+    "Recovered",
     "Regularizer",
     "SecondDerivative",
     "check_optimizer",
@@ -31,5 +33,6 @@ __all__ = [
     "merge",
     "merge_ordered",
     "overparameterize",
+    "recover",
     "to_ordered",
 ]
