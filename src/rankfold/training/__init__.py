@@ -14,6 +14,7 @@ from rankfold.training.ordered import (
 from rankfold.training.orthogonality import Orthogonality
 from rankfold.training.overparameterized import Overparameterized, merge, overparameterize
 from rankfold.training.recovery import Recovered, recover
+from rankfold.training.search import Searched, search
 from rankfold.training.smoothness import FirstDerivative, NuclearNorm, SecondDerivative
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Overparameterized",
     "Recovered",
     "Regularizer",
+    "Searched",
     "SecondDerivative",
     "check_optimizer",
     "drop_ranks",
@@ -34,5 +36,6 @@ __all__ = [
     "merge_ordered",
     "overparameterize",
     "recover",
+    "search",
     "to_ordered",
 ]
