@@ -67,9 +67,9 @@ def search(
 
     Each layer runs with `W_mix = Σ_r p_r Ŵ_r`, `p = softmax(α)` over its candidates. Steps alternate: the factors of
     all candidates lower `Σ‖W − W_mix‖_F² · L_r`, without data; then the logits α lower `L_val · L_r`, the
-    cross-entropy on labelled batches. `L_r = γ Σ_i (Σ_r p_r r / max R_i)^β` is the price of the ranks. A round ends with the likeliest
-    candidate r̄; the next one has the candidates `r̄ ± s/2` in steps of `s/f`, for steps of s before, until `s/f < 1`.
-    The winner is decomposed afresh, since a round refines the mixture and not its parts.
+    cross-entropy on labelled batches. `L_r = γ Σ_i (Σ_r p_r r / max R_i)^β` is the price of the ranks. A round ends
+    with the likeliest candidate r̄; the next one has the candidates `r̄ ± s/2` in steps of `s/f`, for steps of s before,
+    until `s/f < 1`. The winner is decomposed afresh, since a round refines the mixture and not its parts.
 
     Args:
         model: A trained model; untouched.
