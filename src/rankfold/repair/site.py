@@ -209,7 +209,7 @@ class SiteSolver:
     ) -> tuple[list[Fitted], list[float]]:
         """The maps that may take a site's place, the unrepaired one first, with their errors on held-out samples."""
         mine = self._share.world.owns(turn)
-        levels: dict[int, float] = {}  # the inputs of all fits are the same: their ridges are chosen once
+        levels: dict[int, float] = {}  # ridges of the first fit, near which those of the others are looked for
 
         def repaired(moments: SplitMoments) -> Fitted:
             return self._repaired(decision, layer, adapter, moments, levels, absorbs=norm is not None)
@@ -277,7 +277,7 @@ class SiteSolver:
         for group, (original, share) in enumerate(zip(originals, shares, strict=True)):
             dense = original.flatten(1)
             target, levels[group] = ridge(
-                seen, group, dense, bias=bias, strength=ridge_least, anchor=anchor, level=levels.get(group)
+                seen, group, dense, bias=bias, strength=ridge_least, anchor=anchor, near=levels.get(group)
             )
             if decision.method is not None and decision.rank is not None:
                 moments = as_moments(seen, group, bias=bias, gradient_gram=self._gradient_gram(decision.site, group))
