@@ -209,10 +209,9 @@ class SiteSolver:
     ) -> tuple[list[Fitted], list[float]]:
         """The maps that may take a site's place, the unrepaired one first, with their errors on held-out samples."""
         mine = self._share.world.owns(turn)
-        levels: dict[int, float] = {}  # ridges of the first fit, near which those of the others are looked for
 
         def repaired(moments: SplitMoments) -> Fitted:
-            return self._repaired(decision, layer, adapter, moments, levels, absorbs=norm is not None)
+            return self._repaired(decision, layer, adapter, moments, absorbs=norm is not None)
 
         maps = [self._unrepaired(decision, layer, adapter), repaired(seen)] if mine else []
         past = self.targets.past(arrival, layer, adapter)
@@ -260,14 +259,7 @@ class SiteSolver:
         return Solved(self._build(layer, adapter, decision, best), buffers, (before, after), repaired=True)
 
     def _repaired(
-        self,
-        decision: Decision,
-        layer: nn.Module,
-        adapter: Adapter,
-        seen: SplitMoments,
-        levels: dict[int, float],
-        *,
-        absorbs: bool,
+        self, decision: Decision, layer: nn.Module, adapter: Adapter, seen: SplitMoments, *, absorbs: bool
     ) -> Fitted:
         bias = _has_bias(decision, adapter.geometry(layer)) or absorbs
         weights, factors, shifts = [], [], []
@@ -276,9 +268,7 @@ class SiteSolver:
         shares = [None] * len(originals) if own is None else widen(own).chunk(len(originals))
         for group, (original, share) in enumerate(zip(originals, shares, strict=True)):
             dense = original.flatten(1)
-            target, levels[group] = ridge(
-                seen, group, dense, bias=bias, strength=ridge_least, anchor=anchor, near=levels.get(group)
-            )
+            target, _ = ridge(seen, group, dense, bias=bias, strength=ridge_least, anchor=anchor)
             if decision.method is not None and decision.rank is not None:
                 moments = as_moments(seen, group, bias=bias, gradient_gram=self._gradient_gram(decision.site, group))
                 factors.append(factorise(decision.method, target.reshape(original.shape), decision.rank, moments))

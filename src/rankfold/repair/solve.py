@@ -32,14 +32,7 @@ def centred(moments: PairMoments, group: int, *, bias: bool) -> tuple[Tensor, Te
 
 
 def ridge(
-    moments: SplitMoments,
-    group: int,
-    weight: Tensor,
-    *,
-    bias: bool,
-    strength: float,
-    anchor: float = 1.0,
-    near: float | None = None,
+    moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float, anchor: float = 1.0
 ) -> tuple[Tensor, float]:
     """Least squares with a ridge towards the original weight: `W_λ = W + (C − WS)(S + λ diag(S))⁻¹`.
 
@@ -61,22 +54,19 @@ def ridge(
         bias: True if a bias absorbs the means.
         strength: Least value of `λ`.
         anchor: Share `α`, in (0, 1].
-        near: `λ` of another target on the same inputs, from which the search for this one's sets out.
 
     Returns:
         `W_λ`, shape (out, n), and `λ`. A site that saw only zeros keeps `W`, at infinity. Rank-deficient `S` is normal:
         in directions that the inputs never take, `W_λ` equals `W`.
     """
-    chosen = _chosen(moments, group, weight, bias=bias, strength=strength, near=near)
+    chosen = _chosen(moments, group, weight, bias=bias, strength=strength)
     second, crossed, _, _ = centred(moments.fit, group, bias=bias)
     if math.isinf(chosen) or not float(second.diagonal().mean()) > 0:
         return weight.clone(), math.inf
     return weight + anchor * _change(second, crossed - weight @ second, chosen), chosen
 
 
-def _chosen(
-    moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float, near: float | None
-) -> float:
+def _chosen(moments: SplitMoments, group: int, weight: Tensor, *, bias: bool, strength: float) -> float:
     """`λ` for all samples."""
     if not moments.halved:
         second, _, _, _ = centred(moments.fit, group, bias=bias)
@@ -97,8 +87,6 @@ def _chosen(
         return sum(_gain(_change(*fitted, strength * STEP**step), *judge) for fitted, judge in pairs)
 
     step = levels // 3  # downhill from there: the error falls with the ridge, and then grows
-    if near is not None:
-        step = levels - 1 if math.isinf(near) else min(levels - 1, max(0, round(math.log(2 * near / strength, STEP))))
     while gain(step + 1) <= gain(step):
         step += 1
         if step == levels:
