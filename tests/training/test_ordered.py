@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import OptionError, SiteError
+from rankfold.errors import NumericsError, OptionError, SiteError
 from rankfold.testing import LAYERS, toy_layer
 from rankfold.testing.matrices import normal
 from rankfold.training import (
@@ -217,3 +218,61 @@ def test_what_cannot_be() -> None:
         to_ordered(network(), only=["head"])
     with pytest.raises(OptionError, match=r"drop_ranks\.least"):
         drop_ranks(to_ordered(network()), least=-1.0)
+
+
+def test_a_checkpoint_with_fewer_ranks_is_loaded() -> None:
+    model = to_ordered(network())
+    layer = model[0]
+    assert isinstance(layer, Ordered)
+    with torch.no_grad():
+        layer.first.weight[5:] = 0
+    ranks = drop_ranks(model)
+    again = to_ordered(network(), ranks=ranks)
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    for bad, said in (({"0": 99}, "a rank from 1 to 8"), ({"7": 1}, "a layer that is replaced")):
+        with pytest.raises(OptionError, match=said):
+            to_ordered(network(), ranks=bad)
+
+
+def test_nan_drops_nothing() -> None:
+    model = to_ordered(network())
+    layer = model[0]
+    assert isinstance(layer, Ordered)
+    with torch.no_grad():
+        layer.second.weight[0, 3] = float("nan")
+    with pytest.raises(NumericsError, match="drop_ranks at '0'"):
+        drop_ranks(model)
+    assert layer.rank == 8
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.LBFGS])
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused(make: Callable[..., torch.optim.Optimizer]) -> None:
+    model = to_ordered(network())
+    optimizer = make(model.parameters())
+    x, y = torch.randn(8, 3, 4, 4), torch.randint(0, 5, (8,))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    layer = model[0]
+    assert isinstance(layer, Ordered)
+    with torch.no_grad():
+        layer.first.weight[5:] = 0
+    with pytest.raises(OptionError, match="drop ranks without optimizer="):
+        drop_ranks(model, optimizer=optimizer)
+    assert layer.rank == 8
+    assert drop_ranks(model)["0"] == 5
+
+
+def test_the_lasso_of_half_precision_is_computed_in_single() -> None:
+    model = to_ordered(nn.Sequential(nn.Linear(32, 16))).half()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(200)
+    assert float(HierarchicalLasso(1.0)(model).detach()) > 100

@@ -150,3 +150,33 @@ def test_a_merged_network_is_compressed_as_any_other() -> None:
     data = [torch.randn(32, 3, 8, 8)]
     out = rf.compress(model, data, families=[rf.Tucker2(whitened=False)], selector=rf.EVBMF(weaken=0.5, noise="clamp"))
     assert out.report.after.params < out.report.before.params
+
+
+def test_layers_that_are_read_elsewhere_tied_or_computed_stay() -> None:
+    """As in `find_sites`: they would be read by code that knows nothing of the factors, or trained no more."""
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    with pytest.raises(SiteError, match="a layer is left that can be replaced"):
+        overparameterize(encoder)
+    head = nn.Linear(8, 20, bias=False)
+    tied = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), head)
+    head.weight = tied[0].weight  # type: ignore[assignment]
+    wide = overparameterize(tied)
+    assert list(shapes(wide)) == ["1"]
+    assert wide[2].weight is wide[0].weight  # type: ignore[index]
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 4))
+    normed[1].register_forward_hook(lambda module, args, output: output * 2)
+    assert list(shapes(overparameterize(normed))) == ["2"]
+    for path, why in (("0", "parametrised"), ("1", "hooked")):
+        with pytest.raises(SiteError, match=f"a layer that is left alone \\({why}"):
+            overparameterize(normed, only=[path])
+    with pytest.raises(SiteError, match="a layer is left that can be replaced"):
+        overparameterize(nn.Sequential(overparameterize(nn.Linear(4, 4))))
+
+
+def test_names_of_an_optimizer_follow() -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.named_parameters(), 0.1)  # type: ignore[arg-type]
+    overparameterize(model, optimizer=optimizer, inplace=True)
+    (group,) = optimizer.param_groups
+    assert len(group["param_names"]) == len(group["params"])
+    assert group["param_names"][:3] == ["0.weight.0", "0.weight.1", "0.weight.2"]

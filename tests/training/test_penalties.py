@@ -257,3 +257,35 @@ def test_what_is_not_finite_is_named(bad: float) -> None:
 def test_a_share_needs_the_loss() -> None:
     with pytest.raises(OptionError, match=r"penalty\(model, loss\)"):
         FirstDerivative(share=0.1)(network())
+
+
+def test_tables_are_left_out_and_a_weight_of_two_layers_counts_once() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[1].weight
+    assert list(NuclearNorm(1.0).values(model)) == ["1"]
+    table, values = model[0].weight.detach().clone(), torch.linalg.svdvals(model[1].weight.detach())
+    NuclearNorm(1.0).proximal_(model, 0.1)
+    assert torch.equal(model[0].weight, table)  # type: ignore[arg-type]
+    found = torch.linalg.svdvals(model[1].weight.detach())
+    torch.testing.assert_close(found, (values - 0.1).clamp_min(0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(SiteError, match="a layer that the penalty says something about"):
+        NuclearNorm(1.0)(nn.Sequential(nn.Embedding(20, 8)))
+
+
+def test_a_weight_that_is_computed_has_no_proximal_step() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    assert float(NuclearNorm(1.0)(model).detach()) > 0
+    with pytest.raises(SiteError, match="a weight that is a parameter"):
+        NuclearNorm(1.0).proximal_(model, 0.1)
+
+
+def test_a_small_weight_that_is_not_finite_is_named() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match="NuclearNorm at '0'"):
+        NuclearNorm(1.0)(model)
+    with pytest.raises(NumericsError, match="every weight is finite"):
+        NuclearNorm(1.0).proximal_(model, 0.1)
+    with pytest.raises(OptionError, match="the loss is a tensor"):
+        FirstDerivative(share=0.1)(network(), 0.5)  # type: ignore[arg-type]

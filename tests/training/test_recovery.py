@@ -122,3 +122,22 @@ def test_bad_data_and_models_are_named(small: nn.Module) -> None:
         recover(nn.Linear(3, 2), nn.Linear(3, 2, bias=False), torch.randn(20, 3), parts="norms")
     with pytest.raises(NumericsError, match="the loss on held-out samples is finite"):
         recover(nn.Linear(3, 2), nn.Linear(3, 2), torch.full((20, 3), float("nan")))
+
+
+def test_small_batches_are_put_together(small: nn.Module) -> None:
+    sizes = []
+    other = copy.deepcopy(small)
+    other.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    data = [part for batch in calibration() for part in batch.split(2)]
+    recover(trained(), other, data, steps=3, batch=32, patience=50)
+    assert 30 <= max(sizes) <= 32
+
+
+def test_networks_that_do_not_belong_together_and_half_precision() -> None:
+    x = torch.randn(20, 3)
+    with pytest.raises(ModelError, match="outputs of the shape of the original's"):
+        recover(nn.Linear(3, 10), nn.Linear(3, 1), x)
+    with pytest.raises(ModelError, match="train it in float32"):
+        recover(nn.Linear(3, 2).half(), nn.Linear(3, 2).half(), x.half())
+    with torch.no_grad():
+        assert recover(nn.Linear(3, 2), nn.Linear(3, 2), x, steps=2).steps == 2

@@ -142,6 +142,8 @@ def test_nan_is_an_error_and_never_a_rank() -> None:
         ({"ranks": (1.5, 3)}, r"search\.ranks"),
         ({"ranks": (500, 600)}, r"search\.ranks"),
         ({"ranks": {"nope": (2, 3)}}, r"search\.ranks"),
+        ({"method": "cp"}, r"search\.method"),
+        ({"ranks": 5}, r"search\.ranks"),
         ({"factor": 1}, r"search\.factor"),
         ({"price": "flops"}, r"search\.price"),
         ({"steps": 0}, r"search\.steps"),
@@ -161,3 +163,34 @@ def test_labels_are_asked_for() -> None:
     with pytest.raises(DataError, match="batches with integer labels"):
         search(model, inputs, method=rf.SVD(), ranks=(2, 4), steps=2)
     assert search(model, inputs, method=rf.SVD(), ranks=(2, 4), steps=2, labels=False).ranks
+
+
+def test_no_gradient_is_left_behind() -> None:
+    model = network()
+    nn.functional.cross_entropy(model(labelled(model)[0][0]), labelled(model)[0][1]).backward()
+    before = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
+    search(model, labelled(model), method=rf.SVD(), ranks=(2, 4), steps=2)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, before[name])
+
+
+def test_tables_stay_and_attention_is_split() -> None:
+    torch.manual_seed(0)
+    language = nn.Sequential(nn.Embedding(20, 16), nn.Linear(16, 16), nn.Linear(16, 20)).eval()
+    ids = torch.randint(0, 20, (8, 5))
+    assert set(search(language, [(ids, ids)], method=rf.SVD(), ranks=(2, 4), steps=2).ranks) == {"1", "2"}
+    attention = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    found = search(attention, [torch.randn(4, 5, 16)], method=rf.SVD(), ranks=(2, 4), steps=2, labels=False)
+    assert "self_attn.q" in found.ranks
+    assert rf.apply(attention, found.plan)(torch.randn(2, 5, 16)).shape == (2, 5, 16)
+
+
+def test_classes_may_be_second() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)).eval()
+    x, y = torch.randn(4, 3, 6, 6), torch.randint(0, 4, (4, 6, 6))
+    assert search(model, [(x, y)], method=rf.SVD(), ranks=(2, 3), steps=2).ranks
+    with pytest.raises(DataError, match="one label for each row of scores"):
+        search(model, [(x, y[:, :3])], method=rf.SVD(), ranks=(2, 3), steps=2)

@@ -2,17 +2,17 @@
 
 from rankfold.training._base import Regularizer
 from rankfold.training.extraction import extract
+from rankfold.training.forms import Ordered, Overparameterized
 from rankfold.training.optimizers import check_optimizer
 from rankfold.training.ordered import (
     HierarchicalLasso,
-    Ordered,
     OrderedSampler,
     drop_ranks,
     merge_ordered,
     to_ordered,
 )
 from rankfold.training.orthogonality import Orthogonality
-from rankfold.training.overparameterized import Overparameterized, merge, overparameterize
+from rankfold.training.overparameterized import merge, overparameterize
 from rankfold.training.recovery import Recovered, recover
 from rankfold.training.search import Searched, search
 from rankfold.training.smoothness import FirstDerivative, NuclearNorm, SecondDerivative

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from rankfold.checks import check_number
-from rankfold.errors import NumericsError, OptionError, SiteError, near_matches
+from rankfold.errors import NumericsError, OptionError, SiteError, near_matches, shown
 from rankfold.layers import Adapter, adapter_for
 from rankfold.sites.finding import check_selection
 
@@ -130,12 +131,17 @@ class Regularizer(ABC):
         return found
 
     def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
-        """Path, layer and adapter of every layer that the penalty acts on; a layer with several names has one."""
-        known = [
-            (path, layer, adapter)
-            for path, layer in unwrapped(model).named_modules()
-            if (adapter := adapter_for(layer)) is not None
-        ]
+        """Path, layer and adapter of every layer that the penalty acts on; a layer with several names, and a weight of
+        several layers, has one. Tables of vectors are no maps, and left out."""
+        known, weights = [], set()
+        for path, layer in unwrapped(model).named_modules():
+            adapter = adapter_for(layer)
+            if adapter is None or any(is_lazy(each) for each in layer.parameters(recurse=False)):
+                continue
+            if adapter.geometry(layer).table is not None or id(layer.weight) in weights:
+                continue  # a table has rows, and no map; a weight of two layers counts once
+            weights.add(id(layer.weight))
+            known.append((path, layer, adapter))
         for pattern in [*(self.only or ()), *self.exclude]:
             if not any(fnmatchcase(path, pattern) for path, _, _ in known):
                 raise SiteError(
@@ -159,6 +165,13 @@ class Regularizer(ABC):
                 law="the loss is passed, of which the penalty is a share",
                 got="none",
                 cure="call penalty(model, loss), or give a weight",
+            )
+        if not isinstance(loss, Tensor):
+            raise OptionError(
+                type(self).__name__,
+                law="the loss is a tensor",
+                got=shown(loss),
+                cure="pass what backward() is called on",
             )
         told = loss.detach().to(torch.float32).mean()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rankfold.errors import OptionError, SiteError, near_matches
@@ -13,6 +14,11 @@ from rankfold.layers import Adapter, Geometry, adapter_for
 from rankfold.sites.copies import copied
 from rankfold.sites.finding import check_selection
 from rankfold.sites.models import check_module
+from rankfold.sites.refusals import address, why_unfit
+from rankfold.training.forms import Ordered, Overparameterized
+
+# Modules whose own code reads the weights of layers in them, and those whose layers are factors already.
+WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, Overparameterized, Ordered)
 
 
 def target_of(model: nn.Module, optimizer: Optimizer | None, inplace: bool) -> nn.Module:
@@ -30,6 +36,30 @@ def target_of(model: nn.Module, optimizer: Optimizer | None, inplace: bool) -> n
             cure="pass inplace=True",
         )
     return model if inplace else copied(model)
+
+
+def _left_alone(model: nn.Module) -> dict[str, str]:
+    """Reason why a layer cannot be replaced, by path, of those that have one: as in `find_sites`, without a forward."""
+    owners: dict[int, set[int]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not is_lazy(parameter):
+                owners.setdefault(address(parameter), set()).add(id(module))
+    reasons: dict[str, str] = {}
+    whole = {
+        path: kind.__name__ for path, module in model.named_modules() for kind in WHOLE if isinstance(module, kind)
+    }
+    for path, layer in model.named_modules():
+        if (adapter_for(layer)) is None:
+            continue
+        above = next((other for other in whole if other == "" or path.startswith(f"{other}.")), None)
+        if above is not None:
+            reasons[path] = f"read elsewhere: the code of its {whole[above]} reads its weight, or it is one already"
+        elif (why := why_unfit(layer)) is not None:
+            reasons[path] = why
+        elif any(len(owners[address(parameter)]) > 1 for parameter in layer.parameters(recurse=False)):
+            reasons[path] = "tied: its weight is also another layer's"
+    return reasons
 
 
 def chosen_layers(
@@ -54,17 +84,19 @@ def chosen_layers(
         SiteError: A pattern matches no layer, or no layer is left.
     """
     check_selection(only, exclude)
-    found = {
-        path: (layer, adapter)
-        for path, layer in model.named_modules()
-        if (adapter := adapter_for(layer)) is not None and fits(adapter.geometry(layer))
-    }
+    found: dict[str, tuple[nn.Module, Adapter]] = {}
+    left = _left_alone(model)
+    for path, layer in model.named_modules():
+        adapter = adapter_for(layer)
+        if adapter is not None and path not in left and fits(adapter.geometry(layer)):
+            found[path] = layer, adapter
     for pattern in [*(only or ()), *exclude]:
         if not any(fnmatchcase(path, pattern) for path in found):
+            why = next((why for path, why in left.items() if fnmatchcase(path, pattern)), None)
             raise SiteError(
                 f"{place} {pattern!r}",
                 law="a selection names layers that can be replaced",
-                got="no match",
+                got="no match" if why is None else f"a layer that is left alone ({why})",
                 cure=near_matches(pattern, list(found)),
             )
     chosen = {

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rankfold.errors import NumericsError
+
 ROUNDING = 1e-6  # share of the largest singular value below which one is rounding, in the eigenvalues of a float64 Gram
 
 
@@ -18,7 +20,12 @@ class _NuclearNorm(torch.autograd.Function):
     def forward(ctx: Any, matrix: Tensor) -> Tensor:
         wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
         work = wide.detach().to(torch.float64)
-        values, vectors = torch.linalg.eigh(work @ work.mT)
+        gram = work @ work.mT
+        if not bool(torch.isfinite(gram).all()):  # eigenvectors of it do not exist; the caller names the layer
+            ctx.save_for_backward(wide.detach(), gram, gram.diagonal(dim1=-2, dim2=-1))
+            ctx.turned = wide is not matrix
+            return gram.diagonal(dim1=-2, dim2=-1).sum().to(matrix.dtype) * float("nan")
+        values, vectors = torch.linalg.eigh(gram)
         lengths = values.clamp_min(0).sqrt()
         ctx.save_for_backward(wide.detach(), vectors, lengths)
         ctx.turned = wide is not matrix
@@ -58,6 +65,10 @@ def soft_threshold(matrix: Tensor, amount: float) -> Tensor:
         matrix: Shape (…, m, n).
         amount: What is taken off every singular value.
     """
+    if not bool(torch.isfinite(matrix).all()):
+        raise NumericsError(
+            "soft_threshold", law="every weight is finite", got="NaN or infinity", cure="the model has diverged"
+        )
     u, s, vh = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
     shrunk: Tensor = ((u * (s - amount).clamp_min(0)[..., None, :]) @ vh).to(matrix.dtype)
     return shrunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -16,9 +17,42 @@ Replaced = Mapping[Tensor, Sequence[Tensor]]  # an old parameter → the new one
 def replace_parameters(optimizer: Optimizer, replaced: Replaced) -> None:
     """Put new parameters in the place of old ones, in the same groups. What the optimizer knew of the old ones goes."""
     for group in optimizer.param_groups:
+        names = group.get("param_names")  # of an optimizer that was given them
+        if names is not None:
+            own = zip(group["params"], names, strict=True)
+            group["param_names"] = [
+                name if old not in replaced else f"{name}.{index}"
+                for old, name in own
+                for index in range(len(replaced.get(old, (old,))))
+            ]
         group["params"] = [new for old in group["params"] for new in replaced.get(old, (old,))]
     for old in replaced:
         optimizer.state.pop(old, None)
+
+
+def check_cuttable(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state cannot be cut along with a weight.
+
+    Raises:
+        OptionError: It keeps tensors of other shapes than the weights, or a list of parameters of its own.
+    """
+    for parameter, known in optimizer.state.items():
+        if not isinstance(parameter, Tensor) or isinstance(optimizer, torch.optim.LBFGS):
+            continue
+        for name, value in known.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != parameter.shape:
+                raise _uncuttable(optimizer, f"{name!r} of shape {tuple(value.shape)} for {tuple(parameter.shape)}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise _uncuttable(optimizer, "one vector for all weights")
+
+
+def _uncuttable(optimizer: Optimizer, got: str) -> OptionError:
+    return OptionError(
+        f"optimizer {type(optimizer).__name__}",
+        law="a state of the shape of the weights, which is cut with them",
+        got=got,
+        cure="drop ranks without optimizer=, and build it anew",
+    )
 
 
 def cut_parameters(optimizer: Optimizer, old: Tensor, new: Tensor, axis: int) -> None:

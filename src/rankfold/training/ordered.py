@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 
 from rankfold.checks import check_number
 from rankfold.data.draws import check_seed
-from rankfold.errors import OptionError, SiteError
+from rankfold.errors import NumericsError, OptionError, SiteError
 from rankfold.factors import MatrixFactors
 from rankfold.install.merging import dense_of
 from rankfold.install.swap import train_as_
@@ -22,57 +21,10 @@ from rankfold.linalg.precision import widen
 from rankfold.linalg.svd import svd
 from rankfold.training._base import Regularizer, unwrapped
 from rankfold.training.choosing import chosen_layers, target_of
-from rankfold.training.optimizers import cut_parameters, replace_parameters
+from rankfold.training.forms import Ordered
+from rankfold.training.optimizers import check_cuttable, cut_parameters, replace_parameters
 
 LEAST = 1e-7  # product of the norms of the factors behind a rank below which these are nothing
-
-
-class Ordered(nn.Module):
-    """`k×k → r`, then `1×1 → out` (a linear layer: two), of which the first ranks matter most.
-
-    Attributes:
-        first: First layer.
-        second: Second layer, which has the bias.
-        sampled: Number of ranks that are used in training mode; None is all.
-        shown: Number of ranks that are used in any mode; None is all.
-    """
-
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
-        super().__init__()
-        self.first, self.second = first, second
-        self.sampled: int | None = None
-        self.shown: int | None = None
-
-    @property
-    def rank(self) -> int:
-        """Number of ranks."""
-        return tensor(self.first, "weight").shape[0]
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The output of the ranks that are in use."""
-        width = self.sampled if self.training and self.sampled is not None else self.shown
-        if width is None or width >= self.rank:
-            output: Tensor = self.second(self.first(input))
-            return output
-        own = {name: value for name, value in self.second.named_parameters() if name != "weight"}
-        inner = functional_call(self.first, {"weight": tensor(self.first, "weight")[:width]}, (input,))
-        narrow: Tensor = functional_call(
-            self.second, {"weight": tensor(self.second, "weight")[:, :width], **own}, (inner,)
-        )
-        return narrow
-
-    def tails(self) -> tuple[Tensor, Tensor]:
-        """`‖U_{b:}‖_F` and `‖V_{b:}‖_F` for b = 0 to r − 1, of the second and of the first factor."""
-        left = tensor(self.second, "weight").flatten(1).square().sum(0)
-        right = tensor(self.first, "weight").flatten(1).square().sum(1)
-        tails = [energy.flip(0).cumsum(0).flip(0) for energy in (left, right)]
-        return _root(tails[0]), _root(tails[1])
-
-
-def _root(energy: Tensor) -> Tensor:
-    """Square roots, of which those of 0 have the gradient 0."""
-    alive = energy > 0
-    return torch.where(alive, torch.where(alive, energy, 1.0).sqrt(), 0.0)
 
 
 def ordered_layers(model: nn.Module) -> dict[str, Ordered]:
@@ -97,6 +49,7 @@ def to_ordered(
     *,
     only: Sequence[str] | None = None,
     exclude: Sequence[str] = (),
+    ranks: Mapping[str, int] | None = None,
     optimizer: Optimizer | None = None,
     inplace: bool = False,
 ) -> nn.Module:
@@ -110,6 +63,8 @@ def to_ordered(
         model: The model.
         only: Paths or patterns (`*`, `?`) of the layers; None is all that can be.
         exclude: Paths or patterns of layers to leave alone.
+        ranks: Number of ranks by path, as `drop_ranks` returned it, for a model into which a checkpoint is loaded; what
+            is not named has all.
         optimizer: Optimizer of the model, changed with it; see `overparameterize`.
         inplace: True to change the model itself.
 
@@ -128,8 +83,18 @@ def to_ordered(
     chosen = chosen_layers(model, _fits, only=only, exclude=exclude, place="to_ordered")
     replaced: dict[int, nn.Module] = {}
     parameters: dict[Tensor, list[Tensor]] = {}
-    for layer, adapter in chosen.values():
-        new = _ordered(layer, adapter)
+    wanted = dict(ranks or {})
+    for path, rank in wanted.items():
+        most = min(tensor(chosen[path][0], "weight").flatten(1).shape) if path in chosen else 0
+        if type(rank) is not int or not 1 <= rank <= most:
+            raise OptionError(
+                f"to_ordered.ranks at {path!r}",
+                law=f"a rank from 1 to {most}" if most else "a layer that is replaced",
+                got=repr(rank),
+                cure="pass what drop_ranks returned for the same model",
+            )
+    for path, (layer, adapter) in chosen.items():
+        new = _ordered(layer, adapter, wanted.get(path))
         replaced[id(layer)] = new
         parameters[tensor(layer, "weight")] = [tensor(new.first, "weight"), tensor(new.second, "weight")]
     model = swap(model, replaced)
@@ -143,11 +108,12 @@ def _fits(geometry: Geometry) -> bool:
     return plain and min(geometry.canonical_shape[:2]) > 1
 
 
-def _ordered(layer: nn.Module, adapter: Adapter) -> Ordered:
-    """The two layers of full rank that are one; the bias is the layer's own parameter."""
+def _ordered(layer: nn.Module, adapter: Adapter, rank: int | None) -> Ordered:
+    """The two layers that are one, or its best of some rank; the bias is the layer's own parameter."""
     geometry, weight = adapter.geometry(layer), adapter.canonical(layer)
     own = widen(weight.detach())[0]
     u, s, vh = svd(own.flatten(1))
+    u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     root, ones = s.clamp_min(0).sqrt(), [1] * (own.ndim - 2)
     factors = MatrixFactors((u * root).reshape(*u.shape, *ones), (root[:, None] * vh).reshape(len(s), *own.shape[1:]))
     shell = build_shell(geometry, factors.form, factors.ranks, device=weight.device, dtype=weight.dtype)
@@ -304,23 +270,34 @@ def drop_ranks(model: nn.Module, *, least: float = LEAST, optimizer: Optimizer |
 
     Raises:
         SiteError: The model has no ordered layers.
-        OptionError: The number is none of at least 0.
+        OptionError: The number is none of at least 0, or the optimizer keeps a state that cannot be cut with a weight.
+        NumericsError: A weight is NaN or infinite; nothing is changed.
     """
     check_number("drop_ranks.least", least, law="a number of at least 0", cure="leave it out")
-    ranks = {}
-    for path, layer in ordered_layers(model).items():
+    layers = ordered_layers(model)
+    kept: dict[str, int] = {}
+    if optimizer is not None:
+        check_cuttable(optimizer)
+    for path, layer in layers.items():
         left, right = layer.tails()
-        kept = max(1, int((left * right > least).sum()))
-        if kept < layer.rank:
+        if not bool(torch.isfinite(left).all() and torch.isfinite(right).all()):
+            raise NumericsError(
+                f"drop_ranks at {path!r}",
+                law="every weight is finite",
+                got="NaN or infinity",
+                cure="go back to a checkpoint; the model has diverged",
+            )
+        kept[path] = max(1, int((left * right > least).sum()))
+    for path, layer in layers.items():
+        if kept[path] < layer.rank:
             for part, axis in ((layer.first, 0), (layer.second, 1)):
                 old = tensor(part, "weight")
-                new = nn.Parameter(old.detach().narrow(axis, 0, kept).clone(), requires_grad=old.requires_grad)
+                new = nn.Parameter(old.detach().narrow(axis, 0, kept[path]).clone(), requires_grad=old.requires_grad)
                 part.weight = new
                 if optimizer is not None:
                     cut_parameters(optimizer, old, new, axis)
             _resize(layer)
-        ranks[path] = kept
-    return ranks
+    return kept
 
 
 def _resize(layer: Ordered) -> None:

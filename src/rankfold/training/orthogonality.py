@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankfold.errors import OptionError, SiteError
 from rankfold.layers import Adapter
 from rankfold.training._base import Regularizer, unwrapped
-from rankfold.training.overparameterized import Overparameterized
+from rankfold.training.forms import Overparameterized
 
 KINDS = ("soft", "double", "spectral")
 PARTS = ("outer", "all")

@@ -19,19 +19,8 @@ from rankfold.linalg.precision import widen
 from rankfold.linalg.svd import svd
 from rankfold.linalg.whitening import symmetric_eigen
 from rankfold.training.choosing import chosen_layers, target_of
+from rankfold.training.forms import Overparameterized
 from rankfold.training.optimizers import replace_parameters
-
-
-class Overparameterized(nn.Sequential):
-    """Layers that multiply out to one: `1×1 in → in`, `k×k in → out`, `1×1 out → out`; of a layer without a kernel two.
-
-    Its children are standard layers, of which the last has the bias.
-    """
-
-    def outer(self) -> list[nn.Module]:
-        """The layers that start orthonormal: the first and the last of three, the last of two."""
-        first, *_, last = list(self)
-        return [first, last] if len(self) == 3 else [last]
 
 
 def overparameterize(

@@ -16,7 +16,7 @@ from rankfold.checks import check_choice, check_count, check_number
 from rankfold.data.batches import Batch, batch_size, take, to_device
 from rankfold.data.draws import check_seed
 from rankfold.data.running import call, device_of
-from rankfold.data.splits import Split, as_batches, held_out_of
+from rankfold.data.splits import Split, as_batches, held_out_of, merged
 from rankfold.errors import DataError, ModelError, NumericsError, OptionError
 from rankfold.outputs.taken import output_tensor
 from rankfold.sites.copies import copied
@@ -68,7 +68,7 @@ def recover(
     """Train a compressed network to put out what its original does, on inputs without labels.
 
     This is training, and no part of `compress`. Adam with a rate that falls as a cosine; dropout is off, and batch
-    norms keep their running moments. One sample in ten is held out: its loss is looked at twenty times, the best
+    norms keep their running moments. One sample in ten is held out: its loss is looked at about twenty times, the best
     network is handed back, and the one given where none is better; so on held-out samples it can only help.
 
     Args:
@@ -83,7 +83,7 @@ def recover(
         loss: "error", `Σ‖y − ŷ‖² / Σ‖y‖²` of the outputs, logits without their mean over the classes; or "kl", the
             divergence of the decisions `KL(original‖compressed)`. Of blocks it is always the error.
         rate: Largest learning rate.
-        batch: Samples in a step.
+        batch: Most samples in a step; they are of one batch of the data, or of neighbours that fit together.
         patience: Looks without a better one after which it ends.
         seed: Seed of the order of the samples.
         told: Function that is called with the steps and the held-out loss at each look.
@@ -101,11 +101,11 @@ def recover(
     check_number("recover.rate", rate, law="a learning rate above 0", cure="try 1e-3", open_low=True)
     check_seed(seed)
     original, model = check_module(original), copied(check_module(compressed))
-    samples = _Samples(data, device_of(model), seed)
+    samples = _Samples(data, device_of(model), seed, batch)
     whole = _whole(original, model, loss, parts)
     goals = _blocks(original, model, samples) if parts == "blocks" else [whole]
     run = _Run(model, samples, batch=batch, patience=patience, told=told)
-    with _inference(original), _inference(model):
+    with torch.enable_grad(), _inference(original), _inference(model):
         before = run.look(whole)
         trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
         for number, goal in enumerate(goals):
@@ -139,13 +139,15 @@ class _Samples:
         data: The data.
         device: Where they go.
         seed: Seed of the order.
+        batch: Samples of a step; neighbouring batches of one kind are put together up to it.
     """
 
-    def __init__(self, data: Any, device: torch.device, seed: int) -> None:
+    def __init__(self, data: Any, device: torch.device, seed: int, batch: int) -> None:
         batches = as_batches(data)
         every = held_out_of(batches)
         self._device = device
-        self.fitted, self.held = (list(Split(batches, every, held_out=part)) for part in (False, True))
+        fitted, self.held = (list(Split(batches, every, held_out=part)) for part in (False, True))
+        self.fitted = merged(fitted, batch)
         sizes = [batch_size(each) for each in self.fitted]
         self.count, self.held_count = sum(sizes), sum(batch_size(each) for each in self.held)
         if not self.count or not self.held_count:
@@ -258,6 +260,13 @@ class _Run:
 
 def _whole(original: nn.Module, model: nn.Module, loss: str, parts: str) -> _Goal:
     """Towards the outputs."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ModelError(
+            "compressed",
+            law="weights whose gradients float16 does not round to 0",
+            got="torch.float16",
+            cure="train it in float32 (model.float()), and cast it back",
+        )
     own = [
         parameter
         for name, parameter in model.named_parameters()
@@ -271,7 +280,15 @@ def _whole(original: nn.Module, model: nn.Module, loss: str, parts: str) -> _Goa
 def _outputs(original: nn.Module, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, bool]:
     with torch.no_grad():
         expected, logits = output_tensor(call(original, batch))
-    return expected, output_tensor(call(model, batch))[0], logits
+    got = output_tensor(call(model, batch))[0]
+    if got.shape != expected.shape:
+        raise ModelError(
+            "compressed",
+            law="outputs of the shape of the original's",
+            got=f"{tuple(got.shape)} and {tuple(expected.shape)}",
+            cure="pass the network that the original was compressed to",
+        )
+    return expected, got, logits
 
 
 def _output_loss(loss: str, expected: Tensor, got: Tensor, logits: bool) -> Tensor:

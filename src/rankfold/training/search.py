@@ -17,14 +17,15 @@ from rankfold.data.batches import Batch, labels_of, split_batch, to_device
 from rankfold.data.running import device_of
 from rankfold.data.splits import as_batches
 from rankfold.decompositions import Decomposition, Moments
-from rankfold.errors import DataError, NumericsError, OptionError
+from rankfold.errors import DataError, NumericsError, OptionError, near_matches
 from rankfold.factors import Factors, Rank
 from rankfold.layers import adapter_for, serves, tensor
+from rankfold.layers.splitting import split_at
 from rankfold.linalg.precision import widen
 from rankfold.outputs.taken import output_tensor
 from rankfold.plan import Decision, Plan
-from rankfold.plan.making import check_kinds
 from rankfold.sites.finding import find_sites
+from rankfold.sites.models import check_module
 from rankfold.sites.site import Site, Sites
 
 PRICES = ("rank", "params", "macs")
@@ -108,11 +109,24 @@ def search(
     check_choice("search.price", price, PRICES)
     batches = as_batches(data)
     sites = find_sites(model, next(iter(batches)))
+    model = split_at(check_module(model), sites.split)
     modules = dict(model.named_modules())
+    if isinstance(ranks, Mapping):
+        for path in ranks:
+            if path not in {site.path for site in sites}:
+                raise OptionError(
+                    "search.ranks",
+                    law="paths of layers that can be compressed",
+                    got=repr(path),
+                    cure=near_matches(path, [site.path for site in sites]),
+                )
+    elif not isinstance(ranks, Sequence):
+        raise OptionError("search.ranks", law="a list of ranks", got=repr(ranks)[:80], cure="try range(10, 101, 10)")
     own = {
         site.path: (site, widen(adapter.canonical(modules[site.path]).detach()))
         for site in sites
         if (adapter := adapter_for(modules[site.path])) is not None
+        and site.geometry.table is None  # its map is the identity: there is no weight to put back
         and method.refuses(site.geometry.canonical_shape) is None
         and serves(method.form, site.geometry)
     }
@@ -124,12 +138,14 @@ def search(
         )
     spacing = {path: _spacing(candidates) for path, candidates in current.items()}
     history = []
+    chosen: dict[str, int] = {}
     while True:
         layers = [
             _Mixture(path, own[path][0], own[path][1], method, candidates, price)
             for path, candidates in current.items()
         ]
-        _round(model, modules, layers, batches, options)
+        with torch.enable_grad():
+            _round(model, modules, layers, batches, options)
         history.append({each.path: (each.ranks, tuple(each.probabilities().tolist())) for each in layers})
         chosen = {each.path: each.ranks[int(each.logits.argmax())] for each in layers}
         finer = {path: spacing[path] / factor for path in chosen}
@@ -178,7 +194,10 @@ class _Options:
 
 
 def _check_method(method: Decomposition) -> None:
-    check_kinds({"method": (method, Decomposition)})
+    if not isinstance(method, Decomposition):
+        raise OptionError(
+            "search.method", law="a method", got=repr(method)[:80], cure="try rankfold.CP(whitened=False)"
+        )
     if method.needs:
         raise OptionError(
             "search.method",
@@ -331,7 +350,11 @@ def _entropy(model: nn.Module, modules: Mapping[str, nn.Module], layers: Sequenc
         )
     device = device_of(model)
     args, kwargs = split_batch(to_device(batch, device))
-    weights = {f"{layer.path}.weight": _stored(modules[layer.path], layer.mixed()) for layer in layers}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}  # no gradient of its own
+    weights |= {
+        f"{layer.path}.weight" if layer.path else "weight": _stored(modules[layer.path], layer.mixed())
+        for layer in layers
+    }
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -339,7 +362,17 @@ def _entropy(model: nn.Module, modules: Mapping[str, nn.Module], layers: Sequenc
     finally:
         for module, value in training.items():
             module.training = value
-    return nn.functional.cross_entropy(scores.flatten(0, -2).double(), target.flatten().to(scores.device))
+    target = target.to(scores.device)
+    if scores.shape[:-1] == target.shape:  # classes last
+        scores, target = scores.flatten(0, -2), target.flatten()
+    elif scores.shape[:1] + scores.shape[2:] != target.shape:  # classes second, as torch has them
+        raise DataError(
+            "data",
+            law="one label for each row of scores",
+            got=f"labels {tuple(target.shape)} for scores {tuple(scores.shape)}",
+            cure="pass labels of the outputs' shape without the classes, or labels=False",
+        )
+    return nn.functional.cross_entropy(scores.double(), target)
 
 
 def _stored(layer: nn.Module, weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.checks import check_number
-from rankfold.errors import OptionError
+from rankfold.errors import OptionError, SiteError
 from rankfold.training._base import Regularizer
 from rankfold.training.nuclear import nuclear_norm, soft_threshold
 
@@ -41,8 +41,8 @@ class _Derivative(Regularizer):
         exclude: Sequence[str] = (),
     ) -> None:
         super().__init__(weight, share=share, only=only, exclude=exclude)
-        self.axes = (axis,) if isinstance(axis, str) else tuple(axis)
         name = type(self).__name__
+        self.axes = (axis,) if isinstance(axis, str) or not isinstance(axis, Sequence) else tuple(axis)
         if not self.axes or any(each not in AXES for each in self.axes):
             raise OptionError(f"{name}.axis", law=f"some of {', '.join(AXES)}", got=repr(axis), cure='try "out"')
         if power not in (1, 2) or isinstance(power, bool):
@@ -137,7 +137,16 @@ class NuclearNorm(Regularizer):
                 "NuclearNorm.proximal_", law="the penalty has a weight", got="a share", cure="try NuclearNorm(1e-3)"
             )
         check_number("NuclearNorm.proximal_ step", step, law="a number above 0", cure="try 0.01", open_low=True)
-        for _, layer, adapter in self.layers(model):
+        found = list(self.layers(model))
+        for path, layer, _ in found:
+            if not isinstance(layer.weight, nn.Parameter):
+                raise SiteError(
+                    f"NuclearNorm.proximal_ at {path!r}",
+                    law="a weight that is a parameter",
+                    got="one that is computed from others",
+                    cure=f"exclude=[{path!r}], or remove the parametrisation",
+                )
+        for _, layer, adapter in found:
             weight = adapter.canonical(layer)
             matrices = self._matrices(weight)
             if matrices is not None:
