@@ -12,7 +12,7 @@ from rankfold.linalg.precision import power_of_two_scale
 from rankfold.linalg.projection import LEAST_DAMPING, ordered_projection, split_basis, split_fit
 from rankfold.linalg.spectrum import weighted_energy
 from rankfold.linalg.svd import svd
-from rankfold.linalg.whitening import damped_gram
+from rankfold.linalg.whitening import damped_gram, symmetric_eigen
 
 
 def hooi(
@@ -38,19 +38,29 @@ def hooi(
     inner, outer = ranks
     scale = power_of_two_scale(weight)
     work = weight / scale
-    out = svd(work.flatten(1))[0][:, :outer]
-    inp = svd(work.movedim(1, 0).flatten(1))[0][:, :inner].mT
+    out = _leading(work.flatten(1), outer)
+    inp = _leading(work.movedim(1, 0).flatten(1), inner).mT
     captured = work.new_zeros(())
     for _ in range(sweeps):
-        inp = svd(torch.einsum("ob,oik->ibk", out, work).flatten(1))[0][:, :inner].mT
-        out = svd(torch.einsum("ai,oik->oak", inp, work).flatten(1))[0][:, :outer]
-        core = torch.einsum("ob,ai,oik->bak", out, inp, work)
-        energy = core.square().sum()
+        inp = _leading(torch.einsum("ob,oik->ibk", out, work).flatten(1), inner).mT
+        narrow = torch.einsum("ai,oik->oak", inp, work)
+        out = _leading(narrow.flatten(1), outer)
+        energy = torch.einsum("ob,oak->bak", out, narrow).square().sum()
         if float(energy - captured) <= tolerance * float(energy):
             break
         captured = energy
-    core = torch.einsum("ob,ai,oik->bak", out, inp, work)
+    core = torch.einsum("ob,oak->bak", out, torch.einsum("ai,oik->oak", inp, work))
     return out, core * scale, inp
+
+
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """The first left singular vectors of a matrix: of a wide one eigenvectors of its Gram, which takes a fraction.
+
+    A subspace needs no more than half of the digits; what it leaves of the tensor is computed from the tensor.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return svd(matrix)[0][:, :count]
+    return symmetric_eigen(matrix @ matrix.mT)[1].flip(-1)[:, :count]
 
 
 def metric_tucker(
