@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -21,19 +20,9 @@ from benchmarks import encoder
 from benchmarks.ledger import SAMPLES, predicted
 from benchmarks.networks import NETWORKS
 from rankfold.allocation import Knapsack, Lagrangian
-from rankfold.allocation.curve import Problem
 from rankfold.errors import BudgetError
 from rankfold.proposals import Asked
 from rankfold.proposals._ranks import RankProposer
-
-
-class Noting(Knapsack):
-    """The knapsack, with what it found about its problem."""
-
-    def solve(self, problem: Problem) -> Any:
-        """See `Knapsack.solve`."""
-        object.__setattr__(self, "found", super().solve(problem))
-        return self.found  # type: ignore[attr-defined]
 
 
 def prepared(name: str) -> tuple[rf.Session, Callable[[float], rf.Budget]]:
@@ -64,14 +53,16 @@ def main() -> None:
         print(f"{name}: {count} options, curves ready after {time.perf_counter() - start:.0f} s", flush=True)
         for kept in options.kept:
             budget = budget_of(kept)
-            for selector in (Lagrangian(), Noting()):
-                start = time.perf_counter()
-                plan = rf.make_plan(curves, budget=budget, selector=selector)
-                seconds = time.perf_counter() - start
-                error = sum(decision.error or 0.0 for decision in plan.decisions)
-                found = getattr(selector, "found", None)
-                gap = "" if found is None else f"  gap {100 * found.gap:.3f} %, exact {found.least == found.error}"
-                print(f"{name} {kept}  {type(selector).__name__}: {error:.5f}{gap}  {seconds:.2f} s", flush=True)
+            problem = curves.problem(budget)
+            start = time.perf_counter()
+            error = sum(option.error for option in Lagrangian().select(problem))
+            print(f"{name} {kept}  Lagrangian: {error:.5f}  {time.perf_counter() - start:.2f} s", flush=True)
+            start = time.perf_counter()
+            found = Knapsack().solve(problem)
+            seconds = time.perf_counter() - start
+            how = "exact" if found.least == found.error else f"at most {found.error - found.least:.2g} above the least"
+            line = f"{found.error:.5f} ({how}), gap {100 * found.gap:.3f} %"
+            print(f"{name} {kept}  Knapsack: {line}  {seconds:.2f} s", flush=True)
             asked = Asked(budget, None, rf.Lockstep(), session.trials.score)
             for proposer in session.proposers:
                 for proposal in proposer.proposals(asked):
