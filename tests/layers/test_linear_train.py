@@ -77,8 +77,8 @@ def test_a_rank_above_full_is_refused_with_the_largest() -> None:
         rf.LinearTrain(whitened=False).decompose(normal(6, 24, seed=0), (4, 12, 7), Moments())
 
 
-@pytest.mark.parametrize("modes", [1, 0, 2.0, None])
-def test_modes_are_two_or_more(modes: object) -> None:
+@pytest.mark.parametrize("modes", [1, 0, 6, 2.0, None])
+def test_modes_are_two_to_five(modes: object) -> None:
     with pytest.raises(OptionError, match=r"LinearTrain\.modes"):
         rf.LinearTrain(modes=modes)  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from rankfold.checks import check_count, check_flag
+from rankfold.checks import check_count, check_flag, check_number
 from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
 from rankfold.decompositions.tensors import check_admitted, narrowed, widths
 from rankfold.decompositions.trains import Train, admits_widths, largest_widths
@@ -20,6 +20,7 @@ from rankfold.linalg.svd import svd
 from rankfold.registry import register
 
 GRID = 5  # candidate widths a stage but the last; a plan may name any width in between
+MOST = 5  # modes at most
 LAST = 16  # the same of the last stage
 
 
@@ -35,7 +36,7 @@ class LinearTrain(Decomposition):
     the mode that lies closest in memory, so that no stage has to transpose.
 
     Attributes:
-        modes: Number of factors of the width of the inputs; a width with fewer prime factors has fewer.
+        modes: Number of factors of the width of the inputs, 2 to 5; a width with fewer prime factors has fewer.
         whitened: True if the input moments are used, as in `TensorTrain`.
         damping: Ridge added to the moments, as a fraction of their mean eigenvalue; read when `whitened`.
         multiple_of: Number of which the widths of the grid of ranks are multiples, but for the exact ones.
@@ -52,7 +53,9 @@ class LinearTrain(Decomposition):
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        check_count("LinearTrain.modes", self.modes, cure="try 3", least=2)
+        law = f"a whole number from 2 to {MOST}: its grid of ranks has {GRID} widths a mode"
+        check_number("LinearTrain.modes", self.modes, law=law, cure="try 3", low=2, high=MOST)
+        check_count("LinearTrain.modes", self.modes, cure="try 3")
         check_flag("LinearTrain.whitened", self.whitened)
         check_damping(self.damping, "LinearTrain")
         check_count("LinearTrain.multiple_of", self.multiple_of, cure="try 8")
