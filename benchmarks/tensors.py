@@ -77,7 +77,7 @@ def _cp_starts(tensor: Tensor, ranks: list[int]) -> Tensor:
 
 
 def _other_cp(tensor: Tensor, ranks: list[int]) -> Tensor:
-    found: Tensor = tensorly.cp_to_tensor(parafac(tensor, max(ranks), n_iter_max=100, init="svd"))
+    found: Tensor = tensorly.cp_to_tensor(parafac(tensor, max(ranks), n_iter_max=100, init="svd", random_state=0))
     return found
 
 
