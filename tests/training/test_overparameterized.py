@@ -136,7 +136,7 @@ def test_what_is_frozen_stays_frozen() -> None:
 
 
 def test_bad_selections_and_nothing_to_do() -> None:
-    with pytest.raises(SiteError, match="'head' · a selection names layers that can be replaced"):
+    with pytest.raises(SiteError, match="'head' · a selection names layers of the model that the call is about"):
         overparameterize(network(), only=["head"])
     with pytest.raises(SiteError, match="a layer is left that can be replaced"):
         overparameterize(nn.Sequential(nn.Embedding(9, 4)))

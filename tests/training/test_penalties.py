@@ -219,7 +219,7 @@ def test_a_compiled_model_is_looked_through() -> None:
         (lambda: NuclearNorm(0.0), r"NuclearNorm\.weight"),
         (lambda: NuclearNorm(share=-1.0), r"NuclearNorm\.share"),
         (lambda: NuclearNorm(float("nan")), r"NuclearNorm\.weight"),
-        (lambda: NuclearNorm(1.0, matrix="in"), "out or spatial"),
+        (lambda: NuclearNorm(1.0, matrix="in"), r"NuclearNorm\.matrix · 'out' or 'spatial'"),
         (lambda: FirstDerivative(1.0, axis="rows"), r"FirstDerivative\.axis"),
         (lambda: FirstDerivative(1.0, axis=()), r"FirstDerivative\.axis"),
         (lambda: SecondDerivative(1.0, power=3), r"SecondDerivative\.power"),

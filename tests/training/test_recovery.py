@@ -135,7 +135,7 @@ def test_small_batches_are_put_together(small: nn.Module) -> None:
 
 def test_networks_that_do_not_belong_together_and_half_precision() -> None:
     x = torch.randn(20, 3)
-    with pytest.raises(ModelError, match="outputs of the shape of the original's"):
+    with pytest.raises(DataError, match="both models give outputs of one shape"):
         recover(nn.Linear(3, 10), nn.Linear(3, 1), x)
     with pytest.raises(ModelError, match="train it in float32"):
         recover(nn.Linear(3, 2).half(), nn.Linear(3, 2).half(), x.half())

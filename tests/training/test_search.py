@@ -12,7 +12,8 @@ import rankfold as rf
 from rankfold.errors import DataError, NumericsError, OptionError
 from rankfold.testing.matrices import normal
 from rankfold.training import search
-from rankfold.training.search import _Mixture, contracted
+from rankfold.training.mixture import Mixture
+from rankfold.training.search import contracted
 
 TRAIN = rf.TensorTrain(separable=False, tied=True, whitened=False)
 Data = list[tuple[torch.Tensor, torch.Tensor]]
@@ -69,7 +70,7 @@ def test_rounds_go_from_coarse_to_fine() -> None:
 def test_the_mixture_is_the_sum_of_its_candidates() -> None:
     site = rf.find_sites(network(), torch.randn(1, 12, 6, 6)).at("0")
     weight = network()[0].weight.detach().double()[None]
-    mixture = _Mixture("0", site, weight, rf.SVD(), (2, 5), "rank")
+    mixture = Mixture("0", site, weight, rf.SVD(), (2, 5), "rank")
     with torch.no_grad():
         mixture.logits.copy_(torch.tensor([0.3, -0.4]))
     chances = torch.tensor([0.3, -0.4], dtype=torch.float64).softmax(0)
@@ -78,7 +79,7 @@ def test_the_mixture_is_the_sum_of_its_candidates() -> None:
     own = [rf.SVD().decompose(weight[0], rank, Moments()).reconstruct() for rank in (2, 5)]
     torch.testing.assert_close(mixture.mixed()[0].detach(), chances[0] * own[0] + chances[1] * own[1])
     assert float(mixture.price().detach()) == pytest.approx(float(chances[0] * 2 / 5 + chances[1]))
-    by_params = _Mixture("0", site, weight, rf.SVD(), (2, 5), "params")
+    by_params = Mixture("0", site, weight, rf.SVD(), (2, 5), "params")
     assert by_params.costs.tolist() == pytest.approx([2 * (108 + 12) / 1296, 5 * (108 + 12) / 1296])
 
 

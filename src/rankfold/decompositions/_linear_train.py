@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 
 from rankfold.checks import check_count, check_flag, check_number
-from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
+from rankfold.decompositions._base import Moments, check_damping
 from rankfold.decompositions.tensors import check_admitted, narrowed, widths
-from rankfold.decompositions.trains import Train, admits_widths, largest_widths
+from rankfold.decompositions.trains import Train, TrainMethod, largest_widths
 from rankfold.factors import LinearTrainFactors, Rank, factored
 from rankfold.linalg.precision import widen
-from rankfold.linalg.svd import svd
 from rankfold.registry import register
 
 GRID = 5  # candidate widths a stage but the last; a plan may name any width in between
@@ -26,7 +24,7 @@ LAST = 16  # the same of the last stage
 
 @register("linear-train")
 @dataclass(frozen=True)
-class LinearTrain(Decomposition):
+class LinearTrain(TrainMethod):
     """`in = n_1 ⋯ n_d` seen as a tensor: linear layers `n_1 → r_1`, `n_2 r_1 → r_2`, …, `n_d r_{d−1} → r_d → out`.
 
     TT-SVD of the tensor (n_1, …, n_d, out). The last bond is the rank of a low-rank pair, whose first factor is a
@@ -61,11 +59,6 @@ class LinearTrain(Decomposition):
         check_count("LinearTrain.multiple_of", self.multiple_of, cure="try 8")
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the input moments when whitened; none otherwise."""
-        return ("input-gram", "input-mean") if self.whitened else ()
-
-    @property
     def form(self) -> str:
         """ "linear-train"."""
         return "linear-train"
@@ -74,53 +67,32 @@ class LinearTrain(Decomposition):
         """Only linear layers whose width is a product."""
         if len(shape) > 2:
             return "a convolution has modes of its own: see TensorTrain"
-        if len(self._sizes(shape)) < 2:
+        if len(self.sizes(shape)) < 2:
             return f"a width of {shape[1]} is no product"
         return None
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """A grid of tuples that `admits`, ascending; the last is exact."""
-        *inner, last = largest_widths(self._sizes(shape), shape[0])
+        *inner, last = largest_widths(self.sizes(shape), shape[0])
         axes = [*(widths(size, GRID, self.multiple_of) for size in inner), widths(last, LAST, self.multiple_of)]
         return [each for each in product(*axes) if self.admits(shape, each)]
-
-    def at_multiples(self, multiple: int) -> LinearTrain:
-        """This method with a grid of multiples."""
-        return replace(self, multiple_of=math.lcm(self.multiple_of, multiple))
-
-    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
-        """Any widths of which none is larger than what either side of it can fill."""
-        return admits_widths(self._sizes(shape), shape[0], rank)
 
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> LinearTrainFactors:
         """See `Decomposition.decompose`."""
         wanted = check_admitted(self, weight.shape, rank)
-        parts, last = self._train(weight, moments).fitted(wanted, self._grid(weight.shape))
+        parts, last = self.train(weight, moments).fitted(wanted, self.grid(weight.shape))
         first, *middle = parts
         stages = (first, *(part.movedim(1, 2).flatten(1) for part in middle), last)
         return LinearTrainFactors(
-            tuple(narrowed(each, weight.dtype) for each in stages), tuple(self._sizes(weight.shape))
+            tuple(narrowed(each, weight.dtype) for each in stages), tuple(self.sizes(weight.shape))
         )
 
-    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Errors of the last width all at once, for each tuple of the others; none above that of smaller widths."""
-        return self._train(weight, moments).errors(self._grid(weight.shape))
-
-    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
-        """Singular values of the unfoldings between the modes."""
-        tensor = self._train(weight, moments).tensor
-        cuts = (tensor.flatten(0, at).flatten(1) for at in range(tensor.ndim - 1))
-        return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in cuts)
-
-    def _grid(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        return [rank for rank in self.ranks(shape) if isinstance(rank, tuple)]
-
-    def _sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def sizes(self, shape: Sequence[int]) -> tuple[int, ...]:
         return factored(shape[1], self.modes)
 
-    def _train(self, weight: Tensor, moments: Moments) -> Train:
+    def train(self, weight: Tensor, moments: Moments) -> Train:
         """The train of the weight, with its inputs in the order of the modes: the last one in memory first."""
-        sizes = self._sizes(weight.shape)
+        sizes = self.sizes(weight.shape)
         axes = range(len(sizes))
         order = torch.arange(weight.shape[1], device=weight.device).reshape(sizes[::-1]).permute(*reversed(axes))
         places = order.flatten()

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 from math import prod
 
 from torch import Tensor
 
 from rankfold.checks import check_count, check_flag
-from rankfold.decompositions._base import Decomposition, Moments, Spectrum, check_damping
+from rankfold.decompositions._base import Moments, Spectrum, check_damping
 from rankfold.decompositions.tensors import busy_axes, check_admitted, narrowed, refuses_tensor, widths
-from rankfold.decompositions.trains import Train, admits_widths, largest_widths
+from rankfold.decompositions.trains import Train, TrainMethod, largest_widths
 from rankfold.factors import Rank, TrainFactors, TuckerFactors
 from rankfold.linalg.precision import widen
-from rankfold.linalg.svd import svd
 from rankfold.registry import added, register
 
 GRID = 5  # candidate widths a stage; a plan may name any width in between
@@ -25,7 +23,7 @@ TIED = 16  # candidate widths where all stages have one
 
 @register("tensor-train")
 @dataclass(frozen=True)
-class TensorTrain(Decomposition):
+class TensorTrain(TrainMethod):
     """`1×1 → r_1`, `k×1 → r_2`, `1×k → r_3`, `1×1 → out`; or `1×1 → r_1`, `k×k → r_2`, `1×1 → out`.
 
     TT-SVD of the tensor (in, kernel…, out). Whitened, the tensor is multiplied along each mode of a patch by the root
@@ -59,11 +57,6 @@ class TensorTrain(Decomposition):
         check_count("TensorTrain.multiple_of", self.multiple_of, cure="try 8")
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
-        """Names of the input moments when whitened; none otherwise."""
-        return ("input-gram", "input-mean") if self.whitened else ()
-
-    @property
     def form(self) -> str:
         """ "train", or "tucker" with the kernel as one mode."""
         return "train" if self.separable else "tucker"
@@ -74,7 +67,7 @@ class TensorTrain(Decomposition):
 
     def ranks(self, shape: Sequence[int]) -> list[Rank]:
         """A grid of tuples that `admits`, ascending; the last is exact."""
-        largest = largest_widths(self._sizes(shape), shape[0])
+        largest = largest_widths(self.sizes(shape), shape[0])
         if self.tied:
             tied = {
                 tuple(min(width, most) for most in largest) for width in widths(max(largest), TIED, self.multiple_of)
@@ -83,18 +76,10 @@ class TensorTrain(Decomposition):
         axes = [widths(size, GRID, self.multiple_of) for size in largest]
         return [each for each in product(*axes) if self.admits(shape, each)]
 
-    def at_multiples(self, multiple: int) -> TensorTrain:
-        """This method with a grid of multiples."""
-        return replace(self, multiple_of=math.lcm(self.multiple_of, multiple))
-
-    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
-        """Any widths of which none is larger than what either side of it can fill."""
-        return admits_widths(self._sizes(shape), shape[0], rank)
-
     def decompose(self, weight: Tensor, rank: Rank, moments: Moments) -> TrainFactors | TuckerFactors:
         """See `Decomposition.decompose`."""
         wanted = check_admitted(self, weight.shape, rank)
-        parts, last = self._train(weight, moments).fitted(wanted, self._grid(weight.shape))
+        parts, last = self.train(weight, moments).fitted(wanted, self.grid(weight.shape))
         pointwise = last.reshape(*last.shape, *[1] * (weight.ndim - 2))
         stages = [narrowed(each, weight.dtype) for each in (*self._folded(parts, weight.shape), pointwise)]
         if self.separable:
@@ -102,27 +87,16 @@ class TensorTrain(Decomposition):
         first, core, output = stages
         return TuckerFactors(output, core, first)
 
-    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
-        """Errors of the last width all at once, for each tuple of the others; none above that of smaller widths."""
-        return self._train(weight, moments).errors(self._grid(weight.shape))
-
-    def _grid(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        return [rank for rank in self.ranks(shape) if isinstance(rank, tuple)]
-
     def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
-        """Singular values of the unfoldings between the modes, (in × rest) to (in·k… × out); () for tied widths."""
-        if self.tied:
-            return ()
-        tensor = self._train(weight, moments).tensor
-        cuts = (tensor.flatten(0, at).flatten(1) for at in range(tensor.ndim - 1))
-        return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in cuts)
+        """See `TrainMethod.spectra`; () for tied widths."""
+        return () if self.tied else super().spectra(weight, moments)
 
-    def _train(self, weight: Tensor, moments: Moments) -> Train:
+    def train(self, weight: Tensor, moments: Moments) -> Train:
         work = widen(weight).flatten(1)
         gram = moments.metric(self).to(work) if self.whitened else None
-        return Train(work, self._sizes(weight.shape), gram, damping=self.damping)
+        return Train(work, self.sizes(weight.shape), gram, damping=self.damping)
 
-    def _sizes(self, shape: Sequence[int]) -> list[int]:
+    def sizes(self, shape: Sequence[int]) -> list[int]:
         """Sizes of the modes of a patch: channels, and each axis of the kernel that is longer than 1, or all as one."""
         kernel = [size for size in shape[2:] if size > 1]
         return [shape[1], *(kernel if self.separable else [prod(kernel)])]

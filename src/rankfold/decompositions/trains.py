@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from rankfold.decompositions._base import Decomposition, Moments, Spectrum
+from rankfold.factors import Rank
 from rankfold.linalg.modes import PatchMetric, mode_roots, whitened
 from rankfold.linalg.projection import balanced
 from rankfold.linalg.spectrum import explained_tail
+from rankfold.linalg.svd import svd
 from rankfold.linalg.train import carriages, joined, prefixes
 
 
@@ -67,6 +74,53 @@ class Train:
             rows = joined(_turned(parts, self._back)).flatten(1)
             found[chosen] = explained_tail(self._metric.projected(rows), self._metric.total, block=1)
         return torch.stack([found[rank[:-1]][rank[-1]] for rank in ranks])
+
+
+class TrainMethod(Decomposition):
+    """What methods whose factors are trains share; a subclass says what the modes are, and how stages are made.
+
+    Attributes:
+        whitened: True if the input moments are used.
+        multiple_of: Number of which the widths of the grid of ranks are multiples, but for the exact ones.
+    """
+
+    whitened: bool
+    multiple_of: int
+
+    @abstractmethod
+    def sizes(self, shape: Sequence[int]) -> Sequence[int]:
+        """Sizes of the modes of a patch, first carriage first."""
+
+    @abstractmethod
+    def train(self, weight: Tensor, moments: Moments) -> Train:
+        """The train that a weight is decomposed into."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the input moments when whitened; none otherwise."""
+        return ("input-gram", "input-mean") if self.whitened else ()
+
+    def at_multiples(self, multiple: int) -> Self:
+        """This method with a grid of multiples."""
+        return replace(self, multiple_of=math.lcm(self.multiple_of, multiple))  # type: ignore[type-var]
+
+    def admits(self, shape: Sequence[int], rank: Rank) -> bool:
+        """Any widths of which none is larger than what either side of it can fill."""
+        return admits_widths(self.sizes(shape), shape[0], rank)
+
+    def errors(self, weight: Tensor, moments: Moments) -> Tensor:
+        """Errors of the last width all at once, for each tuple of the others; none above that of smaller widths."""
+        return self.train(weight, moments).errors(self.grid(weight.shape))
+
+    def grid(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        """The ranks, all of which are tuples."""
+        return [rank for rank in self.ranks(shape) if isinstance(rank, tuple)]
+
+    def spectra(self, weight: Tensor, moments: Moments) -> tuple[Spectrum, ...]:
+        """Singular values of the unfoldings between the modes, n_1 × rest to (n_1 ⋯ n_d) × out."""
+        tensor = self.train(weight, moments).tensor
+        cuts = (tensor.flatten(0, at).flatten(1) for at in range(tensor.ndim - 1))
+        return tuple(Spectrum(svd(matrix)[1], *matrix.shape) for matrix in cuts)
 
 
 def largest_widths(sizes: Sequence[int], out: int) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rankfold.errors import NumericsError
 from rankfold.linalg.modes import basis, times
 from rankfold.linalg.precision import power_of_two_scale
+from rankfold.linalg.whitening import solve_positive
 
 PULL = 1e-7  # weight of the factors of the last sweep, beside components of length 1: keeps every solve regular
 CANCELLING = 1e3  # energy of all components over that of the tensor from which they cancel each other
@@ -161,21 +162,12 @@ def _sweep(work: Tensor, start: Components, total: float) -> tuple[Components, f
         )
         pulled = gram.clone()
         pulled.diagonal().add_(PULL)
-        factors[mode] = _solved(pulled, (seen + PULL * factors[mode]).mT).mT
+        factors[mode] = solve_positive(pulled, (seen + PULL * factors[mode]).mT).mT
         if mode == 0:
             error += float(((factors[0] @ gram - 2 * seen) * factors[0]).sum())
     first, second, third = factors
     found = Components((first, second, third))
     return found, error if error > DIRECT * total else squared_distance(work, found)
-
-
-def _solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """`M⁻¹R` of a positive definite `M`: by Cholesky, and by LU where rounding left it indefinite."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if not int(failed):
-        return torch.cholesky_solve(right, factor)
-    solved: Tensor = torch.linalg.solve(matrix, right)
-    return solved
 
 
 def _small(turned: Tensor, left: Tensor) -> bool:

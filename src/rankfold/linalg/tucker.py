@@ -54,7 +54,7 @@ def hooi(
 
 
 def _leading(matrix: Tensor, count: int) -> Tensor:
-    """The first left singular vectors of a matrix: of a wide one eigenvectors of its Gram, which takes a fraction.
+    """The first left singular vectors of a matrix: of a wide one eigenvectors of its Gram.
 
     A subspace needs no more than half of the digits; what it leaves of the tensor is computed from the tensor.
     """

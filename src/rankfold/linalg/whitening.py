@@ -278,3 +278,17 @@ def cholesky(gram: Tensor) -> Tensor:
             result: Tensor = factor
             return result
         shift = shift * 10 if shift else 1e-15
+
+
+def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
+    """`M⁻¹R` of a positive definite `M`: by Cholesky, a third of the work, and by LU where rounding left it indefinite.
+
+    Args:
+        matrix: `M`, shape (n, n).
+        right: `R`, shape (n, k).
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not int(failed):
+        return torch.cholesky_solve(right, factor)
+    solved: Tensor = torch.linalg.solve(matrix, right)
+    return solved

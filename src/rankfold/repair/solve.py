@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from rankfold.decompositions import Moments
-from rankfold.linalg.whitening import add_diagonal_, correlations, covariance, shrinkage, shrinkage_of, shrunk
+from rankfold.linalg.whitening import (
+    add_diagonal_,
+    correlations,
+    covariance,
+    shrinkage,
+    shrinkage_of,
+    shrunk,
+    solve_positive,
+)
 from rankfold.repair.moments import PairMoments, SplitMoments
 
 STEP = 10.0  # factor from one ridge that is tried to the next
@@ -111,16 +119,7 @@ def _change(second: Tensor, residual: Tensor, level: float) -> Tensor:
     """
     matrix, scales = correlations(second)
     silent = (scales == 0).to(matrix.dtype)  # inputs that are always 0: nothing is to be changed there
-    return _solve(add_diagonal_(matrix, level + silent), (residual * scales).mT).mT * scales
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """`M⁻¹R` of a symmetric `M`: by Cholesky, a third of the work, and by LU where rounding left it indefinite."""
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if not int(failed):
-        return torch.cholesky_solve(right, factor)
-    solved: Tensor = torch.linalg.solve(matrix, right)
-    return solved
+    return solve_positive(add_diagonal_(matrix, level + silent), (residual * scales).mT).mT * scales
 
 
 def as_moments(moments: SplitMoments, group: int, *, bias: bool, gradient_gram: Tensor | None) -> Moments:

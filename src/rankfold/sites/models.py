@@ -29,7 +29,7 @@ def check_module(model: nn.Module, place: str = "model") -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(place, law="an nn.Module", got=type(model).__name__, cure="pass the module itself")
-    model = _unwrapped(model)
+    model = uncompiled(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             place,
@@ -107,7 +107,7 @@ def check_in_place(model: nn.Module, *, instead: str) -> None:
         raise ModelError(
             "model",
             law="what is changed in place is not compiled",
-            got=f"a compiled {type(_unwrapped(model)).__name__}",
+            got=f"a compiled {type(uncompiled(model)).__name__}",
             cure=f"use {instead}, which takes the plain model inside, and compile what it returns",
         )
 
@@ -118,7 +118,8 @@ def _is_wrapper(module: nn.Module) -> bool:
     return frames is not None and isinstance(module, frames.OptimizedModule)
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The plain model inside what `torch.compile` returned; any other model itself."""
     while _is_wrapper(model):
         model = model.get_submodule("_orig_mod")
     return model

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,22 +13,25 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from rankfold.checks import check_number
-from rankfold.errors import NumericsError, OptionError, SiteError, near_matches, shown
+from rankfold.errors import NumericsError, OptionError, SiteError, shown
 from rankfold.layers import Adapter, adapter_for
 from rankfold.sites.finding import check_selection
+from rankfold.sites.models import uncompiled
+from rankfold.training.choosing import selected
 
 DECAY = 0.98  # share of the running means that a step keeps
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """A model without what wraps it: `DistributedDataParallel`, `DataParallel`, `torch.compile`."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
+    while (inner := _inside(model)) is not model:
         model = inner
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    return model.get_submodule("module") if parallel else uncompiled(model)
 
 
 class Regularizer(ABC):
@@ -133,7 +135,8 @@ class Regularizer(ABC):
     def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
         """Path, layer and adapter of every layer that the penalty acts on; a layer with several names, and a weight of
         several layers, has one. Tables of vectors are no maps, and left out."""
-        known, weights = [], set()
+        known: dict[str, tuple[nn.Module, Adapter]] = {}
+        weights = set()
         for path, layer in unwrapped(model).named_modules():
             adapter = adapter_for(layer)
             if adapter is None or any(is_lazy(each) for each in layer.parameters(recurse=False)):
@@ -141,19 +144,9 @@ class Regularizer(ABC):
             if adapter.geometry(layer).table is not None or id(layer.weight) in weights:
                 continue  # a table has rows, and no map; a weight of two layers counts once
             weights.add(id(layer.weight))
-            known.append((path, layer, adapter))
-        for pattern in [*(self.only or ()), *self.exclude]:
-            if not any(fnmatchcase(path, pattern) for path, _, _ in known):
-                raise SiteError(
-                    f"{type(self).__name__} {pattern!r}",
-                    law="a selection names layers of the model",
-                    got="no match",
-                    cure=near_matches(pattern, [path for path, _, _ in known]),
-                )
-        for path, layer, adapter in known:
-            chosen = self.only is None or any(fnmatchcase(path, pattern) for pattern in self.only)
-            if chosen and not any(fnmatchcase(path, pattern) for pattern in self.exclude):
-                yield path, layer, adapter
+            known[path] = layer, adapter
+        for path in selected(known, only=self.only, exclude=self.exclude, place=type(self).__name__):
+            yield path, *known[path]
 
     def _scale(self, total: float, loss: Tensor | None) -> float:
         """λ; with a share after taking the step into the running means."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -10,7 +10,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from rankfold.errors import OptionError, SiteError, near_matches
-from rankfold.layers import Adapter, Geometry, adapter_for
+from rankfold.factors import Factors
+from rankfold.install.swap import train_as_
+from rankfold.layers import Adapter, Geometry, adapter_for, build_shell, fill_shell
 from rankfold.sites.copies import copied
 from rankfold.sites.finding import check_selection
 from rankfold.sites.models import check_module
@@ -50,7 +52,7 @@ def _left_alone(model: nn.Module) -> dict[str, str]:
         path: kind.__name__ for path, module in model.named_modules() for kind in WHOLE if isinstance(module, kind)
     }
     for path, layer in model.named_modules():
-        if (adapter_for(layer)) is None:
+        if adapter_for(layer) is None:
             continue
         above = next((other for other in whole if other == "" or path.startswith(f"{other}.")), None)
         if above is not None:
@@ -60,6 +62,58 @@ def _left_alone(model: nn.Module) -> dict[str, str]:
         elif any(len(owners[address(parameter)]) > 1 for parameter in layer.parameters(recurse=False)):
             reasons[path] = "tied: its weight is also another layer's"
     return reasons
+
+
+def selected(
+    paths: Collection[str],
+    *,
+    only: Sequence[str] | None,
+    exclude: Sequence[str],
+    place: str,
+    left: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The paths that match `only` and not `exclude`, in their order.
+
+    Args:
+        paths: Paths to choose among.
+        only: Paths or patterns (`*`, `?`); None is all.
+        exclude: Paths or patterns.
+        place: Who asks, for messages.
+        left: Reason why a layer is not among the paths, by its own.
+
+    Raises:
+        SiteError: A pattern matches none of the paths; near ones, or the reason, are named.
+    """
+    for pattern in [*(only or ()), *exclude]:
+        if not any(fnmatchcase(path, pattern) for path in paths):
+            why = next((why for path, why in (left or {}).items() if fnmatchcase(path, pattern)), None)
+            raise SiteError(
+                f"{place} {pattern!r}",
+                law="a selection names layers of the model that the call is about",
+                got="no match" if why is None else f"a layer that is left alone ({why})",
+                cure=near_matches(pattern, list(paths)),
+            )
+    chosen = [path for path in paths if only is None or any(fnmatchcase(path, pattern) for pattern in only)]
+    return [path for path in chosen if not any(fnmatchcase(path, pattern) for pattern in exclude)]
+
+
+def factored_layers(layer: nn.Module, adapter: Adapter, groups: Sequence[Factors]) -> list[nn.Module]:
+    """Layers that multiply out to one, trained as it is; the bias of the last is the layer's own parameter.
+
+    Args:
+        layer: The layer.
+        adapter: Its adapter.
+        groups: Factors of each group.
+    """
+    weight = adapter.canonical(layer)
+    form, ranks = groups[0].form, groups[0].ranks
+    shell = build_shell(adapter.geometry(layer), form, ranks, device=weight.device, dtype=weight.dtype)
+    fill_shell(shell, groups, adapter.bias(layer))
+    train_as_(shell, layer)
+    parts = list(shell.train(layer.training).children())
+    if isinstance(layer.bias, nn.Parameter):
+        parts[-1].bias = layer.bias
+    return parts
 
 
 def chosen_layers(
@@ -90,21 +144,8 @@ def chosen_layers(
         adapter = adapter_for(layer)
         if adapter is not None and path not in left and fits(adapter.geometry(layer)):
             found[path] = layer, adapter
-    for pattern in [*(only or ()), *exclude]:
-        if not any(fnmatchcase(path, pattern) for path in found):
-            why = next((why for path, why in left.items() if fnmatchcase(path, pattern)), None)
-            raise SiteError(
-                f"{place} {pattern!r}",
-                law="a selection names layers that can be replaced",
-                got="no match" if why is None else f"a layer that is left alone ({why})",
-                cure=near_matches(pattern, list(found)),
-            )
-    chosen = {
-        path: own
-        for path, own in found.items()
-        if (only is None or any(fnmatchcase(path, pattern) for pattern in only))
-        and not any(fnmatchcase(path, pattern) for pattern in exclude)
-    }
+    paths = selected(found, only=only, exclude=exclude, place=place, left=left)
+    chosen = {path: found[path] for path in paths}
     if not chosen:
         raise SiteError(place, law="a layer is left that can be replaced", got="none", cure="select more layers")
     return chosen

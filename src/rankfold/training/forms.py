@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -68,3 +71,15 @@ def _root(energy: Tensor) -> Tensor:
     """Square roots, of which those of 0 have the gradient 0."""
     alive = energy != 0  # NaN stays NaN
     return torch.where(alive, torch.where(alive, energy, 1.0).sqrt(), 0.0)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Context in which every module is in eval mode."""
+    before = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training

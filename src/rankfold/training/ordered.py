@@ -15,12 +15,11 @@ from rankfold.data.draws import check_seed
 from rankfold.errors import NumericsError, OptionError, SiteError
 from rankfold.factors import MatrixFactors
 from rankfold.install.merging import dense_of
-from rankfold.install.swap import train_as_
-from rankfold.layers import Adapter, Geometry, adapter_for, build_shell, chain_of, fill_shell, swap, tensor
+from rankfold.layers import Adapter, Geometry, adapter_for, chain_of, swap, tensor
 from rankfold.linalg.precision import widen
 from rankfold.linalg.svd import svd
 from rankfold.training._base import Regularizer, unwrapped
-from rankfold.training.choosing import chosen_layers, target_of
+from rankfold.training.choosing import chosen_layers, factored_layers, target_of
 from rankfold.training.forms import Ordered
 from rankfold.training.optimizers import check_cuttable, cut_parameters, replace_parameters
 
@@ -110,19 +109,12 @@ def _fits(geometry: Geometry) -> bool:
 
 def _ordered(layer: nn.Module, adapter: Adapter, rank: int | None) -> Ordered:
     """The two layers that are one, or its best of some rank; the bias is the layer's own parameter."""
-    geometry, weight = adapter.geometry(layer), adapter.canonical(layer)
-    own = widen(weight.detach())[0]
+    own = widen(adapter.canonical(layer).detach())[0]
     u, s, vh = svd(own.flatten(1))
     u, s, vh = u[:, :rank], s[:rank], vh[:rank]
     root, ones = s.clamp_min(0).sqrt(), [1] * (own.ndim - 2)
     factors = MatrixFactors((u * root).reshape(*u.shape, *ones), (root[:, None] * vh).reshape(len(s), *own.shape[1:]))
-    shell = build_shell(geometry, factors.form, factors.ranks, device=weight.device, dtype=weight.dtype)
-    fill_shell(shell, [factors], adapter.bias(layer))
-    train_as_(shell, layer)
-    first, second = shell.children()
-    if isinstance(layer.bias, nn.Parameter):
-        second.bias = layer.bias
-    return Ordered(first, second).train(layer.training)
+    return Ordered(*factored_layers(layer, adapter, [factors])).train(layer.training)
 
 
 def merge_ordered(model: nn.Module, *, inplace: bool = False) -> nn.Module:

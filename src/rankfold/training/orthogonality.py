@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from rankfold.errors import OptionError, SiteError
+from rankfold.checks import check_choice
+from rankfold.errors import SiteError
 from rankfold.layers import Adapter
 from rankfold.training._base import Regularizer, unwrapped
 from rankfold.training.forms import Overparameterized
@@ -45,11 +46,8 @@ class Orthogonality(Regularizer):
         exclude: Sequence[str] = (),
     ) -> None:
         super().__init__(weight, share=share, only=only, exclude=exclude)
-        for name, value, known in (("kind", kind, KINDS), ("of", of, PARTS)):
-            if value not in known:
-                raise OptionError(
-                    f"Orthogonality.{name}", law=", ".join(known), got=repr(value), cure=f"try {known[0]!r}"
-                )
+        check_choice("Orthogonality.kind", kind, KINDS)
+        check_choice("Orthogonality.of", of, PARTS)
         self.kind, self.of = kind, of
 
     def layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:

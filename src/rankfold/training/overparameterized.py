@@ -12,13 +12,12 @@ from rankfold.decompositions.tensors import refuses_tensor
 from rankfold.errors import SiteError
 from rankfold.factors import Factors, MatrixFactors, TuckerFactors
 from rankfold.install.merging import dense_of
-from rankfold.install.swap import train_as_
-from rankfold.layers import Adapter, Geometry, build_shell, chain_of, fill_shell, swap
+from rankfold.layers import Adapter, Geometry, chain_of, swap
 from rankfold.linalg.modes import times, unfolded
 from rankfold.linalg.precision import widen
 from rankfold.linalg.svd import svd
 from rankfold.linalg.whitening import symmetric_eigen
-from rankfold.training.choosing import chosen_layers, target_of
+from rankfold.training.choosing import chosen_layers, factored_layers, target_of
 from rankfold.training.forms import Overparameterized
 from rankfold.training.optimizers import replace_parameters
 
@@ -117,17 +116,9 @@ def _fits(geometry: Geometry) -> bool:
 
 def _product(layer: nn.Module, adapter: Adapter) -> Overparameterized:
     """The layers that multiply out to one; the bias is the layer's own parameter."""
-    geometry, weight = adapter.geometry(layer), adapter.canonical(layer)
-    shape = geometry.canonical_shape
-    three = refuses_tensor(shape, "tucker") is None
-    groups = [_factors(own, three) for own in widen(weight.detach())]
-    shell = build_shell(geometry, groups[0].form, groups[0].ranks, device=weight.device, dtype=weight.dtype)
-    fill_shell(shell, groups, adapter.bias(layer))
-    train_as_(shell, layer)
-    product = Overparameterized(*shell.children()).train(layer.training)
-    if isinstance(layer.bias, nn.Parameter):
-        list(product)[-1].bias = layer.bias
-    return product
+    three = refuses_tensor(adapter.geometry(layer).canonical_shape, "tucker") is None
+    groups = [_factors(own, three) for own in widen(adapter.canonical(layer).detach())]
+    return Overparameterized(*factored_layers(layer, adapter, groups)).train(layer.training)
 
 
 def _factors(weight: Tensor, three: bool) -> Factors:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.checks import check_choice, check_count, check_number
+from rankfold.comparison.tally import check_shapes
 from rankfold.data.batches import Batch, batch_size, take, to_device
 from rankfold.data.draws import check_seed
 from rankfold.data.running import call, device_of
@@ -21,6 +21,7 @@ from rankfold.errors import DataError, ModelError, NumericsError, OptionError
 from rankfold.outputs.taken import output_tensor
 from rankfold.sites.copies import copied
 from rankfold.sites.models import check_module
+from rankfold.training.forms import eval_mode
 
 PARTS = ("all", "norms", "blocks")
 LOSSES = ("error", "kl")
@@ -68,8 +69,9 @@ def recover(
     """Train a compressed network to put out what its original does, on inputs without labels.
 
     This is training, and no part of `compress`. Adam with a rate that falls as a cosine; dropout is off, and batch
-    norms keep their running moments. One sample in ten is held out: its loss is looked at about twenty times, the best
-    network is handed back, and the one given where none is better; so on held-out samples it can only help.
+    norms keep their running moments. One sample in ten, of few one in five, is held out: the loss there is looked at
+    about twenty times, the best network is handed back, and the one given where none is better; so on held-out samples
+    it can only help.
 
     Args:
         original: The original network.
@@ -91,7 +93,7 @@ def recover(
     Raises:
         OptionError: An option is none of those named.
         ModelError: There is nothing to train, or no block.
-        DataError: No sample, or too few to hold one out.
+        DataError: No sample, or too few to hold one out; outputs of two shapes.
         NumericsError: The loss is NaN or infinite; nothing is changed.
     """
     for name, value, known in (("parts", parts, PARTS), ("loss", loss, LOSSES)):
@@ -105,7 +107,7 @@ def recover(
     whole = _whole(original, model, loss, parts)
     goals = _blocks(original, model, samples) if parts == "blocks" else [whole]
     run = _Run(model, samples, batch=batch, patience=patience, told=told)
-    with torch.enable_grad(), _inference(original), _inference(model):
+    with torch.enable_grad(), eval_mode(original), eval_mode(model):
         before = run.look(whole)
         trained = {parameter: parameter.requires_grad for parameter in model.parameters()}
         for number, goal in enumerate(goals):
@@ -281,13 +283,7 @@ def _outputs(original: nn.Module, model: nn.Module, batch: Batch) -> tuple[Tenso
     with torch.no_grad():
         expected, logits = output_tensor(call(original, batch))
     got = output_tensor(call(model, batch))[0]
-    if got.shape != expected.shape:
-        raise ModelError(
-            "compressed",
-            law="outputs of the shape of the original's",
-            got=f"{tuple(got.shape)} and {tuple(expected.shape)}",
-            cure="pass the network that the original was compressed to",
-        )
+    check_shapes(expected, got)
     return expected, got, logits
 
 
@@ -380,15 +376,3 @@ def _until(model: nn.Module, block: nn.Module, batch: Batch) -> Tensor:
     finally:
         handle.remove()
     return found[0]
-
-
-@contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
-    """Context in which every module is in eval mode."""
-    before = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before.items():
-            module.training = training

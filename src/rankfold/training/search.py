@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +16,8 @@ from rankfold.cost.formula import dense_cost, site_cost
 from rankfold.data.batches import Batch, labels_of, split_batch, to_device
 from rankfold.data.running import device_of
 from rankfold.data.splits import as_batches
-from rankfold.decompositions import Decomposition, Moments
+from rankfold.decompositions import Decomposition
 from rankfold.errors import DataError, NumericsError, OptionError, near_matches
-from rankfold.factors import Factors, Rank
 from rankfold.layers import adapter_for, serves, tensor
 from rankfold.layers.splitting import split_at
 from rankfold.linalg.precision import widen
@@ -27,6 +26,8 @@ from rankfold.plan import Decision, Plan
 from rankfold.sites.finding import find_sites
 from rankfold.sites.models import check_module
 from rankfold.sites.site import Site, Sites
+from rankfold.training.forms import eval_mode
+from rankfold.training.mixture import Mixture, admitted
 
 PRICES = ("rank", "params", "macs")
 MOMENTUM = 0.9
@@ -141,10 +142,9 @@ def search(
     chosen: dict[str, int] = {}
     while True:
         layers = [
-            _Mixture(path, own[path][0], own[path][1], method, candidates, price)
-            for path, candidates in current.items()
+            Mixture(path, own[path][0], own[path][1], method, candidates, price) for path, candidates in current.items()
         ]
-        with torch.enable_grad():
+        with torch.enable_grad(), eval_mode(model):
             _round(model, modules, layers, batches, options)
         history.append({each.path: (each.ranks, tuple(each.probabilities().tolist())) for each in layers})
         chosen = {each.path: each.ranks[int(each.logits.argmax())] for each in layers}
@@ -154,7 +154,7 @@ def search(
         current = {}
         for path, best in chosen.items():
             grid = contracted(best, spacing[path], factor) if finer[path] >= 1 else (best,)
-            current[path] = tuple(rank for rank in grid if _admitted(own[path][0], method, rank) is not None) or (best,)
+            current[path] = tuple(rank for rank in grid if admitted(own[path][0], method, rank) is not None) or (best,)
         spacing = finer
     return Searched(_plan(sites, method, own, chosen), chosen, tuple(history))
 
@@ -214,16 +214,7 @@ def _first(
     grid = ranks.get(path, ()) if isinstance(ranks, Mapping) else ranks
     if any(type(rank) is not int or rank < 1 for rank in grid):
         raise OptionError("search.ranks", law="whole numbers of at least 1", got=repr(grid)[:80], cure="try (10, 20)")
-    return tuple(rank for rank in sorted(set(grid)) if _admitted(site, method, rank) is not None)
-
-
-def _admitted(site: Site, method: Decomposition, rank: int) -> Rank | None:
-    """A number as a rank of the method, of which tied ones are tuples; None where the site does not admit it."""
-    shape = site.geometry.canonical_shape
-    exact = method.ranks(shape)[-1]
-    own: Rank = tuple(min(rank, most) for most in exact) if isinstance(exact, tuple) else rank
-    largest = max(exact) if isinstance(exact, tuple) else exact
-    return own if rank <= largest and method.admits(shape, own) else None
+    return tuple(rank for rank in sorted(set(grid)) if admitted(site, method, rank) is not None)
 
 
 def _spacing(candidates: Sequence[int]) -> float:
@@ -231,63 +222,10 @@ def _spacing(candidates: Sequence[int]) -> float:
     return (candidates[-1] - candidates[0]) / (len(candidates) - 1) if len(candidates) > 1 else 0.0
 
 
-class _Mixture:
-    """A layer as a mixture of candidates: their factors and logits, all trained."""
-
-    def __init__(
-        self, path: str, site: Site, weight: Tensor, method: Decomposition, ranks: tuple[int, ...], price: str
-    ) -> None:
-        self.path, self.ranks, self.target = path, ranks, weight
-        own = [rank for each in ranks if (rank := _admitted(site, method, each)) is not None]
-        self.branches = [[_trained(method.decompose(group, rank, Moments())) for group in weight] for rank in own]
-        self.logits = torch.zeros(len(ranks), dtype=torch.float64, device=weight.device, requires_grad=True)
-        if price == "rank":
-            costs = [rank / max(ranks) for rank in ranks]
-        else:
-            whole = dense_cost(site).amounts()[price]
-            costs = [site_cost(site, method.form, rank).amounts()[price] / whole for rank in own]
-        self.costs = torch.tensor(costs, dtype=torch.float64, device=weight.device)
-
-    def probabilities(self) -> Tensor:
-        """`softmax(α)`."""
-        return self.logits.softmax(0)
-
-    def parameters(self) -> Iterator[Tensor]:
-        """The factors."""
-        for groups in self.branches:
-            for factors in groups:
-                yield from (part for part in factors.stages() if part.requires_grad)
-
-    def mixed(self) -> Tensor:
-        """`W_mix`, shape (groups, out, in, kernel…)."""
-        parts = [torch.stack([factors.reconstruct() for factors in groups]) for groups in self.branches]
-        return torch.einsum("r,r...->...", self.probabilities(), torch.stack(parts))
-
-    def error(self) -> Tensor:
-        """`‖W − W_mix‖_F²`."""
-        return (self.target - self.mixed()).square().sum()
-
-    def price(self) -> Tensor:
-        """`Σ_r p_r c_r`."""
-        return (self.probabilities() * self.costs).sum()
-
-
-def _trained(factors: Factors) -> Factors:
-    """Factors whose tensors have gradients."""
-    changed: dict[str, Any] = {}
-    for field in fields(factors):
-        value = getattr(factors, field.name)
-        if isinstance(value, Tensor):
-            changed[field.name] = value.detach().clone().requires_grad_()
-        elif isinstance(value, tuple) and value and all(isinstance(each, Tensor) for each in value):
-            changed[field.name] = tuple(each.detach().clone().requires_grad_() for each in value)
-    return replace(factors, **changed)
-
-
 def _round(
     model: nn.Module,
     modules: Mapping[str, nn.Module],
-    layers: Sequence[_Mixture],
+    layers: Sequence[Mixture],
     batches: Any,
     options: _Options,
 ) -> None:
@@ -338,7 +276,7 @@ def _round(
         step(value * price(), by_logit, logits, number)
 
 
-def _entropy(model: nn.Module, modules: Mapping[str, nn.Module], layers: Sequence[_Mixture], batch: Batch) -> Tensor:
+def _entropy(model: nn.Module, modules: Mapping[str, nn.Module], layers: Sequence[Mixture], batch: Batch) -> Tensor:
     """Cross-entropy of the model with mixed weights on a labelled batch, in eval mode."""
     target = labels_of(batch)
     if target is None:
@@ -355,13 +293,7 @@ def _entropy(model: nn.Module, modules: Mapping[str, nn.Module], layers: Sequenc
         f"{layer.path}.weight" if layer.path else "weight": _stored(modules[layer.path], layer.mixed())
         for layer in layers
     }
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        scores, _ = output_tensor(functional_call(model, weights, args, kwargs))
-    finally:
-        for module, value in training.items():
-            module.training = value
+    scores, _ = output_tensor(functional_call(model, weights, args, kwargs))
     target = target.to(scores.device)
     if scores.shape[:-1] == target.shape:  # classes last
         scores, target = scores.flatten(0, -2), target.flatten()
@@ -379,7 +311,7 @@ def _stored(layer: nn.Module, weight: Tensor) -> Tensor:
     """A canonical weight as the layer stores it."""
     own = tensor(layer, "weight")
     adapter = adapter_for(layer)
-    if adapter is None or adapter.weight_axes != (0, 1) or getattr(layer, "transposed", False):
+    if adapter is None or adapter.weight_axes != (0, 1) or adapter.geometry(layer).transposed:
         weight = weight.transpose(1, 2)
     return weight.reshape(own.shape).to(own.dtype)
 
@@ -393,7 +325,7 @@ def _plan(
     """The plan of the chosen ranks; a layer that they would make larger stays dense."""
     decisions = []
     for site in sites:
-        rank = _admitted(site, method, chosen[site.path]) if site.path in chosen else None
+        rank = admitted(site, method, chosen[site.path]) if site.path in chosen else None
         why = "dense: no candidates"
         if rank is not None and site_cost(site, method.form, rank).params >= dense_cost(site).params:
             rank, why = None, f"dense: {chosen[site.path]} would make it larger"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rankfold.checks import check_number
+from rankfold.checks import check_choice, check_number
 from rankfold.errors import OptionError, SiteError
 from rankfold.training._base import Regularizer
 from rankfold.training.nuclear import nuclear_norm, soft_threshold
@@ -109,8 +109,7 @@ class NuclearNorm(Regularizer):
         exclude: Sequence[str] = (),
     ) -> None:
         super().__init__(weight, share=share, only=only, exclude=exclude)
-        if matrix not in MATRICES:
-            raise OptionError("NuclearNorm.matrix", law=" or ".join(MATRICES), got=repr(matrix), cure='try "out"')
+        check_choice("NuclearNorm.matrix", matrix, MATRICES)
         self.matrix = matrix
 
     def penalty(self, weight: Tensor) -> Tensor | None:
