@@ -20,6 +20,8 @@ def modules() -> list[str]:
     return sorted(module.name for module in found if not module.name.endswith("__main__"))
 
 
+@pytest.mark.usefixtures("mended_torchvision")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.*", "ignore::FutureWarning:lightning.*")
 @pytest.mark.parametrize("name", [name for name in modules() if not name.startswith("rankfold.cli.")])
 def test_what_a_module_exports_is_sorted_and_there(name: str) -> None:
     module = importlib.import_module(name)

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from rankfold.checks import check_number
 from rankfold.errors import NumericsError, OptionError, SiteError, shown
-from rankfold.layers import Adapter, adapter_for
+from rankfold.layers import Adapter, adapter_for, tensor
 from rankfold.sites.finding import check_selection
 from rankfold.sites.models import uncompiled
 from rankfold.training.choosing import selected
@@ -32,6 +33,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def _inside(model: nn.Module) -> nn.Module:
     parallel = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
     return model.get_submodule("module") if parallel else uncompiled(model)
+
+
+def check_whole(place: str, weight: Tensor) -> None:
+    """Refuse a weight of which this process holds a part.
+
+    Raises:
+        SiteError: It is sharded (`fully_shard`, `FullyShardedDataParallel`, ZeRO-3).
+    """
+    sharded = hasattr(weight, "device_mesh")  # a DTensor, which is not imported for the question
+    if sharded or not weight.numel() or weight.ndim < 2:
+        raise SiteError(
+            place,
+            law="every process holds the whole weight",
+            got="a part of it" if sharded else f"shape {tuple(weight.shape)}",
+            cure="train with DistributedDataParallel",
+        )
 
 
 class Regularizer(ABC):
@@ -110,6 +127,38 @@ class Regularizer(ABC):
             )
         return total * self._scale(float(total.detach()), loss)
 
+    def add_gradients(
+        self, model: nn.Module, loss: Tensor | None = None, *, optimizer: Optimizer | None = None
+    ) -> Tensor:
+        """Add the gradient of the penalty to `.grad`, in place of a sum with the loss: once before the optimizer steps,
+        when all batches of the step went backward, and before gradients are clipped.
+
+        The same as `(loss + penalty(model, loss)).backward()`, without a hook of `DistributedDataParallel` running
+        again: weights are the same in all processes, so their penalty is. Gradients must not be scaled (`GradScaler`:
+        call `unscale_` first).
+
+        Args:
+            model: See `__call__`.
+            loss: See `__call__`; with accumulated gradients the mean of the batches'.
+            optimizer: The optimizer that steps, where a model has several: others' parameters are left alone.
+
+        Returns:
+            The penalty, detached.
+
+        Raises:
+            SiteError, OptionError, NumericsError: See `__call__`; no gradient is changed then.
+        """
+        held = None if optimizer is None else {id(each) for group in optimizer.param_groups for each in group["params"]}
+        with torch.enable_grad():
+            value = self(model, loss)
+        own = [each for each in unwrapped(model).parameters() if each.requires_grad]
+        chosen = [each for each in own if held is None or id(each) in held]
+        if value.requires_grad and chosen:
+            for each, change in zip(chosen, torch.autograd.grad(value, chosen, allow_unused=True), strict=True):
+                if change is not None:
+                    each.grad = change if each.grad is None else each.grad.add_(change)
+        return value.detach()
+
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         """`R(W)` of each layer by its path, before λ.
 
@@ -141,6 +190,7 @@ class Regularizer(ABC):
             adapter = adapter_for(layer)
             if adapter is None or any(is_lazy(each) for each in layer.parameters(recurse=False)):
                 continue
+            check_whole(f"{type(self).__name__} at {path!r}", tensor(layer, "weight"))
             if adapter.geometry(layer).table is not None or id(layer.weight) in weights:
                 continue  # a table has rows, and no map; a weight of two layers counts once
             weights.add(id(layer.weight))
