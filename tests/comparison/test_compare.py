@@ -231,6 +231,14 @@ def test_labels_are_integers_in_second_place_or_by_name() -> None:
         assert labels_of(batch) is None
 
 
+def test_labels_of_a_large_batch_tell_its_logits() -> None:
+    outputs = 9 + torch.randn(50, 4, generator=torch.Generator().manual_seed(0))  # that shift as values do
+    model = Fixed([outputs])
+    seen = rf.compare(model, model, [(torch.zeros(50, 1), torch.zeros(50).long())])
+    assert seen.outputs[0].kind == "logits"
+    assert seen.top1 == (pytest.approx(float((outputs.argmax(1) == 0).float().mean())),) * 2
+
+
 def test_every_output_counts_alike() -> None:
     first, second = torch.full((4, 3), 100.0), torch.ones(4, 5)
     dense, other = Fixed([(first, second)]), Fixed([(first * 1.01, second * 1.5)])

@@ -120,12 +120,13 @@ def _settle(pairs: Sequence[_Pair], outputs: Outputs) -> Taken:
     seen, labels, left = [], [], LOOKED_AT
     for _, batch, _, output, _ in pairs:
         found = opened(output)
-        size = batch_size(batch)
+        size, label = batch_size(batch), labels_of(batch)
         if left < size:
             found = Opened({n: t[:left] if t.ndim and len(t) == size else t for n, t in found.tensors.items()})
+            label = label[:left] if label is not None and len(label) == size else label
         left -= size
         seen.append(found)
-        labels.append(labels_of(batch))
+        labels.append(label)
     return settle(seen, outputs, labels)
 
 
