@@ -83,7 +83,7 @@ def smaller(task: Task, folder: Path, kept: float, spared: tuple[str, ...]) -> n
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("networks", nargs="*", choices=("resnet20", "resnet56", "minilm", []), default=["resnet56"])
+    parser.add_argument("networks", nargs="*", default=["resnet56"], help="of resnet20, resnet56, minilm")
     parser.add_argument("--kept", type=float, nargs="+", default=[0.3, 0.2, 0.1])
     parser.add_argument("--parts", nargs="+", default=["all", "norms", "blocks"])
     parser.add_argument("--loss", choices=("kl", "error"))
@@ -109,11 +109,12 @@ def main() -> None:
                     back = rf.training.recover(
                         task.model, small, task.data, steps=steps, parts=parts, loss=loss, rate=told.rate
                     )
+                    seconds = time.process_time() - start
                     row: dict[str, Any] = {"network": name, "kept": kept, "parts": parts, "loss": loss, "steps": steps}
                     row |= {f"{key} before": value for key, value in before.items()} | task.judge(back.model)
                     row |= {"best": back.best, "taken": back.steps, "forwards": back.forwards}
                     row |= {"held-out before": back.before, "held-out": back.after}
-                    row["seconds"] = time.process_time() - start
+                    row["seconds"] = seconds
                     rows.append(row)
                     print(said(row), flush=True)
                     if told.json is not None:

@@ -75,15 +75,16 @@ def load(name: str) -> Images:
     sheets of 50 × 50 images (`*.webp`, lossless) and `labels.npy`.
 
     Raises:
-        FileNotFoundError: The folder holds neither.
+        FileNotFoundError: The folder holds neither, or not all of one.
+        ValueError: A file is cut off, or there is not one label for each image.
     """
     if name == "digits":
         return digits()
     folder = Path(name)
     if (folder / "test_batch.bin").is_file():
-        train = _binary(sorted(folder.glob("data_batch_*.bin")))
+        train = _binary([folder / f"data_batch_{number}.bin" for number in range(1, 6)])
         test = _binary([folder / "test_batch.bin"])
-    elif (folder / "train" / "labels.npy").is_file():
+    elif (folder / "train").is_dir():
         train, test = (_sheets(folder / part) for part in ("train", "test"))
     else:
         raise FileNotFoundError(f"{folder}: neither CIFAR-10's data_batch_*.bin, nor train/ and test/ with sheets")
@@ -103,6 +104,11 @@ def digits() -> Images:
 
 def _binary(files: list[Path]) -> tuple[Tensor, Tensor]:
     """CIFAR-10's binary version: a byte of the class before 3,072 of the image."""
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: one of the files of CIFAR-10; copy it there")
+        if not (size := file.stat().st_size) or size % 3073:
+            raise ValueError(f"{file}: {size} bytes are no whole rows of 3,073; copy it again")
     rows = np.concatenate([np.fromfile(file, np.uint8).reshape(-1, 3073) for file in files])
     return torch.from_numpy(rows[:, 1:].reshape(-1, 3, 32, 32).copy()), torch.from_numpy(rows[:, 0].astype(np.int64))
 
@@ -111,7 +117,15 @@ def _sheets(folder: Path) -> tuple[Tensor, Tensor]:
     """Images from sheets, row by row."""
     from PIL import Image
 
-    sheets = [np.asarray(Image.open(file).convert("RGB")) for file in sorted(folder.glob("*.webp"))]
+    files = sorted(folder.glob("*.webp"))
+    if not files or not (folder / "labels.npy").is_file():
+        raise FileNotFoundError(f"{folder}: sheets (*.webp) and labels.npy; found {len(files)} sheets")
+    sheets = [np.asarray(Image.open(file).convert("RGB")) for file in files]
     tiles = [sheet.reshape(50, 32, 50, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3) for sheet in sheets]
     images = torch.from_numpy(np.concatenate(tiles)).permute(0, 3, 1, 2).contiguous()
-    return images, torch.from_numpy(np.load(folder / "labels.npy")).long()
+    labels = torch.from_numpy(np.load(folder / "labels.npy")).long()
+    if labels.shape != images.shape[:1]:
+        raise ValueError(
+            f"{folder / 'labels.npy'}: one label for each of {len(images)} images; got {tuple(labels.shape)}"
+        )
+    return images, labels

@@ -1,4 +1,4 @@
-"""A plain training loop with penalties, which goes on where it stopped to the same bits."""
+"""A plain training loop with penalties, which goes on where it stopped to the same bits (on a CPU)."""
 
 from __future__ import annotations
 
@@ -47,6 +47,18 @@ class Schedule:
     bf16: bool = False
     seed: int = 0
 
+    def check(self, images: int) -> None:
+        """Refuse what cannot be trained.
+
+        Raises:
+            ValueError: A number is named with its limits.
+        """
+        for name, value, most in (("epochs", self.epochs, 10**6), ("batch", self.batch, images)):
+            if not 1 <= value <= most:
+                raise ValueError(f"{name} {value}: from 1 to {most}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate {self.rate}: a number above 0")
+
     def rate_at(self, step: int, steps: int) -> float:
         """Learning rate of a step."""
         done, top = (step + 1) / (steps + 1), 0.3
@@ -91,6 +103,7 @@ def fit(
     schedule: Schedule,
     folder: Path,
     *,
+    asked: Mapping[str, Any],
     penalties: Sequence[rf.training.Regularizer] = (),
     sampler: rf.training.OrderedSampler | None = None,
     after_epoch: Callable[[nn.Module, torch.optim.Optimizer], Mapping[str, Any]] = lambda *_: {},
@@ -104,6 +117,7 @@ def fit(
         images: What it is trained on.
         schedule: How long and how fast.
         folder: For the state, written after each epoch.
+        asked: Everything else that the result depends on, by name: a state of something else is refused.
         penalties: Added to the loss.
         sampler: Ranks of each batch.
         after_epoch: Called with model and optimizer; what it returns is in the log.
@@ -112,11 +126,23 @@ def fit(
 
     Returns:
         Loss, penalties, seconds and test accuracy of each epoch.
+
+    Raises:
+        ValueError: The schedule or `until` cannot be, or the folder's state is of another run.
+        FileNotFoundError: There is no state to go on from.
+        FileExistsError: There is one, and it was not asked to go on from it.
+        FloatingPointError: The loss is NaN or infinite.
     """
+    schedule.check(len(images.train))
+    if until is not None and not 0 < until <= schedule.epochs:
+        raise ValueError(f"until {until}: an epoch from 1 to {schedule.epochs}")
     optimizer = optimizer_of(model, schedule)
     log: list[dict[str, Any]] = []
+    asked = {**asked, **asdict(schedule)}
     if resume:
-        log = _restore(folder, model, optimizer, schedule, penalties, sampler)
+        log = _restore(folder, model, optimizer, asked, penalties, sampler)
+    elif (folder / STATE).exists():
+        raise FileExistsError(f"{folder}: holds a run; go on with --resume, or choose another folder")
     per_epoch = len(images.train) // schedule.batch
     for epoch in range(len(log), schedule.epochs if until is None else until):
         model.train()
@@ -144,7 +170,7 @@ def fit(
         row |= {"top1": top1(model, images), "seconds": time.perf_counter() - start}
         log.append(row)
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items() if not isinstance(value, dict)), flush=True)
-        _store(folder, model, optimizer, schedule, penalties, sampler, log)
+        _store(folder, model, optimizer, asked, penalties, sampler, log)
     return log
 
 
@@ -161,7 +187,7 @@ def _store(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    asked: Mapping[str, Any],
     penalties: Sequence[rf.training.Regularizer],
     sampler: rf.training.OrderedSampler | None,
     log: list[dict[str, Any]],
@@ -171,7 +197,7 @@ def _store(
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"momentum.{name}": value for name, value in _moments(model, optimizer).items()}
     known = {
-        "schedule": asdict(schedule),
+        "asked": dict(asked),
         "penalties": [penalty.state_dict() for penalty in penalties],
         "sampler": None if sampler is None else sampler.state_dict(),
         "log": log,
@@ -194,24 +220,34 @@ def known_of(folder: Path) -> dict[str, Any]:
         return known
 
 
+def check_asked(folder: Path, known: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuse a state of another run.
+
+    Raises:
+        ValueError: Something was asked for otherwise; it is named.
+    """
+    there = known["asked"]
+    names = sorted(there.keys() | asked.keys())
+    differs = {name: (there.get(name), asked.get(name)) for name in names if there.get(name) != asked.get(name)}
+    if differs:
+        raise ValueError(f"{folder}: the state of another run (there, here): {differs}; choose another folder")
+
+
 def _restore(
     folder: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    schedule: Schedule,
+    asked: Mapping[str, Any],
     penalties: Sequence[rf.training.Regularizer],
     sampler: rf.training.OrderedSampler | None,
 ) -> list[dict[str, Any]]:
     """Take the state of a folder.
 
     Raises:
-        ValueError: It was written with another schedule.
+        ValueError: It is of another run; nothing is changed.
     """
     known = known_of(folder)
-    if known["schedule"] != asdict(schedule):
-        own = asdict(schedule)
-        differs = {key: (value, own[key]) for key, value in known["schedule"].items() if value != own[key]}
-        raise ValueError(f"{folder}: written with another schedule (there, here): {differs}")
+    check_asked(folder, known, asked)
     with safe_open(folder / STATE, "pt", str(device())) as file:
         model.load_state_dict({name: file.get_tensor(f"model.{name}") for name in model.state_dict()})
         for name, each in model.named_parameters():

@@ -63,6 +63,8 @@ class ResNet(nn.Module):
 
 def network(name: str, width: float = 1.0, channels: int = 3) -> ResNet:
     """A network with random weights: "resnet18" of 64 to 512 channels, "resnet20" of 16 to 64, times a width."""
+    if not 0.1 <= width <= 16:
+        raise ValueError(f"width {width}: from 0.1 to 16")
     if name == "resnet18":
         return ResNet([round(each * width) for each in (64, 128, 256, 512)], 2, channels, padded=False)
     if name == "resnet20":

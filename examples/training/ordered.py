@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from examples.training.data import load
-from examples.training.loop import device, fit, known_of
+from examples.training.loop import check_asked, device, fit, known_of
 from examples.training.networks import network
-from examples.training.train import arguments, schedule_of
+from examples.training.train import arguments, asked_of, schedule_of
 from torch import nn
 
 import rankfold as rf
@@ -30,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     images = load(told.data)
     torch.manual_seed(told.seed)
     dense = network(told.network, told.width, images.channels)
-    ranks = known_of(told.out)["log"][-1]["ranks"] if told.resume else None
+    asked, ranks = asked_of(told), None
+    if told.resume:
+        known = known_of(told.out)
+        check_asked(told.out, known, {**asked, **asdict(schedule_of(told))})
+        ranks = known["log"][-1]["ranks"]
     model = rf.training.to_ordered(dense, ranks=ranks).to(device(), memory_format=torch.channels_last)
     calibration = [each.to(device()) for each in images.calibration(1024)]
 
@@ -44,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         images,
         schedule_of(told),
         told.out,
+        asked=asked,
         penalties=[rf.training.HierarchicalLasso(told.lasso)],
         sampler=rf.training.OrderedSampler(model, seed=told.seed),
         after_epoch=after_epoch,

@@ -61,6 +61,13 @@ def trained(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     return model.eval(), told
 
 
+def asked_of(told: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for beside the schedule and where it lies."""
+    left = ("out", "resume", "until", "data", "sizes", "epochs", "batch", "rate", "bf16", "seed")
+    images = "digits" if told.data == "digits" else "CIFAR-10"
+    return {"images": images, **{name: value for name, value in vars(told).items() if name not in left}}
+
+
 def keep(folder: Path, model: nn.Module, told: argparse.Namespace, channels: int, **more: Any) -> None:
     """Write the network and what it is."""
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
@@ -75,14 +82,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--share", type=float, help="share of the loss that the penalty is held at, such as 0.05")
     parser.add_argument("--weight", type=float, help="weight of the penalty, in place of a share")
     told = parser.parse_args(argv)
+    if (told.penalty == "none") != (told.share is None and told.weight is None):
+        parser.error("a penalty has a --share or a --weight, and none has neither")
+    penalties = [] if told.penalty == "none" else [PENALTIES[told.penalty](told.weight, told.share)]
     images = load(told.data)
     torch.manual_seed(told.seed)
     model: nn.Module = network(told.network, told.width, images.channels)
     if told.penalty == "orthogonal":
         model = rf.training.overparameterize(model)
     model = model.to(device(), memory_format=torch.channels_last)
-    penalties = [] if told.penalty == "none" else [PENALTIES[told.penalty](told.weight, told.share)]
-    log = fit(model, images, schedule_of(told), told.out, penalties=penalties, resume=told.resume, until=told.until)
+    log = fit(
+        model,
+        images,
+        schedule_of(told),
+        told.out,
+        asked=asked_of(told),
+        penalties=penalties,
+        resume=told.resume,
+        until=told.until,
+    )
     if told.until is not None:
         return
     if told.penalty == "orthogonal":

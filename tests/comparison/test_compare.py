@@ -239,6 +239,12 @@ def test_labels_of_a_large_batch_tell_its_logits() -> None:
     assert seen.top1 == (pytest.approx(float((outputs.argmax(1) == 0).float().mean())),) * 2
 
 
+def test_one_label_for_a_large_batch_is_named() -> None:
+    model = Fixed([torch.randn(50, 4, generator=torch.Generator().manual_seed(0))])
+    with pytest.raises(DataError):
+        rf.compare(model, model, [(torch.zeros(50, 1), torch.tensor(3))])
+
+
 def test_every_output_counts_alike() -> None:
     first, second = torch.full((4, 3), 100.0), torch.ones(4, 5)
     dense, other = Fixed([(first, second)]), Fixed([(first * 1.01, second * 1.5)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,16 @@ def test_a_weight_of_which_a_part_is_here_is_refused() -> None:
     model[0].weight = nn.Parameter(torch.empty(0))
     with pytest.raises(SiteError, match="every process holds the whole weight"):
         NuclearNorm(0.3)(model)
+    assert list(NuclearNorm(0.3, exclude=["0"]).values(model)) == ["2"]
+    empty = nn.Sequential(nn.Linear(4, 3), nn.LazyLinear(2))
+    empty.append(nn.Linear(4, 2))
+    empty[2].weight = nn.Parameter(torch.empty(0, 4))
+    assert list(FirstDerivative(0.3).values(empty)) == ["0"]
+
+
+def test_weights_that_are_computed_are_counted_each() -> None:
+    model = nn.Sequential(*(nn.utils.parametrizations.weight_norm(nn.Linear(5, 5)) for _ in range(8)))
+    assert len(NuclearNorm(0.3).values(model)) == 8
 
 
 def test_parts_have_one_state_of_plain_values() -> None:
@@ -85,6 +97,37 @@ def test_parts_have_one_state_of_plain_values() -> None:
     assert again.state_dict() == parts.state_dict()
     with pytest.raises(OptionError, match="a state of the same penalties"):
         Parts((NuclearNorm(1e-3),), None).load_state_dict(parts.state_dict())
+
+
+def test_no_gradient_is_added_where_a_later_penalty_fails() -> None:
+    model = network()
+    parts = Parts((NuclearNorm(0.1), FirstDerivative(0.1, only=["head"])), None)
+    with pytest.raises(SiteError, match="'head'"):
+        parts.add_gradients(model, None, torch.optim.SGD(model.parameters(), 0.1))
+    assert gradients(model) == [None] * 4
+
+
+def test_a_state_that_does_not_fit_changes_nothing() -> None:
+    model = to_ordered(network())
+    parts = Parts((NuclearNorm(share=0.1),), OrderedSampler(model))
+    before = parts.state_dict()
+    other = {"penalties": {"NuclearNorm": {"means": [3.0, 4.0]}}, "sampler": {**before["sampler"], "order": [("9", 1)]}}
+    states: list[dict[str, Any]] = [other, {}, {"penalties": 3}, {"penalties": {"NuclearNorm": {}}, "sampler": None}]
+    for state in states:
+        with pytest.raises(OptionError):
+            parts.load_state_dict(state)
+    assert parts.state_dict() == before
+
+
+def test_gradients_that_are_set_are_of_the_layout_of_the_weight() -> None:
+    class Sum(NuclearNorm):
+        def penalty(self, weight: Tensor) -> Tensor:
+            return weight.sum()
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    Sum(0.5).add_gradients(model)
+    assert model[0].weight.grad.stride() == model[0].weight.stride()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
 
 
 def test_an_optimizer_of_another_model_adds_nothing() -> None:

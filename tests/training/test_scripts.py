@@ -91,10 +91,56 @@ def test_what_cannot_be_resumed_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         train.main([*SMALL, "--out", str(tmp_path), "--resume"])
     train.main([*SMALL, "--out", str(tmp_path), "--until", "1"])
-    with pytest.raises(ValueError, match=r"another schedule .*'rate': \(0.2, 0.1\)"):
-        train.main([*SMALL, "--rate", "0.1", "--out", str(tmp_path), "--resume"])
+    with pytest.raises(FileExistsError, match="go on with --resume"):
+        train.main([*SMALL, "--out", str(tmp_path)])
+    before = load_file(tmp_path / STATE)
+    for options, said in (
+        (["--rate", "0.1"], r"'rate': \(0.2, 0.1\)"),
+        (["--width", "0.5"], r"'width': \(0.25, 0.5\)"),
+        (["--penalty", "second", "--share", "0.1"], r"'penalty': \('none', 'second'\)"),
+    ):
+        with pytest.raises(ValueError, match=f"the state of another run .*{said}"):
+            train.main([*SMALL, *options, "--out", str(tmp_path), "--resume"])
+    with pytest.raises(ValueError, match=r"the state of another run .*'lasso': \(None, 0.0001\)"):
+        ordered.main([*SMALL, "--out", str(tmp_path), "--resume"])
+    assert all(torch.equal(value, before[name]) for name, value in load_file(tmp_path / STATE).items())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--until", "4"], "until 4: an epoch from 1 to 3"),
+        (["--epochs", "0"], "epochs 0: from 1 to"),
+        (["--batch", "2000"], "batch 2000: from 1 to 1347"),
+        (["--rate", "-1"], "rate -1.0: a number above 0"),
+        (["--width", "0.01"], "width 0.01: from 0.1 to 16"),
+    ],
+)
+def test_what_cannot_be_trained_says_so(options: list[str], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        train.main([*SMALL, *options, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [["--weight", "3"], ["--penalty", "second"]])
+def test_a_penalty_has_a_weight_and_none_has_none(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        train.main([*SMALL, *options, "--out", str(tmp_path)])
+
+
+def test_data_that_is_not_whole_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="neither CIFAR-10's"):
         load(str(tmp_path))
+    (tmp_path / "test_batch.bin").write_bytes(bytes(3073))
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1\.bin: one of the files"):
+        load(str(tmp_path))
+    for number in range(1, 6):
+        (tmp_path / f"data_batch_{number}.bin").write_bytes(bytes(3073 + number))
+    with pytest.raises(ValueError, match=r"data_batch_1\.bin: 3074 bytes are no whole rows"):
+        load(str(tmp_path))
+    (tmp_path / "sheets" / "train").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"labels\.npy; found 0 sheets"):
+        load(str(tmp_path / "sheets"))
 
 
 def test_images_are_moved_and_mirrored_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rankfold.errors import OptionError
-from rankfold.training import HierarchicalLasso, NuclearNorm, OrderedSampler, Regularizer, to_ordered
+from rankfold.errors import OptionError, SiteError
+from rankfold.training import HierarchicalLasso, NuclearNorm, OrderedSampler, Regularizer, SecondDerivative, to_ordered
 
 pytestmark = [pytest.mark.usefixtures("mended_torchvision"), pytest.mark.filterwarnings("ignore")]
 
 
 class Net(nn.Module):
-    """Returns its loss as models of that library do, or none."""
+    """Returns its loss as models of that library do, by name or as the first of a tuple."""
 
-    def __init__(self, loss: bool = True) -> None:
+    def __init__(self, mapping: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
-        self.told = loss
+        self.mapping = mapping
 
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor] | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor] | tuple[Tensor, ...]:
         logits = self.second(torch.relu(self.first(x)))
+        if labels is None:  # Trainer computes the loss
+            return {"logits": logits}
         loss = F.cross_entropy(logits, labels)
-        return {"loss": loss, "logits": logits} if self.told else (loss, logits)
+        return {"loss": loss, "logits": logits} if self.mapping else (loss, logits)
 
 
 def data() -> list[dict[str, Tensor]]:
@@ -36,7 +39,15 @@ def data() -> list[dict[str, Tensor]]:
     return [{"x": torch.randn(6, generator=draws), "labels": torch.randint(4, (), generator=draws)} for _ in range(24)]
 
 
-def fit(folder: Path, model: nn.Module, callback: Any, resume: Path | None = None, **options: Any) -> None:
+def fit(
+    folder: Path,
+    model: nn.Module,
+    callback: Any,
+    resume: Path | None = None,
+    others: Sequence[Any] = (),
+    loss: Any = None,
+    **options: Any,
+) -> None:
     from transformers import Trainer, TrainingArguments
 
     arguments: dict[str, Any] = {
@@ -53,7 +64,13 @@ def fit(folder: Path, model: nn.Module, callback: Any, resume: Path | None = Non
         "optim": "adamw_torch",
         **options,
     }
-    trainer = Trainer(model, TrainingArguments(str(folder), **arguments), train_dataset=data(), callbacks=[callback])
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), **arguments),
+        train_dataset=data(),
+        callbacks=[callback, *others],
+        compute_loss_func=loss,
+    )
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
@@ -103,12 +120,69 @@ def test_stopped_and_resumed_is_not_stopped(tmp_path: Path) -> None:
         assert all(torch.equal(value, rest.state_dict()[name]) for name, value in whole.state_dict().items())
 
 
-def test_a_model_that_returns_no_loss_has_no_share(tmp_path: Path) -> None:
+def test_a_tuple_begins_with_its_loss(tmp_path: Path) -> None:
     from rankfold.training.transformers import PenaltyCallback
 
+    named, first = Net(), Net(mapping=False)
+    for model in (named, first):
+        fit(tmp_path, model, PenaltyCallback(NuclearNorm(share=0.1)))
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in named.state_dict().items())
+
+
+def test_a_loss_outside_the_model_has_no_share(tmp_path: Path) -> None:
+    from rankfold.training.transformers import PenaltyCallback
+
+    def loss(outputs: dict[str, Tensor], labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return F.cross_entropy(outputs["logits"], labels)
+
     with pytest.raises(OptionError, match="a model that returns its loss"):
-        fit(tmp_path, Net(loss=False), PenaltyCallback(NuclearNorm(share=0.1)))
-    fit(tmp_path, Net(loss=False), PenaltyCallback(NuclearNorm(0.1)))
+        fit(tmp_path, Net(), PenaltyCallback(NuclearNorm(share=0.1)), loss=loss)
+    fit(tmp_path, Net(), PenaltyCallback(NuclearNorm(0.1)), loss=loss)
+
+
+def test_a_training_that_was_cut_off_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    from rankfold.training.transformers import PenaltyCallback
+
+    class Struck(TrainerCallback):  # type: ignore[misc]
+        def on_substep_end(self, *args: Any, **known: Any) -> None:
+            raise KeyboardInterrupt
+
+    model, fresh = Net(), Net()
+    callback = PenaltyCallback(NuclearNorm(share=0.5))
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, model, callback, others=[Struck()], gradient_accumulation_steps=3)
+    model.load_state_dict(fresh.state_dict())
+    fit(tmp_path, model, callback)
+    fit(tmp_path, fresh, PenaltyCallback(NuclearNorm(share=0.5)))
+    assert not model._forward_hooks
+    assert all(torch.equal(value, fresh.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_two_callbacks_keep_a_state_each_and_one_without_is_warned_of(tmp_path: Path) -> None:
+    from rankfold.training.transformers import PenaltyCallback
+
+    def parts() -> list[PenaltyCallback]:
+        return [PenaltyCallback(NuclearNorm(share=0.3, only=[path])) for path in ("first", "second")]
+
+    whole, rest = Net(), Net()
+    fit(tmp_path, whole, parts()[0], others=parts()[1:], save_strategy="epoch")
+    half = tmp_path / "checkpoint-6"
+    fit(tmp_path / "again", rest, parts()[0], half, others=parts()[1:])
+    assert all(torch.equal(value, rest.state_dict()[name]) for name, value in whole.state_dict().items())
+    with pytest.warns(UserWarning, match="the checkpoint has no state of SecondDerivative"):
+        fit(tmp_path / "other", Net(), PenaltyCallback(SecondDerivative(share=0.1)), half)
+
+
+def test_what_does_not_fit_the_model_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    from rankfold.training.transformers import PenaltyCallback
+
+    with pytest.raises(SiteError, match="'head' · a selection names layers"):
+        fit(tmp_path, Net(), PenaltyCallback(NuclearNorm(0.1), NuclearNorm(0.1, only=["head"])))
+    sampler = OrderedSampler(to_ordered(Net()))
+    with pytest.raises(OptionError, match="a sampler of the layers of the model"):
+        fit(tmp_path, to_ordered(Net()), PenaltyCallback(sampler=sampler))
 
 
 def test_scaled_gradients_are_refused() -> None:

@@ -123,7 +123,7 @@ def _settle(pairs: Sequence[_Pair], outputs: Outputs) -> Taken:
         size, label = batch_size(batch), labels_of(batch)
         if left < size:
             found = Opened({n: t[:left] if t.ndim and len(t) == size else t for n, t in found.tensors.items()})
-            label = label[:left] if label is not None and len(label) == size else label
+            label = label[:left] if label is not None and label.shape[:1] == (size,) else label
         left -= size
         seen.append(found)
         labels.append(label)

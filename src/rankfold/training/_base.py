@@ -35,20 +35,32 @@ def _inside(model: nn.Module) -> nn.Module:
     return model.get_submodule("module") if parallel else uncompiled(model)
 
 
+def add(changes: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Add gradients to those that parameters have, in the memory format of the parameters."""
+    for parameter, change in changes:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.add_(change)
+
+
 def check_whole(place: str, weight: Tensor) -> None:
     """Refuse a weight of which this process holds a part.
 
     Raises:
         SiteError: It is sharded (`fully_shard`, `FullyShardedDataParallel`, ZeRO-3).
     """
-    sharded = hasattr(weight, "device_mesh")  # a DTensor, which is not imported for the question
-    if sharded or not weight.numel() or weight.ndim < 2:
+    if not _whole(weight):
         raise SiteError(
             place,
             law="every process holds the whole weight",
-            got="a part of it" if sharded else f"shape {tuple(weight.shape)}",
+            got=f"a part, of shape {tuple(weight.shape)}",
             cure="train with DistributedDataParallel",
         )
+
+
+def _whole(weight: Tensor) -> bool:
+    """Whether a weight is neither a `DTensor`, which is not imported for the question, nor flat or taken away."""
+    return not hasattr(weight, "device_mesh") and weight.ndim > 1
 
 
 class Regularizer(ABC):
@@ -57,7 +69,8 @@ class Regularizer(ABC):
     `loss = loss + penalty(model, loss)`, once for each step of the optimizer (with gradients accumulated over k
     batches, a k-th of it each time). It is `λ Σ R(W)`, summed over the layers it acts on, in float32 whatever autocast
     says; λ is a number, or such that the penalty is a share of the loss: `λ = share · mean(loss)/mean(Σ R)`, both
-    running means. In a distributed run the loss of all processes counts, so that λ is one number.
+    running means. In a distributed run the loss of all processes counts, so that λ is one number. Layers that are
+    frozen count in the sum. The means go on for as long as the object lives: a second training begins with a new one.
 
     Args:
         weight: λ; None with a share.
@@ -148,16 +161,23 @@ class Regularizer(ABC):
         Raises:
             SiteError, OptionError, NumericsError: See `__call__`; no gradient is changed then.
         """
+        value, changes = self.gradients(model, loss, optimizer=optimizer)
+        add(changes)
+        return value
+
+    def gradients(
+        self, model: nn.Module, loss: Tensor | None = None, *, optimizer: Optimizer | None = None
+    ) -> tuple[Tensor, list[tuple[nn.Parameter, Tensor]]]:
+        """What `add_gradients` adds: the penalty, detached, and its gradient for each parameter that has one."""
         held = None if optimizer is None else {id(each) for group in optimizer.param_groups for each in group["params"]}
         with torch.enable_grad():
             value = self(model, loss)
         own = [each for each in unwrapped(model).parameters() if each.requires_grad]
         chosen = [each for each in own if held is None or id(each) in held]
-        if value.requires_grad and chosen:
-            for each, change in zip(chosen, torch.autograd.grad(value, chosen, allow_unused=True), strict=True):
-                if change is not None:
-                    each.grad = change if each.grad is None else each.grad.add_(change)
-        return value.detach()
+        if not value.requires_grad or not chosen:
+            return value.detach(), []
+        found = zip(chosen, torch.autograd.grad(value, chosen, allow_unused=True), strict=True)
+        return value.detach(), [(each, change) for each, change in found if change is not None]
 
     def values(self, model: nn.Module) -> dict[str, Tensor]:
         """`R(W)` of each layer by its path, before λ.
@@ -185,17 +205,19 @@ class Regularizer(ABC):
         """Path, layer and adapter of every layer that the penalty acts on; a layer with several names, and a weight of
         several layers, has one. Tables of vectors are no maps, and left out."""
         known: dict[str, tuple[nn.Module, Adapter]] = {}
-        weights = set()
+        weights: list[Tensor] = []  # held, so that the number of one that is computed is no other's
         for path, layer in unwrapped(model).named_modules():
             adapter = adapter_for(layer)
             if adapter is None or any(is_lazy(each) for each in layer.parameters(recurse=False)):
                 continue
-            check_whole(f"{type(self).__name__} at {path!r}", tensor(layer, "weight"))
-            if adapter.geometry(layer).table is not None or id(layer.weight) in weights:
+            weight = tensor(layer, "weight")
+            table = _whole(weight) and weight.numel() and adapter.geometry(layer).table is not None
+            if table or any(weight is each for each in weights) or (_whole(weight) and not weight.numel()):
                 continue  # a table has rows, and no map; a weight of two layers counts once
-            weights.add(id(layer.weight))
+            weights.append(weight)
             known[path] = layer, adapter
         for path in selected(known, only=self.only, exclude=self.exclude, place=type(self).__name__):
+            check_whole(f"{type(self).__name__} at {path!r}", tensor(known[path][0], "weight"))
             yield path, *known[path]
 
     def _scale(self, total: float, loss: Tensor | None) -> float:

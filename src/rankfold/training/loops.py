@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rankfold.errors import OptionError, shown
-from rankfold.training._base import Regularizer, unwrapped
+from rankfold.training._base import Regularizer, add, unwrapped
 from rankfold.training.ordered import OrderedSampler
 
 
@@ -58,10 +59,31 @@ class Parts:
         held = {id(each) for group in optimizer.param_groups for each in group["params"]}
         if not any(id(each) in held for each in unwrapped(model).parameters()):
             return {}
-        return {
-            name: each.add_gradients(model, loss, optimizer=optimizer)
+        found = {
+            name: each.gradients(model, loss, optimizer=optimizer)
             for name, each in zip(self.names, self.penalties, strict=True)
         }
+        for _, changes in found.values():  # none is changed before all are there
+            add(changes)
+        return {name: value for name, (value, _) in found.items()}
+
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model on which a penalty says nothing, or which is not the sampler's, before the first step.
+
+        Raises:
+            SiteError, OptionError: See `Regularizer.values` and `OrderedSampler.check`.
+        """
+        for each in self.penalties:
+            with torch.no_grad():
+                each.values(model)
+        if self.sampler is not None:
+            self.sampler.check(model)
+
+    @property
+    def key(self) -> str:
+        """What tells the state of these parts from that of others: penalties and the layers they act on."""
+        told = [f"{type(each).__name__} only={each.only} exclude={list(each.exclude)}" for each in self.penalties]
+        return "; ".join(told + ["sampler"] * (self.sampler is not None))
 
     def state_dict(self) -> dict[str, Any]:
         """State of all, of numbers, strings and lists."""
@@ -74,18 +96,21 @@ class Parts:
         Raises:
             OptionError: It is of other penalties, or of a sampler where there is none.
         """
-        known: Mapping[str, Any] = state["penalties"]
-        if list(known) != self.names or (state["sampler"] is None) != (self.sampler is None):
+        known, sampler = state.get("penalties"), state.get("sampler")
+        fits = isinstance(known, Mapping) and list(known) == self.names
+        if not fits or not isinstance(known, Mapping) or (sampler is None) != (self.sampler is None):
+            told = [*known] if isinstance(known, Mapping) else state
+            own = self.names + ["a sampler"] * (self.sampler is not None)
             raise OptionError(
                 "PenaltyCallback",
                 law="a state of the same penalties in the same order, and of a sampler if there is one",
-                got=f"one of {list(known)} for {self.names}",
+                got=f"one of {shown(told)}{' and a sampler' if sampler is not None else ''} for {own}",
                 cure="resume with the callback that the checkpoint was written with",
             )
-        for each, own in zip(self.penalties, known.values(), strict=True):
-            each.load_state_dict(own)
-        if self.sampler is not None:
-            self.sampler.load_state_dict(state["sampler"])
+        if self.sampler is not None and sampler is not None:
+            self.sampler.load_state_dict(sampler)  # before the means, since it looks whether the state fits
+        for each, own_state in zip(self.penalties, known.values(), strict=True):
+            each.load_state_dict(own_state)
 
 
 def _refused(law: str, got: str) -> OptionError:

@@ -170,6 +170,22 @@ class OrderedSampler:
         generator = torch.Generator().manual_seed(self._seed + self._round)
         return [pairs[index] for index in torch.randperm(len(pairs), generator=generator).tolist()]
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model whose ordered layers are not those of the sampler.
+
+        Raises:
+            OptionError: A layer of the sampler is not in the model.
+        """
+        own = {id(each) for each in unwrapped(model).modules()}
+        for path, layer in self._layers.items():
+            if id(layer) not in own:
+                raise OptionError(
+                    "OrderedSampler",
+                    law="a sampler of the layers of the model that is trained",
+                    got=f"one of another model's {path!r}",
+                    cure="build it from the model, after its layers were replaced",
+                )
+
     @property
     def pairs(self) -> int:
         """Number of steps of a round."""
