@@ -61,6 +61,8 @@ from .decompositions import Tucker as Tucker
 from .decompositions import Tucker2 as Tucker2
 from .decompositions import WhitenedSVD as WhitenedSVD
 from .errors import RankfoldError as RankfoldError
+from .exporting import Exported as Exported
+from .exporting import export as export
 from .factors import Factors as Factors
 from .factors import MatrixFactors as MatrixFactors
 from .factors import MirroredFactors as MirroredFactors

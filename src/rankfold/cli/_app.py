@@ -11,6 +11,7 @@ from rankfold.cli._compare import compare
 from rankfold.cli._compress import compress
 from rankfold.cli._demo import demo
 from rankfold.cli._errors import exit_codes
+from rankfold.cli._export import export
 from rankfold.cli._inspect import inspect
 from rankfold.cli._output import emit
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-for command in (inspect, compress, compare, demo):
+for command in (inspect, compress, compare, export, demo):
     app.command()(command)
 
 
