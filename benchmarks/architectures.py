@@ -27,6 +27,7 @@ from rankfold.channels.narrowing import narrow_
 from rankfold.cost.counted import count
 from rankfold.cost.formula import dense_cost
 from rankfold.data.running import evaluating, run
+from rankfold.layers.splitting import split_at
 from rankfold.outputs.taken import output_tensor
 from rankfold.sites.copies import copied
 
@@ -105,9 +106,10 @@ def examine(case: Case, budget: rf.Budget) -> Row:
         rf.save(out, Path(folder) / "small")
         loaded = rf.load(Path(folder) / "small", factory=lambda: case.make(seed=1))
     expected, got = outputs(out.model, data), outputs(loaded, data)
-    decided = (
-        rf.find_sites(narrow_(copied(model), out.plan.cuts, out.plan.attributes), data[0]) if out.plan.cuts else sites
-    )
+    decided = sites
+    if out.plan.cuts:
+        split = split_at(copied(model), sites.split)
+        decided = rf.find_sites(narrow_(split, out.plan.cuts, out.plan.attributes), data[0])
     counted, promised = count(out.model, data[0]), rf.plan_cost(decided.with_fixed(), out.plan)
     return Row(
         name=case.name,

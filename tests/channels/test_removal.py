@@ -15,6 +15,7 @@ from tests.reference.removable import NETWORKS, Residual, error_of, images, made
 from torch import Tensor, nn
 
 import rankfold as rf
+from rankfold.channels.narrowing import narrow_
 from rankfold.cost.counted import count
 from rankfold.decompositions._interpolative import RULES
 from rankfold.errors import BudgetError, OptionError, PlanError, SiteError
@@ -317,3 +318,12 @@ def test_the_plan_records_family_widths_and_ranks_that_were_chosen(
     assert again.removal == to_json(family)
     assert again.width_selector == to_json(widths)
     assert again.selector == ranks
+
+
+def test_cuts_of_another_model_are_refused_before_anything_is_cut() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PlanError, match=r"3\.weight · a tensor of the model that is cut"):
+        narrow_(model, {"0.weight": {0: (0, 1)}, "3.weight": {1: (0, 1)}}, {"0": {"out_features": 2}})
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert model[0].out_features == 6

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rankfold.channels.groups import ChannelGroup, kept_indices
+from rankfold.errors import PlanError
 from rankfold.layers import Geometry, adapter_for, resize, tensor
 from rankfold.linalg.interpolative import folded
 from rankfold.linalg.precision import widen
@@ -128,7 +129,19 @@ def narrow_(model: nn.Module, cuts: Cuts, attributes: Attributes | None = None) 
         model: Model that is changed in place; its parameters are replaced by new ones.
         cuts: Indices that stay, by tensor and axis.
         attributes: New values of numbers that modules keep.
+
+    Raises:
+        PlanError: A tensor is named that the model does not have; nothing is changed.
     """
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    known |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    if missing := [name for name in cuts if name not in known]:
+        raise PlanError(
+            missing[0],
+            law="a tensor of the model that is cut",
+            got="none of that name",
+            cure="cut the model that the plan was made for, its attention split as there",
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     for path, own in ({} if attributes is None else attributes).items():
         for name, value in own.items():
