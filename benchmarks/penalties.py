@@ -39,7 +39,7 @@ class Every:
 
 
 def transformer() -> nn.Module:
-    """Six layers of a width of 384, and a classifier of the first position."""
+    """Six layers of a width of 384, and a classifier of all positions."""
     layer = nn.TransformerEncoderLayer(384, 12, 1536, dropout=0.0, activation="gelu", batch_first=True)
     return nn.Sequential(
         nn.TransformerEncoder(layer, 6, enable_nested_tensor=False), nn.Flatten(), nn.Linear(64 * 384, 10)

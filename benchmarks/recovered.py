@@ -14,8 +14,6 @@ import argparse
 import copy
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,61 +21,20 @@ import torch
 from torch import nn
 
 import rankfold as rf
-from benchmarks import encoder
-from benchmarks.networks import cifar
-from rankfold.data.batches import Batch
-
-SAMPLES = 1024
+from benchmarks.families import Task, images, sentences, shown
 
 
-@dataclass(frozen=True)
-class Task:
-    """A network, its unlabelled inputs, and how a smaller one is judged.
-
-    Attributes:
-        model: The original.
-        data: Unlabelled batches.
-        judge: Smaller model to its figures.
-        budget: Share kept to the budget.
-        loss: Of `recover`.
-    """
-
-    model: nn.Module
-    data: list[Batch]
-    judge: Callable[[nn.Module], dict[str, float]]
-    budget: Callable[[float], rf.Budget]
-    loss: str
+def budget(task: Task, kept: float) -> rf.Budget:
+    """A share of a ResNet's parameters, of MiniLM of its encoder's."""
+    cut = task.model.get_submodule("encoder") if task.spared else task.model
+    whole, inner = (sum(each.numel() for each in part.parameters()) for part in (task.model, cut))
+    return rf.Budget(params=int(whole - inner * (1 - kept)))
 
 
-def images(name: str) -> Task:
-    """A ResNet for CIFAR-10."""
-    network = cifar(name)
-
-    def judge(small: nn.Module) -> dict[str, float]:
-        seen = rf.compare(network.original, small, network.test)
-        return {"top-1": 100 * (seen.top1 or (0.0, 0.0))[1], "agreement": 100 * (seen.agreement or 0.0)}
-
-    return Task(network.model, list(network.calibration(SAMPLES, 0)), judge, lambda kept: rf.Budget(params=kept), "kl")
-
-
-def sentences() -> Task:
-    """MiniLM-L6."""
-    tokenizer, model = encoder.encoder()
-    test = encoder.batches(tokenizer, encoder.sentences("test", 500))
-    expected = encoder.embeddings(model, test)
-    whole, inner = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
-
-    def judge(small: nn.Module) -> dict[str, float]:
-        return {"cosine": float((encoder.embeddings(small, test) * expected).sum(-1).mean())}
-
-    data: list[Batch] = list(encoder.batches(tokenizer, encoder.sentences("valid", SAMPLES)))
-    return Task(model, data, judge, lambda kept: rf.Budget(params=int(whole - inner * (1 - kept))), "error")
-
-
-def smaller(task: Task, folder: Path, kept: float, spared: tuple[str, ...]) -> nn.Module:
+def smaller(task: Task, folder: Path, kept: float) -> nn.Module:
     """The compressed network, from the folder if it is there."""
     if not folder.is_dir():
-        rf.save(rf.compress(task.model, task.data, budget=task.budget(kept), exclude=spared), folder)
+        rf.save(rf.compress(task.model, task.data, budget=budget(task, kept), exclude=task.spared), folder)
     return rf.load(folder, factory=lambda: copy.deepcopy(task.model))
 
 
@@ -97,15 +54,14 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in told.networks:
         task = sentences() if name == "minilm" else images(name)
-        spared = ("embeddings.*",) if name == "minilm" else ()
         for kept in told.kept:
-            small = smaller(task, told.folder / f"{name}-{kept}", kept, spared)
+            small = smaller(task, told.folder / f"{name}-{kept}", kept)
             before = task.judge(small)
-            print(f"{name}  kept {kept}  before  {said(before)}", flush=True)
+            print(f"{name}  kept {kept}  before  {shown(before)}", flush=True)
             for parts in told.parts:
                 for steps in told.steps:
                     start = time.process_time()
-                    loss = told.loss or task.loss
+                    loss = told.loss or ("error" if name == "minilm" else "kl")
                     back = rf.training.recover(
                         task.model, small, task.data, steps=steps, parts=parts, loss=loss, rate=told.rate
                     )
@@ -116,15 +72,9 @@ def main() -> None:
                     row |= {"held-out before": back.before, "held-out": back.after}
                     row["seconds"] = seconds
                     rows.append(row)
-                    print(said(row), flush=True)
+                    print(shown(row), flush=True)
                     if told.json is not None:
                         told.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-
-
-def said(row: dict[str, Any]) -> str:
-    return "  ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-    )
 
 
 if __name__ == "__main__":

@@ -75,8 +75,7 @@ def compressed(model: nn.Module, images: Images, kept: float, **options: Any) ->
 
 def bayes(model: nn.Module, images: Images, kept: float, **options: Any) -> nn.Module:
     """Variational Bayes ranks, weakened to the size, for Tucker-2."""
-    family = rf.Tucker2(whitened=options.get("repair") is not None)
-    return compressed(model, images, kept, families=[family], selector=rf.EVBMF(), **options)
+    return compressed(model, images, kept, families=[rf.Tucker2(whitened=False)], selector=rf.EVBMF(), **options)
 
 
 def bayes_norms(model: nn.Module, images: Images, kept: float) -> nn.Module:

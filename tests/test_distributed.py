@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tests.distributed_worker import BUDGET, ROADS, images, network
+from tests.processes import run_two
 
 import rankfold as rf
 from rankfold.cost.latency import Latency
@@ -27,20 +25,8 @@ SECONDS = 20.0  # "at once", on a busy machine; the processes would wait for one
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes saw. The second kills itself at last."""
     folder = tmp_path_factory.mktemp("distributed")
-    source = str(Path(rf.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), str(rank), "2"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, -signal.SIGKILL], said
+    codes, said = run_two(WORKER, folder)
+    assert codes == [0, -signal.SIGKILL], said
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

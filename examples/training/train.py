@@ -1,7 +1,7 @@
 """Train a network so that it can be compressed without training afterwards.
 
-    python -m examples.training.train --data FOLDER --network resnet18 --width 0.25 --penalty nuclear --out smooth
-    python -m examples.training.train --data digits --network resnet20 --width 0.5 --penalty orthogonal --epochs 5
+    python -m examples.training.train --data FOLDER --network resnet18 --penalty nuclear --share 0.05 --out smooth
+    python -m examples.training.train --data digits --network resnet20 --penalty orthogonal --weight 1e-4 --out digits
 
 The folder holds CIFAR-10 (see `data.load`). A run that was killed goes on with `--resume`. The trained network is
 `OUT/model.safetensors`, its accuracy and what was asked is in `OUT/training.json`.

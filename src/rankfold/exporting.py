@@ -20,6 +20,7 @@ from rankfold.checks import check_flag, check_number
 from rankfold.data.batches import Batch, batch_size, split_batch, take, to_device
 from rankfold.data.running import device_of, evaluating, run
 from rankfold.errors import DependencyError, OptionError, SelfCheckError, TraceError, WriteError, shown
+from rankfold.serialization import flush
 from rankfold.sites.models import check_module
 
 KINDS = (".onnx", ".pt2")
@@ -101,13 +102,8 @@ def export(
         program = _program(model, _sized(batch, max(2, size)) if dynamic_batch else batch, dynamic_batch)
         names = tuple(_named(run(model, batch)))
     if tolerance is None:
-        tolerance = (
-            max(
-                (torch.finfo(each.dtype).eps for _, y in expected for each in y if each.is_floating_point()),
-                default=0.0,
-            )
-            ** 0.5
-        )
+        floating = {each.dtype for _, outputs in expected for each in outputs if each.is_floating_point()}
+        tolerance = max((torch.finfo(dtype).eps for dtype in floating), default=0.0) ** 0.5
     with _aside(target) as file:
         inputs, runner = (_write_onnx if kind == ".onnx" else _write_program)(program, model, file, names)
         difference = max(_difference(target, *pair, runner, tolerance) for pair in expected)
@@ -309,10 +305,9 @@ def _aside(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as folder:
             yield Path(folder) / target.name
             for file in sorted(Path(folder).iterdir(), key=lambda each: each.name == target.name):  # weights first
+                flush(file)
                 os.replace(file, target.parent / file.name)
     except OSError as cause:
-        if isinstance(cause, WriteError):
-            raise
         raise WriteError(
             str(target), law="the file can be written", got=str(cause), cure="check the free space"
         ) from cause

@@ -252,11 +252,11 @@ def write_directory(path: Path, writers: Mapping[str, Callable[[Path], None]], *
         for name, write in writers.items():
             write(scratch / name)
             (scratch / name).chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-            _flush(scratch / name)
-        _flush(scratch)
+            flush(scratch / name)
+        flush(scratch)
         scratch.chmod(0o777 & ~_umask())
         _swap(scratch, path)
-        _flush(path.parent)
+        flush(path.parent)
     except BaseException as cause:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -318,7 +318,7 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         scratch.chmod(0o666 & ~_umask())
         scratch.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except OSError as cause:
         if scratch is not None:
             scratch.unlink(missing_ok=True)
@@ -356,7 +356,7 @@ def _umask() -> int:
     return mask
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to put a file or directory on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.processes import run_two
 from tests.training.ddp_worker import WAYS, train
 
 import rankfold as rf
@@ -21,20 +19,8 @@ WORKER = Path(__file__).parent / "ddp_worker.py"
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two processes came to."""
     folder = tmp_path_factory.mktemp("ddp")
-    source = os.pathsep.join((str(Path(rf.__file__).parents[1]), str(Path(__file__).parents[2])))
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), str(rank), "2"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    codes, said = run_two(WORKER, folder)
+    assert codes == [0, 0], said
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

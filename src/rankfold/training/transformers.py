@@ -53,9 +53,9 @@ class PenaltyCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **known: Any
     ) -> None:
         """Refuse what cannot be done, and go on where a checkpoint stands."""
-        set_apart = {"fp16": os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"}
+        by_environment = os.environ.get("ACCELERATE_MIXED_PRECISION")
         for name, cure in REFUSED.items():
-            if got := getattr(args, name, None) or set_apart.get(name):
+            if got := getattr(args, name, None) or by_environment == name:
                 raise OptionError(
                     "PenaltyCallback",
                     law="whole weights and gradients that are not scaled in every process",
